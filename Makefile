@@ -1,0 +1,40 @@
+# Every target works on a fresh machine by itself: it sets up what is missing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DONE := $(VENV)/.done
+
+.PHONY: help setup demo test soak check bench clean
+
+help:  ## What there is to make
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+setup: $(DONE)  ## Create .venv with everything, at the versions of deploy/constraints.txt
+
+$(DONE): pyproject.toml deploy/constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint deploy/constraints.txt --editable '.[dev]'
+	touch $(DONE)
+
+demo: $(DONE)  ## Four hospitals train one model under differential privacy, as real processes over TLS
+	$(BIN)/konsil-coordinator demo $(ARGS)
+
+test: $(DONE)  ## The test suite, without the long runs
+	$(BIN)/pytest -m 'not soak' $(ARGS)
+
+soak: $(DONE)  ## The long runs
+	$(BIN)/pytest -m soak $(ARGS)
+
+check: $(DONE)  ## Format, lint, types, import rules and tests with coverage
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	PYTHONPATH=. $(BIN)/lint-imports
+	$(BIN)/coverage run -m pytest -m 'not soak' $(ARGS)
+	$(BIN)/coverage report
+
+bench: $(DONE)  ## The benchmarks; each prints ratios measured in one run (make bench ARGS=bench/round_latency.py)
+	@for script in $(or $(ARGS),$(wildcard bench/*.py)); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+clean:  ## Remove the environment and everything that was built
+	rm -rf $(VENV) build dist *.egg-info .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache konsil-demo

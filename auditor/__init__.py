@@ -1,0 +1,1 @@
+"""The third user: trusts nobody, needs no torch and no network."""

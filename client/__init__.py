@@ -1,0 +1,1 @@
+"""One hospital: everything that runs behind its firewall."""

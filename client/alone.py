@@ -1,0 +1,47 @@
+"""A hospital by itself: train and measure a model locally, without privacy, for its own comparison."""
+
+from pathlib import Path
+
+import torch
+
+from client.dp_sgd import train_without_privacy
+from client.evaluate import statistics
+from client.records.tabular import read_table
+from shared_models.metrics import compute_metrics
+from shared_models.model_file import read_model, write_model
+from shared_models.nets.build import build_network
+from shared_models.plan import StudyPlan
+from shared_models.tasks import find_task
+
+NO_SECRET = bytes(32)  # nothing leaves: whoever reads this folder's results reads its records too
+LOCAL_BINS = 1000  # of local evaluation; exact to 1/2000 in a score
+
+
+def train_folder(
+    plan: StudyPlan, folder: Path, out: Path, *, steps: int, learning_rate: float, batch_size: int
+) -> None:
+    """Train the plan's network on all records of a folder with plain SGD, and write the model.
+
+    Raises:
+        ConfigError, RecordsError: The folder's manifest or data does not fit the plan's task.
+    """
+    task = find_task(plan.task)
+    training, _ = read_table(read_manifest(folder), task, split_key=NO_SECRET)
+    model = build_network(plan.network, task, seed=plan.seed)
+    torch.set_num_threads(1)
+    train_without_privacy(
+        model, training, task, steps=steps, learning_rate=learning_rate, batch_size=batch_size, seed=plan.seed
+    )
+    write_model(out, model, plan, trained="alone, without privacy")
+
+
+def evaluate_folder(model_file: Path, folder: Path) -> dict[str, float]:
+    """Metrics of a model on all records of a folder, exact up to the bins; nothing is released.
+
+    Raises:
+        ConfigError: The file is no model of ours.
+    """
+    plan, model = read_model(model_file)
+    task = find_task(plan.task)
+    records, _ = read_table(read_manifest(folder), task, split_key=NO_SECRET)
+    return compute_metrics(len(task.classes), statistics(model, records, task, bins=LOCAL_BINS), bins=LOCAL_BINS)

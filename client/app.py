@@ -1,0 +1,86 @@
+"""Flower's ClientApp of a hospital: message in, ``round.py``, message out.
+
+Only what is registered here can ever run, and it is this installed file: the daemon never fetches a bundle.
+"""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from client.round import Hospital
+from shared_models.errors import FederationError
+from shared_models.messages import (
+    Body,
+    EvaluateRequest,
+    Proposal,
+    StudyEnd,
+    TrainRequest,
+    Vector,
+    decode,
+    refuse,
+    reply,
+)
+
+log = logging.getLogger("konsil.hospital")
+
+app = ClientApp()
+
+BodyType = TypeVar("BodyType", bound=Body)
+Station = Callable[[Hospital, Any, Any], tuple[Body, Vector | None]]
+
+_hospitals: dict[str, Hospital] = {}
+
+
+def hospital_at(settings_file: str) -> Hospital:
+    """The hospital whose settings these are; opened once and kept warm for the life of the process."""
+    if settings_file not in _hospitals:
+        _hospitals[settings_file] = Hospital.open(Path(settings_file))
+    return _hospitals[settings_file]
+
+
+def close_hospitals() -> None:
+    """Close every hospital that this process opened, and with it the lock on its ledger."""
+    while _hospitals:
+        _hospitals.popitem()[1].close()
+
+
+def _answer(message: Message, context: Context, expected: type[BodyType], station: Station) -> Message:
+    """Run one station of the round. Whatever goes wrong, only a code leaves the hospital; the text stays in its log."""
+    try:
+        hospital = hospital_at(str(context.node_config["settings"]))
+        body, vector = decode(message.content, expected)
+        return reply(*station(hospital, body, vector), to=message)
+    except FederationError as error:
+        log.warning("refused %s: %s (%s)", expected.__name__, error, error.hint)
+        return refuse(error, to=message)
+    except Exception as error:  # the last resort before the wire: a text could hold a patient's values
+        log.exception("failed at %s", expected.__name__)
+        return refuse(error, to=message)
+
+
+@app.query("propose")
+def propose(message: Message, context: Context) -> Message:
+    """A study is proposed."""
+    return _answer(message, context, Proposal, lambda hospital, body, _: (hospital.enrol(body), None))
+
+
+@app.train("round")
+def train(message: Message, context: Context) -> Message:
+    """A round asks for an update."""
+    return _answer(message, context, TrainRequest, Hospital.train)
+
+
+@app.evaluate("round")
+def evaluate(message: Message, context: Context) -> Message:
+    """A round asks for validation statistics."""
+    return _answer(message, context, EvaluateRequest, Hospital.evaluate)
+
+
+@app.query("finish")
+def finish(message: Message, context: Context) -> Message:
+    """The study is over."""
+    return _answer(message, context, StudyEnd, lambda hospital, body, _: (hospital.finish(body), None))

@@ -1,0 +1,106 @@
+"""The hospital's books: its ledger and the budget over it, opened together; and what they say, for people and peers."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from client.budget import Budget
+from client.settings import Settings
+from shared_models.identity import load_key
+from shared_models.messages import PrivacyStatement
+from shared_models.privacy.accounting import reported_epsilon
+from shared_models.privacy.ledger import Entry, Ledger, read_ledger
+from shared_models.privacy.mechanisms import NEIGHBOURING, UNIT
+
+LEDGER = "ledger.sqlite"
+
+
+@dataclass
+class Books:
+    """A ledger open for appending, which locks it, and the budget that is read from it."""
+
+    ledger: Ledger
+    budget: Budget
+
+    @classmethod
+    def open(cls, settings: Settings) -> "Books":
+        """Open the hospital's ledger; the first time, make it and open the budget that the settings declare.
+
+        Raises:
+            LedgerError: The ledger is missing though its head file is there, locked, damaged or not ours.
+            ConfigError: The settings declare another budget than the one that was opened.
+        """
+        settings.state.mkdir(parents=True, exist_ok=True, mode=0o700)
+        path, key = settings.state / LEDGER, load_key(settings.keys.identity)
+        started = path.exists() or any(settings.state.glob(f"{LEDGER}*"))
+        ledger = Ledger.open(path, key) if started else Ledger.create(path, key, hospital=settings.name)
+        population = settings.population
+        try:
+            budget = Budget.open(
+                ledger,
+                population=population.name,
+                public_size=population.public_size,
+                epsilon=population.epsilon,
+                delta=population.delta,
+                order=population.order,
+            )
+        except BaseException:
+            ledger.close()
+            raise
+        return cls(ledger, budget)
+
+    def close(self) -> None:
+        """Let go of the ledger."""
+        self.ledger.close()
+
+    def round_done(self, charge: Entry) -> None:
+        """Note that the computation which a charge paid for has been done; it costs nothing."""
+        self.ledger.append(
+            "round-done", study=charge.study, plan_digest=charge.plan_digest, round=charge.round, attempt=charge.attempt
+        )
+
+    def statement(self, study: str, delta: float) -> PrivacyStatement:
+        """What a study has cost one patient here, for the coordinator and the model card; computed from the ledger."""
+        spent, terms = self.budget.spent(study), self.budget.terms
+        reported = reported_epsilon(spent, delta)
+        return PrivacyStatement(
+            study=study,
+            rounds=len(spent),
+            epsilon=reported.epsilon,
+            epsilon_filter=self.budget.filter_spent(study),
+            delta=delta,
+            unit=reported.unit,
+            neighbouring=reported.neighbouring,
+            accountant=reported.accountant,
+            budget_epsilon=terms.epsilon,
+            public_size=terms.public_size,
+        )
+
+
+class _ReadOnly(Ledger):
+    """A ledger somebody else may be appending to; it can be looked at and nothing else."""
+
+    def __init__(self, path: Path) -> None:
+        self._entries = read_ledger(path)
+
+
+def report(settings: Settings) -> dict[str, Any]:
+    """What the budget has paid for and what is left, read without locking the ledger: also while the daemon runs.
+
+    Raises:
+        LedgerError: There is no ledger yet, or it cannot be read.
+    """
+    budget = Budget(_ReadOnly(settings.state / LEDGER))
+    studies = []
+    for name, delta in budget.studies().items():
+        reported = reported_epsilon(budget.spent(name), delta)
+        charges = {"study": name, "rounds": len(budget.spent(name)), "epsilon_filter": budget.filter_spent(name)}
+        studies.append({**charges, **reported.model_dump(mode="json")})
+    return {
+        "population": {"name": budget.population, **budget.terms.model_dump(mode="json")},
+        "unit": UNIT,
+        "neighbouring": NEIGHBOURING,
+        "epsilon_filter": budget.filter_spent(),
+        "epsilon_left": budget.left(),
+        "studies": studies,
+    }

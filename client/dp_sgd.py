@@ -1,0 +1,451 @@
+"""Local steps of DP-SGD: gradient per patient, clip, sum, add noise, descend.
+
+Opacus computes gradients per record (its ``hooks`` mode) and nothing else: its privacy engine, optimizer, loader and
+accountant are not used. Each step is one sampled Gaussian mechanism over *patients*; what it costs is charged in the
+ledger before this file is called, and nothing here can refund it.
+"""
+
+import copy
+import math
+import warnings
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from opacus.grad_sample import GradSampleModule
+from torch import Tensor, nn
+
+from client.loader import PoissonLoader
+from client.randomness import SecureRandom, require_system_key
+from client.records.records import Records
+from shared_models.errors import ConfigError
+from shared_models.nets.losses import loss_per_record
+from shared_models.plan import PrivacyPlan, TrainingPlan
+from shared_models.tasks import SeriesInput, TableInput, Task, TokensInput
+
+# Opacus hooks the input of every layer; that the first layer's input needs no gradient is expected, not a fault.
+warnings.filterwarnings("ignore", message="Full backward hook is firing when gradients are computed")
+
+_ROUNDING = 1 - 2.0**-40  # clip this much below C, so that rounding in float64 cannot lift a patient above C
+_TOLERANCE = 1e-4  # of the self-check, relative: float32 rounding stays below 1e-5, the traps are off by 1e-2 to 1e2
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingReport:
+    """What happened in the steps of one round: for the hospital's own eyes, never sent, because it is not noised.
+
+    Attributes:
+        steps: Steps taken, empty draws included.
+        drawn: Patients drawn, over all steps.
+        clipped: Of these, the ones whose gradient was longer than C.
+        not_finite: Of these, the ones whose gradient was NaN or infinite and counted as zero.
+    """
+
+    steps: int
+    drawn: int
+    clipped: int
+    not_finite: int
+
+
+def train(
+    model: nn.Module,
+    records: Records,
+    task: Task,
+    *,
+    training: TrainingPlan,
+    privacy: PrivacyPlan,
+    expected_batch: float,
+    random: SecureRandom,
+    device: str | torch.device = "cpu",
+    micro_batch: int = 256,
+    allow_test_random: bool = False,
+) -> TrainingReport:
+    """Train in place for the steps of one round, under the plan's mechanism.
+
+    Guarantees:
+        * Adding or removing one patient, with all records, moves each step's sum by at most ``privacy.clip`` in L2
+          norm before noise of standard deviation ``noise_multiplier * clip`` per coordinate is added.
+        * The number of steps, the denominator and the noise depend on the plan and the public size only.
+        * No record's content raises an exception: a patient whose gradient is not finite counts as zero.
+        * Torch's global generator is neither read nor advanced.
+
+    Args:
+        model: A network that passed ``self_check``; changed in place and moved to ``device``.
+        records: Training records.
+        task: Names the loss.
+        training: Steps and learning rate.
+        privacy: Clip C, noise multiplier and sample rate q.
+        expected_batch: Denominator of every step, in patients: q times the *public* size, never a true count.
+        random: Source of sampling and noise, fresh for every charge.
+        device: Where gradients are computed.
+        micro_batch: Most records at once on the device; bounds memory, changes no result beyond rounding.
+        allow_test_random: Accept a repeatable generator. Tests only.
+
+    Returns:
+        Counts for the local log.
+
+    Raises:
+        ConfigError: ``random`` is not keyed by the operating system, or a setting is out of range.
+    """
+    require_system_key(random, allow_test_random=allow_test_random)
+    return local_steps(
+        model,
+        records,
+        task,
+        steps=training.steps,
+        learning_rate=training.learning_rate,
+        clip=privacy.clip,
+        noise_multiplier=privacy.noise_multiplier,
+        sample_rate=privacy.sample_rate,
+        expected_batch=expected_batch,
+        random=random,
+        device=device,
+        micro_batch=micro_batch,
+    )
+
+
+def local_steps(
+    model: nn.Module,
+    records: Records,
+    task: Task,
+    *,
+    steps: int,
+    learning_rate: float,
+    clip: float,
+    noise_multiplier: float,
+    sample_rate: float,
+    expected_batch: float,
+    random: SecureRandom,
+    device: str | torch.device = "cpu",
+    micro_batch: int = 256,
+) -> TrainingReport:
+    """The steps that ``train`` takes, with every number of the mechanism in the open.
+
+    ``clip=math.inf, noise_multiplier=0`` switches privacy off, for comparison with plain FedAvg in tests. No plan can
+    ask for it: ``PrivacyPlan`` refuses both values.
+
+    Raises:
+        ConfigError: A number is not in its range; written so that NaN fails.
+    """
+    if not (clip > 0 and 0 <= noise_multiplier < math.inf and 0 < expected_batch < math.inf and learning_rate > 0):
+        raise ConfigError("clip, noise, expected batch or learning rate is out of range", hint="Mend the study plan.")
+    if noise_multiplier > 0 and clip == math.inf:
+        raise ConfigError("noise needs a finite clip", hint="Mend the study plan.")
+    loader = PoissonLoader(records, sample_rate, random)
+    standard_deviation = noise_multiplier * clip if noise_multiplier else 0.0  # 0 times an infinite clip is NaN
+    drawn = 0
+    with PatientGradients(model, records, task, device=device, micro_batch=micro_batch) as gradients:
+        for _ in range(steps):
+            patients = loader.draw()
+            drawn += len(patients)
+            total = gradients.clipped_sum(patients, clip=clip)
+            noisy = add_noise(total, standard_deviation=standard_deviation, random=random)
+            gradients.descend(noisy / expected_batch, learning_rate=learning_rate)
+        clipped, not_finite = gradients.counts()
+    return TrainingReport(steps=steps, drawn=drawn, clipped=clipped, not_finite=not_finite)
+
+
+def add_noise(total: Tensor, *, standard_deviation: float, random: SecureRandom) -> Tensor:
+    """Add independent Gaussian noise in float64 to every coordinate, also where the sum is empty or zero."""
+    if standard_deviation == 0:
+        return total
+    return total + torch.from_numpy(random.gaussian(total.numel())).to(total.device).mul_(standard_deviation)
+
+
+class PatientGradients:
+    """Gradients per patient of one network over one set of records; a context that hooks the network and frees it.
+
+    Opacus is wrapped around the network once per round, not once per step. Its bookkeeping on the network is wiped
+    before every batch: a layer whose output is not used in a batch would otherwise leave a half-finished gradient that
+    is added to the next batch's.
+
+    Args:
+        model: Network; stays usable as a plain module afterwards. Parameters that are frozen stay as they are.
+        records: Training records.
+        task: Names the loss.
+        device: Where gradients are computed.
+        micro_batch: Most records at once on the device.
+    """
+
+    def __init__(
+        self, model: nn.Module, records: Records, task: Task, *, device: str | torch.device, micro_batch: int
+    ) -> None:
+        if not micro_batch >= 1:
+            raise ConfigError("micro_batch must be at least 1", hint="Mend the hospital's settings.")
+        self._model = model.to(device)
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._records = records
+        self._task = task
+        self._device = device
+        self._micro_batch = micro_batch
+        self._sizes = [p.numel() for p in self._parameters]
+        self._counts = torch.zeros(2, dtype=torch.int64, device=device)
+        self._was_training = model.training
+
+    def __enter__(self) -> Self:
+        # Opacus records nothing for a layer in evaluation mode.
+        self._model.train()
+        try:
+            # strict: a trainable layer with buffers, such as BatchNorm, mixes patients and is refused.
+            self._hooked = GradSampleModule(self._model, loss_reduction="sum", strict=True)
+        except NotImplementedError as error:
+            raise _refused("a trainable layer has buffers") from error
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._forget()
+        self._hooked.cleanup()
+        self._model.train(self._was_training)
+
+    def clipped_sum(self, patients: NDArray[np.int64], *, clip: float) -> Tensor:
+        """Sum over patients of their mean gradient, each clipped to L2 norm ``clip``.
+
+        Guarantees:
+            * With or without any one patient the result differs by at most ``clip`` in L2 norm, up to the rounding
+              of a float64 sum.
+            * Nobody drawn is left out: a large draw runs in micro-batches; an empty draw gives zero.
+
+        Args:
+            patients: Distinct patient indices.
+            clip: C; ``math.inf`` to leave gradients as they are.
+
+        Returns:
+            Shape ``(d,)``, float64, over the trainable parameters in their own order.
+        """
+        total = torch.zeros(sum(self._sizes), dtype=torch.float64, device=self._device)
+        for group in self._groups(patients):
+            means = self._means(group)
+            factors = self._clip_factors(means, clip)
+            # A NaN times zero is NaN: patients who count as zero are emptied as well.
+            total += torch.cat([factors @ mean.nan_to_num_(0, 0, 0).double() for mean in means])
+        return total
+
+    def descend(self, gradient: Tensor, *, learning_rate: float) -> None:
+        """One plain SGD step; the difference is taken in float64, then rounded to the parameters' float32."""
+        with torch.no_grad():
+            for parameter, part in zip(self._parameters, gradient.split(self._sizes), strict=True):
+                parameter.sub_(part.view_as(parameter), alpha=learning_rate)
+
+    def counts(self) -> tuple[int, int]:
+        """Patients so far whose gradient was clipped, and whose gradient was not finite."""
+        clipped, not_finite = self._counts.tolist()
+        return clipped, not_finite
+
+    def _groups(self, patients: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        """Split patients, in order, so that at most ``micro_batch`` of them are in one group."""
+        if len(patients) == 0:
+            return []
+        counts = self._records.record_counts[patients]
+        first_record = np.cumsum(counts) - counts
+        return np.split(patients, np.flatnonzero(np.diff(first_record // self._micro_batch)) + 1)
+
+    def _means(self, patients: NDArray[np.int64]) -> list[Tensor]:
+        """Each patient's mean gradient over all own records: per parameter, shape ``(patients, size)``."""
+        inputs, targets, owners = self._records.select(patients)
+        if len(owners) == len(patients) <= self._micro_batch:
+            return self._record_gradients(inputs, targets)
+        owner = torch.from_numpy(owners).to(self._device)
+        share = (1 / torch.bincount(owner).double()).float()[owner, None]
+        means = [torch.zeros(len(patients), size, device=self._device) for size in self._sizes]
+        for rows in torch.arange(len(owners)).split(self._micro_batch):
+            for mean, gradient in zip(means, self._record_gradients(inputs[rows], targets[rows]), strict=True):
+                mean.index_add_(0, owner[rows], gradient * share[rows])
+        return means
+
+    def _record_gradients(self, inputs: Tensor, targets: Tensor) -> list[Tensor]:
+        """Each record's own gradient: per parameter, shape ``(records, size)``."""
+        self._forget()
+        losses = loss_per_record(self._task, self._hooked(inputs.to(self._device)), targets.to(self._device))
+        # The sum: a mean would divide by the number of records drawn, which is private.
+        losses.sum().backward()
+        return [_gradient_per_record(parameter, len(inputs)) for parameter in self._parameters]
+
+    def _clip_factors(self, means: list[Tensor], clip: float) -> Tensor:
+        """For each patient, what to multiply the mean gradient with: at most 1, and 0 if it is not finite."""
+        # In float64 the norm of finite float32 numbers cannot overflow.
+        norms = torch.stack([torch.linalg.vector_norm(mean, dim=1, dtype=torch.float64) for mean in means]).norm(dim=0)
+        finite = norms.isfinite()
+        self._counts += torch.stack([(finite & (norms > clip)).sum(), (~finite).sum()])
+        return torch.where(finite, (clip * _ROUNDING / norms).clamp(max=1), 0)
+
+    def _forget(self) -> None:
+        """Wipe what Opacus and autograd left on the network."""
+        for parameter in self._parameters:
+            parameter.grad = None
+            parameter.grad_sample = None  # type: ignore[attr-defined]  # Opacus's own attributes, this and the next two
+            parameter._forward_counter = 0  # type: ignore[attr-defined]
+            parameter.__dict__.pop("_current_grad_sample", None)
+        for module in self._model.modules():
+            module.__dict__.pop("activations", None)
+            module.__dict__.pop("max_batch_len", None)
+
+
+def _gradient_per_record(parameter: nn.Parameter, records: int) -> Tensor:
+    """What Opacus found for one parameter, flat per record; zero where the loss does not depend on it."""
+    found = parameter.grad_sample  # type: ignore[attr-defined]  # set by Opacus
+    if found is None:
+        return torch.zeros(records, parameter.numel(), device=parameter.device)
+    if not isinstance(found, Tensor) or found.shape != (records, *parameter.shape):
+        raise ConfigError(
+            "a layer does not keep records apart: its gradient has another batch size than its input",
+            hint="Use a network from shared_models/nets; layers must not broadcast over the batch.",
+        )
+    return found.reshape(records, -1)
+
+
+def train_without_privacy(
+    model: nn.Module,
+    records: Records,
+    task: Task,
+    *,
+    steps: int,
+    learning_rate: float,
+    batch_size: int,
+    seed: int,
+    device: str | torch.device = "cpu",
+) -> None:
+    """Train in place with plain SGD on shuffled batches, without clipping or noise: a baseline that never leaves.
+
+    Epochs of ``batch_size`` records follow each other until ``steps`` steps are done; the last batch of an epoch may be
+    smaller. ``seed`` only orders the records.
+
+    Raises:
+        ConfigError: There are no records, or a number is not positive.
+    """
+    if not (len(records) and steps >= 1 and batch_size >= 1 and learning_rate > 0):
+        raise ConfigError("a baseline needs records, steps, a batch size and a learning rate", hint="Mend the options.")
+    generator = torch.Generator().manual_seed(seed)
+    was_training = model.training
+    optimizer = torch.optim.SGD(model.to(device).train().parameters(), lr=learning_rate)
+    batches: list[Tensor] = []
+    for _ in range(steps):
+        if not batches:
+            batches = list(torch.randperm(len(records), generator=generator).split(batch_size))
+        rows = batches.pop()
+        outputs = model(records.inputs[rows].to(device))
+        optimizer.zero_grad()
+        loss_per_record(task, outputs, records.targets[rows].to(device)).mean().backward()
+        optimizer.step()
+    optimizer.zero_grad()
+    model.train(was_training)
+
+
+def self_check(model: nn.Module, task: Task, *, clip: float, micro_batch: int = 2) -> None:
+    """Refuse a network for which gradients per patient would be wrong, before any record is read.
+
+    Opacus is silently wrong for some modules: one that owns a parameter and receives its input by keyword, one that
+    broadcasts from batch 1, one that mixes records. So a copy of the network sees a few made-up records, its gradients
+    are computed once more by autograd, one record at a time, and everything is compared. The copy's parameters are
+    moved a little first: a layer that starts at zero would hide every layer before it.
+
+    Guarantees (for the made-up records, up to relative 1e-4):
+        * The clipped sum equals the sum of clipped brute-force gradients, with clipping off, at C, and at a clip that
+          binds for every patient.
+        * Leaving out any one patient moves the sum by at most the clip.
+        * Every trainable parameter takes part in every record's loss.
+        * ``model`` and torch's global generator are unchanged.
+
+    Args:
+        model: Network, as built from the plan.
+        task: Names inputs and loss.
+        clip: C of the plan.
+        micro_batch: Small, so that groups of patients and parts of a patient occur.
+
+    Raises:
+        ConfigError: Any of this fails; the network must not be trained.
+    """
+    generator = torch.Generator().manual_seed(0)
+    trial = copy.deepcopy(model).cpu().train()
+    with torch.no_grad():
+        for parameter in trial.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
+    records = _made_up_records(task, generator)
+    try:
+        truth = _gradients_by_brute_force(trial, records, task)
+        with PatientGradients(trial, records, task, device="cpu", micro_batch=micro_batch) as gradients:
+            _compare(gradients, truth, clip)
+    except ConfigError:
+        raise
+    except Exception as error:
+        # Whatever torch or Opacus stumbles over here it would stumble over during training, after a charge.
+        raise _refused(f"{type(error).__name__} while gradients per patient were computed") from error
+
+
+def _compare(gradients: PatientGradients, truth: Tensor, clip: float) -> None:
+    """The self-check's comparisons; ``truth`` holds each patient's mean gradient, shape ``(patients, d)``."""
+    norms = truth.norm(dim=1)
+    if not (norms > 0).all():
+        raise _refused("its loss has no finite gradient that differs from zero")
+    everyone = np.arange(len(truth))
+    for limit in (math.inf, clip, 0.5 * norms.min().item()):
+        total = gradients.clipped_sum(everyone, clip=limit)
+        clipped = truth * (limit / norms).clamp(max=1)[:, None]
+        allowed = _TOLERANCE * clipped.norm(dim=1).sum()
+        if not (total - clipped.sum(dim=0)).norm() <= allowed:
+            raise _refused("its gradients per patient differ from those of single records")
+        for patient in everyone:
+            without = gradients.clipped_sum(np.delete(everyone, patient), clip=limit)
+            if not (total - without).norm() <= limit + allowed:
+                raise _refused("one patient can contribute more than the clip")
+
+
+def _gradients_by_brute_force(model: nn.Module, records: Records, task: Task) -> Tensor:
+    """Each patient's mean gradient, shape ``(patients, d)`` in float64: one record at a time, without Opacus."""
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not parameters:
+        raise _refused("it has no trainable parameter")
+    means = torch.zeros(records.patient_count, sum(p.numel() for p in parameters.values()), dtype=torch.float64)
+    for row, patient in enumerate(records.patients):
+        loss = loss_per_record(task, model(records.inputs[row : row + 1]), records.targets[row : row + 1])
+        if loss.shape != (1,):
+            raise _refused("it does not give one loss per record")
+        found = torch.autograd.grad(loss.sum(), list(parameters.values()), allow_unused=True)
+        for name, gradient in zip(parameters, found, strict=True):
+            if gradient is None:
+                raise _refused(f"parameter {name} has no part in the loss of some record")
+        flat = torch.cat([gradient.flatten() for gradient in found]).double()
+        means[patient] += flat / records.record_counts[patient]
+    return means
+
+
+def _made_up_records(task: Task, generator: torch.Generator) -> Records:
+    """Seven records of four patients that fit the task: one patient with three records, one with two."""
+    patients = np.array([0, 1, 1, 2, 3, 3, 3], dtype=np.int64)
+    n = len(patients)
+    if isinstance(task.input, TokensInput):
+        inputs = torch.randint(1, task.input.vocabulary, (n, task.input.length), generator=generator)
+        # Every other record is padded in its second half.
+        inputs[::2, (task.input.length + 1) // 2 :] = 0
+    else:
+        inputs = torch.rand(n, *_input_shape(task), generator=generator) * 2 - 1
+    if isinstance(task.input, SeriesInput):
+        values, mask, since = inputs.chunk(3, dim=2)
+        mask.copy_((mask > 0).float())
+        values.mul_(mask)
+        since.abs_()
+    targets = torch.arange(n) % len(task.classes)
+    return Records(inputs, targets.float() if task.outputs == 1 else targets, patients, int(patients.max()) + 1)
+
+
+def _input_shape(task: Task) -> tuple[int, ...]:
+    """Shape of one record that is not made of tokens."""
+    if isinstance(task.input, TableInput):
+        return (task.input.width,)
+    if isinstance(task.input, SeriesInput):
+        return (task.input.steps, 3 * len(task.input.variables))
+    if isinstance(task.input, TokensInput):
+        return (task.input.length,)
+    return (task.input.channels, task.input.height, task.input.width)
+
+
+def _refused(reason: str) -> ConfigError:
+    """The self-check's verdict."""
+    return ConfigError(
+        f"the network failed its privacy self-check: {reason}",
+        hint="Use a network from shared_models/nets, or mend the layer; it must not be trained on records.",
+    )

@@ -1,0 +1,107 @@
+"""Evaluation at a hospital: additive statistics, exact for its own eyes, or noised and priced for release."""
+
+import math
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from client.randomness import SecureRandom, require_system_key
+from client.records.records import Records
+from shared_models.errors import ConfigError
+from shared_models.metrics import record_statistics, statistics_size
+from shared_models.nets.losses import scores
+from shared_models.plan import EvaluationPlan
+from shared_models.tasks import Task
+
+_BATCH = 1024  # records at once on the device
+_PATIENTS = 512  # patients at once in a release: bounds memory, changes no result beyond rounding
+_ROUNDING = 1 - 2.0**-40  # clip this much below S, so that rounding in float64 cannot lift a patient above S
+
+
+def statistics(model: nn.Module, records: Records, task: Task, *, bins: int) -> NDArray[np.float64]:
+    """Exact additive statistics over all records: stays at the hospital, because it is not noised.
+
+    Returns:
+        Shape ``(statistics_size(classes, bins),)``; ``compute_metrics`` turns it, or a sum of several, into metrics.
+
+    Raises:
+        ConfigError: The network's outputs are not finite.
+    """
+    total = np.zeros(statistics_size(len(task.classes), bins))
+    for first in range(0, len(records), _BATCH):
+        part = slice(first, first + _BATCH)
+        rows, finite = _rows(model, records.inputs[part], records.targets[part], task, bins)
+        if not finite.all():
+            raise ConfigError(
+                "the network's outputs are not finite", hint="Lower the learning rate; this model cannot be used."
+            )
+        total += rows.sum(axis=0)
+    return total
+
+
+def released_statistics(
+    model: nn.Module,
+    records: Records,
+    task: Task,
+    *,
+    plan: EvaluationPlan,
+    random: SecureRandom,
+    allow_test_random: bool = False,
+) -> NDArray[np.float64]:
+    """Statistics that may leave: clipped per patient, summed, noised. Charge them before calling, at sample rate 1.
+
+    Guarantees:
+        * Adding or removing one patient, with all records, moves the sum by at most ``plan.clip`` (S) in L2 norm;
+          then Gaussian noise of standard deviation ``noise_multiplier * S`` is added to every entry, also to those
+          that no record reaches and when there are no records.
+        * No record's content raises an exception: a record without a finite score counts as zero.
+
+    Args:
+        model: Network; its device is used, its mode is restored.
+        records: Validation records.
+        task: Names classes and loss.
+        plan: S, noise multiplier and bins.
+        random: Source of the noise, fresh for every charge.
+        allow_test_random: Accept a repeatable generator. Tests only.
+
+    Returns:
+        Shape ``(statistics_size(classes, plan.bins),)``; entries may be negative.
+
+    Raises:
+        ConfigError: ``random`` is not keyed by the operating system.
+    """
+    require_system_key(random, allow_test_random=allow_test_random)
+    total = np.zeros(statistics_size(len(task.classes), plan.bins))
+    for first in range(0, records.patient_count, _PATIENTS):
+        patients = np.arange(first, min(first + _PATIENTS, records.patient_count))
+        inputs, targets, owners = records.select(patients)
+        rows, finite = _rows(model, inputs, targets, task, plan.bins)
+        total += _clipped_sum(np.where(finite[:, None], rows, 0), owners, clip=plan.clip)
+    return total + plan.noise_multiplier * plan.clip * random.gaussian(len(total))
+
+
+def _clipped_sum(rows: NDArray[np.float64], owners: NDArray[np.int64], *, clip: float) -> NDArray[np.float64]:
+    """Sum over patients of the mean of their rows, each clipped to L2 norm ``clip``; ``owners`` ascends from 0."""
+    counts = np.bincount(owners)
+    means = np.add.reduceat(rows, np.cumsum(counts) - counts, axis=0) / counts[:, None]
+    norms = np.linalg.norm(means, axis=1)
+    factors = np.minimum(1, np.divide(clip * _ROUNDING, norms, out=np.full_like(norms, math.inf), where=norms > 0))
+    return factors @ means
+
+
+@torch.no_grad()
+def _rows(
+    model: nn.Module, inputs: Tensor, targets: Tensor, task: Task, bins: int
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Statistics of each record, and whether its score is finite (where not, its row means nothing)."""
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    parts = [scores(task, model(part.to(device))).cpu() for part in inputs.split(_BATCH)]
+    model.train(was_training)
+    score = torch.cat(parts).double().numpy()
+    finite = np.isfinite(score.reshape(len(score), -1)).all(axis=1)
+    score[~finite] = 0
+    return record_statistics(len(task.classes), score, targets.numpy().astype(np.int64), bins=bins), finite

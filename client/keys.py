@@ -1,0 +1,40 @@
+"""The hospital's local secret: it keys the hash that splits patients and fingerprints their set, and never leaves."""
+
+import hashlib
+import hmac
+import os
+from pathlib import Path
+
+from shared_models.errors import IdentityError
+
+KEY_BYTES = 32
+
+
+def local_key(state: Path, purpose: str) -> bytes:
+    """A key of 32 bytes for one purpose, derived from the secret in the state folder; made there at first use (0600).
+
+    Raises:
+        IdentityError: The secret can be read by others, or is not what was written.
+    """
+    path = state / "local.key"
+    state.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        pass
+    else:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(os.urandom(KEY_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+    secret = path.read_bytes()
+    if path.stat().st_mode & 0o077:
+        raise IdentityError(f"{path} can be read by others", hint=f"Run: chmod 600 {path}")
+    if len(secret) != KEY_BYTES:
+        raise IdentityError(f"{path} does not hold {KEY_BYTES} bytes", hint="Restore it from a backup of this folder.")
+    return hmac.digest(secret, purpose.encode(), hashlib.sha256)
+
+
+def split_key(state: Path) -> bytes:
+    """Key of the hash that puts patients into the training or the validation part."""
+    return local_key(state, "validation split")

@@ -1,0 +1,1 @@
+"""Data on disk to validated tensors; patient ids stay here."""

@@ -1,0 +1,83 @@
+"""Validated records in memory: tensors, and which patient each row belongs to."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from shared_models.errors import RecordsError
+
+
+@dataclass(frozen=True, eq=False)
+class Records:
+    """Records of one hospital, or of one part (training, validation) of them.
+
+    Attributes:
+        inputs: Encoded inputs, shape ``(n, ...)``; float32, or int64 token ids.
+        targets: Labels, shape ``(n,)``; float32 for a binary task, int64 otherwise.
+        patients: For each record the index of its patient, shape ``(n,)``, each of ``0 .. patient_count - 1`` at least
+            once. An index says nothing about the patient's id, which never leaves the reader of the file.
+        patient_count: Number of patients: a true count, which stays at the hospital.
+
+    Raises:
+        RecordsError: The lengths disagree, or the patient indices are not as above.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    patients: NDArray[np.int64]
+    patient_count: int
+
+    def __post_init__(self) -> None:
+        records = len(self.patients)
+        if self.inputs.shape[:1] != (records,) or self.targets.shape != (records,) or self.patients.shape != (records,):
+            raise RecordsError("inputs, targets and patients have different lengths", hint="Read the records again.")
+        if not np.array_equal(np.unique(self.patients), np.arange(self.patient_count)):
+            raise RecordsError("patient indices are not 0, 1, 2, ... without gaps", hint="Read the records again.")
+
+    def __len__(self) -> int:
+        """Number of records."""
+        return len(self.patients)
+
+    def __repr__(self) -> str:
+        """Counts only: a log line must not hold a patient's values."""
+        return f"Records({len(self)} records, {self.patient_count} patients)"
+
+    def select(self, patients: NDArray[np.int64]) -> tuple[Tensor, Tensor, NDArray[np.int64]]:
+        """All records of some patients, grouped by patient.
+
+        Args:
+            patients: Distinct patient indices, in any order; may be empty.
+
+        Returns:
+            Inputs, targets, and for each of these records the *position* of its patient in ``patients``, ascending.
+        """
+        rows, owners = self.rows_of(patients)
+        chosen = torch.from_numpy(rows)
+        return self.inputs[chosen], self.targets[chosen], owners
+
+    def rows_of(self, patients: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Row numbers of all records of some patients, and the position of each row's patient in ``patients``."""
+        counts = self.record_counts[patients]
+        owners = np.repeat(np.arange(len(patients)), counts)
+        # The k-th chosen row lies as far into its patient's rows as k lies behind that patient's first chosen row.
+        shift = self._first_row[patients] - (np.cumsum(counts) - counts)
+        return self._by_patient[np.arange(len(owners)) + shift[owners]], owners
+
+    @cached_property
+    def record_counts(self) -> NDArray[np.int64]:
+        """Number of records of each patient, shape ``(patient_count,)``."""
+        return np.bincount(self.patients, minlength=self.patient_count)
+
+    @cached_property
+    def _by_patient(self) -> NDArray[np.int64]:
+        """Row numbers, all of patient 0 first, then all of patient 1, ..."""
+        return np.argsort(self.patients, kind="stable")
+
+    @cached_property
+    def _first_row(self) -> NDArray[np.int64]:
+        """Where each patient's rows begin in ``_by_patient``."""
+        return np.cumsum(self.record_counts) - self.record_counts

@@ -1,0 +1,92 @@
+"""A hospital's own settings, ``hospital.toml``: who it is, whom it calls, where its files lie, what it permits.
+
+Secrets enter as file paths only. All paths are relative to the folder of the settings file, so that the folder can be
+moved as one.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, ValidationError, ValidationInfo
+
+from client.policy import Policy, Population
+from shared_models.errors import ConfigError
+from shared_models.plan import Frozen, Name, explain, read_toml
+
+
+def _beside_the_settings(path: Path, info: ValidationInfo) -> Path:
+    """Read a path as relative to the settings file's folder, which ``read_settings`` passes as the context."""
+    folder: Path = info.context["folder"] if info.context else Path()
+    return folder / path
+
+
+def _host_and_port(address: str) -> str:
+    """Accept ``host:port`` and ``[v6]:port`` with a usable port."""
+    host, _, port = address.rpartition(":")
+    bracketed = host.startswith("[") and host.endswith("]")
+    if not host or "/" in host or any(c.isspace() for c in host) or (":" in host and not bracketed):
+        raise ValueError(f"must be host:port, without a scheme or a path; not {address!r}")
+    if not (port.isascii() and port.isdigit() and 1 <= int(port) <= 65_535):
+        raise ValueError(f"the port must be a number from 1 to 65535, not {port!r}")
+    return address
+
+
+LocalPath = Annotated[Path, AfterValidator(_beside_the_settings)]
+Address = Annotated[str, AfterValidator(_host_and_port)]
+
+
+class Tls(Frozen):
+    """Files of the mutual TLS connection: the coordinator proves itself to the hospital and the other way round."""
+
+    ca: LocalPath
+    certificate: LocalPath
+    key: LocalPath
+
+
+class Keys(Frozen):
+    """Private key files: ``identity`` (Ed25519) signs the ledger, ``node`` (ECDSA P-384) is Flower's node key."""
+
+    identity: LocalPath
+    node: LocalPath
+
+
+class Settings(Frozen):
+    """Everything that one hospital's processes need to know.
+
+    Attributes:
+        name: The hospital's registered name.
+        coordinator: Address of the coordinator, ``host:port``.
+        records: Folder with ``manifest.toml`` and the file that it names.
+        state: Folder for the ledger, its head file and the logs; must outlive the process.
+        device: ``auto`` takes CUDA when it is there, else the CPU.
+        threads: Threads that torch may use.
+    """
+
+    name: Name
+    coordinator: Address
+    records: LocalPath
+    state: LocalPath
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: Annotated[int, Field(ge=1, le=1024)] = 1
+    tls: Tls
+    keys: Keys
+    population: Population
+    policy: Policy
+
+
+def read_settings(path: Path) -> Settings:
+    """Read and validate ``hospital.toml``, every error at once.
+
+    Goes through JSON so that TOML's lists and texts fit the strict model's tuples and paths.
+
+    Raises:
+        ConfigError: The file is missing, or a key is unknown, missing or out of range; delta is above
+            1 / (10 * public size).
+    """
+    fields = read_toml(path, "settings file")
+    try:
+        return Settings.model_validate_json(json.dumps(fields), context={"folder": path.absolute().parent})
+    except (ValidationError, TypeError, ValueError) as error:
+        text = explain(error) if isinstance(error, ValidationError) else str(error)
+        raise ConfigError(f"{path}: {text}", hint="See docs/hospital.md for every key and its range.") from None

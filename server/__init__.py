@@ -1,0 +1,1 @@
+"""The coordinator: trusted to be present, not to be discreet."""

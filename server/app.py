@@ -1,0 +1,59 @@
+"""Flower's ServerApp of the coordinator: reads what to run from the context, and runs the rounds."""
+
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from server.card import write_card
+from server.gather import Gather
+from server.round import Study, run_study
+from shared_models.errors import ConfigError, FederationError
+from shared_models.plan import read_plan
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the study whose plan and folder the context's run configuration names.
+
+    The hospitals that may take part, with their identity keys, come in the context's state.
+
+    Raises:
+        FederationError: What stopped the study; it is in the journal too.
+    """
+    plan = read_plan(Path(str(context.run_config["plan"])))
+    folder = Path(str(context.run_config["folder"]))
+    identities = context.state.config_records["identities"]
+    hospitals = {name: _public_key(Path(str(path))) for name, path in identities.items()}
+    if (folder / "events.jsonl").exists():
+        raise ConfigError(
+            f"study {plan.study} has run here before",
+            hint=f"Give the new study another name, or move {folder} away; its hospitals have charged it already.",
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    study = Study(plan, hospitals, Gather(grid, frozenset(hospitals)), folder)
+    try:
+        statements = run_study(study)
+        card = write_card(folder, plan, study.enrolled, statements)
+    except FederationError as error:
+        study.journal.write("failed", error=str(error), hint=error.hint)
+        raise
+    study.journal.write(
+        "finished",
+        model=str(folder / "model.safetensors"),
+        card=str(card),
+        hospitals={name: statement.model_dump(mode="json") for name, statement in statements.items()},
+    )
+
+
+def _public_key(path: Path) -> bytes:
+    """A hospital's Ed25519 identity key, 32 bytes in hexadecimal."""
+    try:
+        key = bytes.fromhex(path.read_text(encoding="ascii").strip())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"identity key {path} cannot be read: {error}", hint="Check [[hospitals]].") from None
+    if len(key) != 32:
+        raise ConfigError(f"identity key {path} is not 32 bytes", hint="Check [[hospitals]].")
+    return key

@@ -1,0 +1,144 @@
+"""The model card: what the model is, what it was trained on, what it cost whom. Markdown for people, JSON for tools."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from shared_models.messages import PrivacyStatement
+from shared_models.plan import StudyPlan
+from shared_models.software import software_digest
+from shared_models.tasks import find_task
+
+Metrics = Mapping[str, float]
+
+
+def write_card(
+    folder: Path,
+    plan: StudyPlan,
+    public_sizes: Mapping[str, int],
+    statements: Mapping[str, PrivacyStatement],
+    *,
+    metrics: Mapping[str, Metrics] | None = None,
+    about_data: str | None = None,
+) -> Path:
+    """Write ``card.md`` and ``card.json`` beside the model.
+
+    Args:
+        folder: The study's folder.
+        plan: As approved by every hospital.
+        public_sizes: Declared sizes of the hospitals that took part.
+        statements: What each hospital states the study cost, by its own ledger.
+        metrics: Figures by the name of what was measured, where somebody measured on data of nobody's budget.
+        about_data: A sentence on where the data comes from.
+
+    Returns:
+        Path of ``card.md``.
+    """
+    card = {
+        "study": plan.study,
+        "purpose": plan.purpose,
+        "task": plan.task,
+        "description": find_task(plan.task).description,
+        "network": plan.network.model_dump(mode="json"),
+        "rounds": plan.rounds,
+        "plan_digest": plan.digest(),
+        "software_digest": software_digest(),
+        "data_licence": plan.data_licence,
+        "data": about_data,
+        "public_sizes": dict(sorted(public_sizes.items())),
+        "privacy": {name: s.model_dump(mode="json") for name, s in sorted(statements.items())},
+        "secure_aggregation": {"enabled": False},
+        "metrics": metrics,
+    }
+    _write(folder / "card.json", json.dumps(card, indent=2) + "\n")
+    _write(folder / "card.md", _markdown(plan, card, statements, metrics or {}))
+    return folder / "card.md"
+
+
+def read_statements(folder: Path) -> tuple[dict[str, int], dict[str, PrivacyStatement]]:
+    """Public sizes and privacy statements of a card written before."""
+    card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
+    statements = {name: PrivacyStatement.model_validate(fields) for name, fields in card["privacy"].items()}
+    return card["public_sizes"], statements
+
+
+_TEMPLATE = """\
+# Model card: {plan.study}
+
+{plan.purpose}
+
+- Task: {plan.task}: {description}
+- Network: {plan.network.name}; {plan.rounds} rounds of {plan.training.steps} local steps, FedAvg weighted by public sizes
+- Data: {data}
+- Data licence: {plan.data_licence}
+- Plan digest: `{plan_digest}`
+- Software digest: `{software_digest}`
+
+## What it cost
+
+Unit: one patient, all records together. Neighbouring data sets differ by adding or removing one patient.
+Mechanism: Poisson sampling with rate {plan.privacy.sample_rate:g}, clip {plan.privacy.clip:g}, noise multiplier
+{plan.privacy.noise_multiplier:g}, in every local step at every hospital.
+
+| hospital | public size | charges | epsilon | enforced epsilon | of budget | delta | accountant |
+| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |
+{costs}
+
+*epsilon* is the tight figure for the schedule as executed, valid if it was fixed in advance. *enforced epsilon* is what
+the hospital's Renyi filter held it to, valid whatever was decided on the way. Both are the hospitals' own statements;
+their signed ledgers are the evidence.
+
+## Who could learn what
+
+Each hospital's noised update reached the coordinator readable: secure aggregation is not part of this version. What
+protects a patient is the noise that the hospital added before anything left it.
+{metrics}
+## Intended use
+
+Research. Not a medical device; validate locally before any use on patients.
+"""
+
+
+def _markdown(
+    plan: StudyPlan, card: Mapping[str, Any], statements: Mapping[str, PrivacyStatement], metrics: Mapping[str, Metrics]
+) -> str:
+    """The card for people."""
+    costs = [
+        f"| {name} | {s.public_size} | {s.rounds} | {s.epsilon:.3f} | {s.epsilon_filter:.3f} | {s.budget_epsilon:g} "
+        f"| {s.delta:g} | {s.accountant} |"
+        for name, s in sorted(statements.items())
+    ]
+    return _TEMPLATE.format(
+        plan=plan,
+        description=card["description"],
+        data=card["data"] or "stays at the hospitals named below",
+        plan_digest=card["plan_digest"],
+        software_digest=card["software_digest"],
+        costs="\n".join(costs),
+        metrics=_metrics_table(metrics),
+    )
+
+
+def _metrics_table(metrics: Mapping[str, Metrics]) -> str:
+    """One row per model, one column per figure; empty where nothing was measured."""
+    if not metrics:
+        return ""
+    names = sorted({name for figures in metrics.values() for name in figures} - {"records"})
+    rows = ["", "## Metrics", "", "On a test part that belongs to no hospital.", ""]
+    rows += ["| model | " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(names)]
+    for model, figures in metrics.items():
+        cells = [f"{figures[name]:.3f}" if name in figures else "" for name in names]
+        rows.append(f"| {model} | " + " | ".join(cells) + " |")
+    return "\n".join([*rows, ""])
+
+
+def _write(path: Path, text: str) -> None:
+    """Replace a file whole."""
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

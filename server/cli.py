@@ -1,0 +1,75 @@
+"""The coordinator's command, ``konsil-coordinator``. Torch and Flower are imported inside the commands that need them."""
+
+import logging
+import signal
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from shared_models import terminal
+
+app = typer.Typer(
+    help="The coordinator: runs studies over hospitals, averages their noised updates, hands out the model.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+
+@app.command()
+def run(
+    plan: Annotated[Path, typer.Argument(help="The study plan (TOML).")],
+    settings_file: Annotated[Path, typer.Option("--settings", help="The coordinator's settings, coordinator.toml.")],
+    folder: Annotated[
+        Path | None,
+        typer.Option("--folder", help="Where model, card, checkpoints and journal go; by default in the state."),
+    ] = None,
+) -> None:
+    """Run one study to its end: wait for the hospitals, train, write the model and its card."""
+    from server.coordinator import run_study
+    from server.settings import read_settings
+    from shared_models.plan import read_plan
+
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s coordinator %(levelname)s %(message)s")
+    logging.getLogger("konsil").setLevel(logging.INFO)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    settings = read_settings(settings_file)
+    study = read_plan(plan).study
+    run_study(settings, plan, folder or settings.state / "studies" / study)
+
+
+@app.command()
+def demo(
+    study: Annotated[str, typer.Option(help="breast-cancer, or heart-disease (needs KONSIL_DATA).")] = "breast-cancer",
+    rounds: Annotated[int | None, typer.Option(min=1, max=1000, help="Rounds; the noise is fitted to them.")] = None,
+    hospitals: Annotated[int, typer.Option(min=2, max=20, help="Hospitals; heart-disease has four.")] = 4,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")] = None,
+    folder: Annotated[
+        Path | None, typer.Option(help="Where everything goes; must not exist. Default: konsil-demo/STUDY-TIME.")
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Port of the coordinator; default: a free one.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the artificial split into hospitals.")] = 0,
+) -> None:
+    """Play everybody on this machine: a coordinator and hospitals as separate processes over TLS, one study end to end."""
+    from rich.console import Console
+
+    from server.demo import Options, run_demo
+
+    now = datetime.now().astimezone().strftime("%Y%m%d-%H%M%S")
+    target = folder or Path("konsil-demo") / f"{study}-{now}"
+    options = Options(study, rounds, hospitals, target, json_file, port, seed)
+    run_demo(options, Console())
+
+
+def main() -> None:
+    """Entry point of ``konsil-coordinator``."""
+    terminal.run(app)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,389 @@
+"""The long-lived process of the coordinator: Flower's SuperLink inside it, behind TLS and an admission layer.
+
+Flower's Control and Runtime APIs are anonymous, so they are never served: this process calls their handlers directly.
+The one port that hospitals reach speaks the eight Fleet calls of a registered node, and nothing else; it demands a
+client certificate, and then Flower's node authentication decides which hospital is speaking.
+"""
+
+import asyncio
+import logging
+import os
+import secrets
+import socket
+import ssl
+import threading
+import time
+from base64 import b64encode
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from cryptography.hazmat.primitives.asymmetric.ec import SECP384R1, EllipticCurvePublicKey
+from cryptography.hazmat.primitives.serialization import load_ssh_public_key
+from cryptography.x509 import load_pem_x509_certificate
+
+# Flower phones home and looks for updates unless told not to, before it is imported.
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.common.constant import (
+    ISOLATION_MODE_PROCESS,
+    NOOP_ACCOUNT_NAME,
+    NOOP_FLWR_AID,
+    SUPERLINK_NODE_ID,
+    TRANSPORT_TYPE_GRPC_RERE,
+    Status,
+    SubStatus,
+)
+from flwr.server.superlink.linkstate import InMemoryLinkState, LinkState
+from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME, NOOP_FEDERATION_ID, NodeStatus, TaskType
+from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
+from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
+from flwr.superlink.config_loader import SuperLinkLifespanConfig
+from flwr.superlink.grid import HttpGrid
+from flwr.superlink.main import create_app
+from flwr.superlink.servicer.runtime import runtime_handlers
+
+from server.settings import RegisteredHospital, Settings
+from shared_models.errors import ConfigError, IdentityError
+
+# Flower logs every call on a handler of its own; the journal says what happened.
+logging.getLogger("flwr").setLevel(logging.ERROR)
+
+FLEET_CALLS = frozenset(
+    f"/v1/fleet/{call}"
+    for call in (
+        "activate-node",
+        "deactivate-node",
+        "send-node-heartbeat",
+        "pull-messages",
+        "push-messages",
+        "push-object",
+        "pull-object",
+        "confirm-message-received",
+    )
+)
+LONG_POLL_S = 10.0  # well below the 30 s at which Flower's client gives up
+TASK_HEARTBEAT_S = 10.0
+
+Asgi = Callable[[dict[str, Any], Any, Any], Any]
+
+
+class _LinkState(InMemoryLinkState):
+    """Flower's own state with two of its delays removed."""
+
+    def activate_node(self, node_id: int, heartbeat_interval: float) -> bool:
+        """End the node's stale lease first: a killed hospital is back at once, not after its lease has run out.
+
+        Only an authenticated activation reaches this: the request is signed with the node's key and names that key.
+        """
+        self.deactivate_node(node_id)
+        return super().activate_node(node_id, heartbeat_interval)
+
+    def get_message_res(self, message_ids: set[str], run_id: int) -> list[Message]:
+        """Hand out a reply once all its objects have arrived; stock Flower hands it out before, then waits a second."""
+        with self.lock:
+            ready = {message_id for message_id in message_ids if self._whole(message_id)}
+        return super().get_message_res(ready, run_id) if ready else []
+
+    def _whole(self, message_id: str) -> bool:
+        reply_id = self.message_ins_id_to_message_res_id.get(message_id)
+        if reply_id is None or reply_id not in self.object_store:
+            return True  # nothing has come, or an error without objects: Flower knows what to say
+        tree = self.object_store.get_object_tree(reply_id)
+        return all(self.object_store.get(node.object_id) != b"" for node in iterate_object_tree(tree))
+
+
+class _Doorbell:
+    """Lets a hospital's pull wait until there is something to pull, instead of asking again and again."""
+
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._bells: dict[bytes, asyncio.Event] = {}
+        self._closed = False
+        self.public_keys: dict[int, bytes] = {}  # node id -> the header by which its requests are recognised
+
+    def ring(self, node_ids: Iterable[int]) -> None:
+        """Called from the study's thread when messages for these nodes have been stored."""
+        if self._loop is not None:
+            for node_id in set(node_ids):
+                self._loop.call_soon_threadsafe(self._bell(self.public_keys.get(node_id, b"")).set)
+
+    def close(self) -> None:
+        """Let every waiting pull through, and hold none any more."""
+        self._closed = True
+        self.ring(self.public_keys)
+
+    def _bell(self, public_key: bytes) -> asyncio.Event:
+        return self._bells.setdefault(public_key, asyncio.Event())
+
+    async def wait(self, public_key: bytes) -> asyncio.Event | None:
+        """Wait until the bell of this node rings, or long enough. A stranger's key has no bell and never waits."""
+        self._loop = asyncio.get_running_loop()
+        if self._closed or public_key not in self.public_keys.values():
+            return None
+        bell = self._bell(public_key)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(bell.wait(), LONG_POLL_S)
+        bell.clear()
+        return bell
+
+
+class Admission:
+    """ASGI middleware: the Fleet calls of a registered node pass; everything else is refused before Flower sees it."""
+
+    def __init__(self, app: Asgi, doorbell: _Doorbell) -> None:
+        self._app = app
+        self._doorbell = doorbell
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        """Admit by method and path; hold a pull until there is a message."""
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+        elif scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in FLEET_CALLS:
+            await _forbid(scope, send)
+        elif scope["path"] == "/v1/fleet/pull-messages":
+            await self._hold(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+    async def _hold(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        headers = dict(scope["headers"])
+        bell = await self._doorbell.wait(headers.get(b"flwr-public-key", b""))
+
+        async def note(event: dict[str, Any]) -> None:
+            # A message went out, so another may be waiting behind it: let the next pull through at once.
+            if bell is not None and event["type"] == "http.response.body" and event.get("body"):
+                bell.set()
+            await send(event)
+
+        await self._app(scope, receive, note)
+
+
+async def _forbid(scope: dict[str, Any], send: Any) -> None:
+    if scope["type"] == "websocket":
+        await send({"type": "websocket.close", "code": 1008})
+        return
+    await send({"type": "http.response.start", "status": 403, "headers": [(b"content-type", b"text/plain")]})
+    await send({"type": "http.response.body", "body": b"not served here\n"})
+
+
+class _RuntimeCalls:
+    """What ``HttpGrid`` asks of a Runtime API client, answered by Flower's own handlers in this process.
+
+    The names are Flower's; each takes its protobuf request.
+    """
+
+    def __init__(self, state: LinkState, task: Any) -> None:
+        for name, handler in {
+            "GetNodes": runtime_handlers.get_nodes,
+            "PushMessages": runtime_handlers.push_messages,
+            "PullMessages": runtime_handlers.pull_messages,
+            "PushObject": runtime_handlers.push_object,
+            "PullObject": runtime_handlers.pull_object,
+            "ConfirmMessageReceived": runtime_handlers.confirm_message_received,
+        }.items():
+            setattr(self, name, partial(handler, state=state, task=task))
+
+    def close(self) -> None:
+        """Nothing to close: there is no connection."""
+
+
+class InProcessGrid(HttpGrid):
+    """Flower's Grid without its HTTP: the ServerApp and the SuperLink share this process."""
+
+    def __init__(self, state: LinkState, task: Any, doorbell: _Doorbell) -> None:
+        super().__init__(token="in-process")  # noqa: S106 - not a secret: no request ever carries it
+        self._client = _RuntimeCalls(state, task)  # type: ignore[assignment]  # the calls HttpGrid makes, nothing else
+        self._doorbell = doorbell
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Store the messages and everything they refer to, then wake the hospitals they are for."""
+        batch = list(messages)
+        message_ids = super().push_messages(batch)
+        self._doorbell.ring(message.metadata.dst_node_id for message in batch)
+        return message_ids
+
+
+class SuperLink:
+    """Flower's SuperLink, served to registered hospitals only; a context manager.
+
+    Raises:
+        ConfigError: The port is in use, or a file of the settings cannot be read.
+        IdentityError: The coordinator's certificate has expired, or a hospital's node key is no P-384 public key.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._doorbell = _Doorbell()
+        app = create_app(_lifespan_config(settings), SuperLinkLifespan)
+        factory = app.state.linkstate_factory
+        factory.state_instance = _LinkState(factory.federation_manager, factory.objectstore_factory.store())
+        self.state: LinkState = factory.state_instance
+        self.node_ids = {hospital.name: self._register(hospital) for hospital in settings.hospitals}
+        self._server = uvicorn.Server(_uvicorn_config(Admission(app, self._doorbell), settings))
+        self._thread = threading.Thread(target=self._serve, name="superlink", daemon=True)
+
+    def _register(self, hospital: RegisteredHospital) -> int:
+        try:
+            key = load_ssh_public_key(hospital.node_key.read_bytes())
+        except (OSError, ValueError) as error:
+            raise IdentityError(
+                f"the node key of {hospital.name} cannot be read: {error}", hint=f"Check {hospital.node_key}."
+            ) from None
+        if not isinstance(key, EllipticCurvePublicKey) or not isinstance(key.curve, SECP384R1):
+            raise IdentityError(
+                f"the node key of {hospital.name} is no P-384 key", hint="Flower's node keys are P-384."
+            )
+        public_bytes = public_key_to_bytes(key)
+        node_id = self.state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, public_bytes, 0, name=hospital.name)
+        self._doorbell.public_keys[node_id] = b64encode(public_bytes)
+        return node_id
+
+    def __enter__(self) -> "SuperLink":
+        host, port = self._settings.host, self._settings.port
+        try:
+            self._socket = socket.create_server((host, port), reuse_port=False)
+        except OSError as error:
+            raise ConfigError(
+                f"cannot listen on {host}:{port}: {error.strerror}", hint="Stop what uses the port, or choose another."
+            ) from None
+        self._thread.start()
+        while not self._server.started:
+            if not self._thread.is_alive():
+                raise ConfigError("the SuperLink did not start", hint="See the log above.")
+            time.sleep(0.01)
+        return self
+
+    def _serve(self) -> None:
+        self._server.run(sockets=[self._socket])
+
+    def __exit__(self, *_: object) -> None:
+        self._doorbell.close()
+        self._server.should_exit = True
+        self._thread.join(timeout=10)
+        self._socket.close()
+
+    def online(self) -> set[str]:
+        """Names of the hospitals whose lease is alive."""
+        infos = self.state.get_node_info(node_ids=list(self.node_ids.values()), statuses=[NodeStatus.ONLINE])
+        return {info.name for info in infos}
+
+    @contextmanager
+    def run(self) -> Iterator[InProcessGrid]:
+        """One Flower run: created, claimed and kept alive by this process, with no bundle that anyone could fetch."""
+        state = self.state
+        run_id = state.create_run(None, None, None, {}, NOOP_FEDERATION_ID, None, NOOP_FLWR_AID, TaskType.SERVER_APP)
+        (task,) = [task for task in state.get_tasks(statuses=[Status.PENDING]) if task.run_id == run_id]
+        if state.claim_task(task.task_id) is None or not state.activate_task(task.task_id):
+            raise ConfigError("Flower would not start the run", hint="This Flower version is not supported.")
+        TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = run_id, task.task_id, SUPERLINK_NODE_ID
+        grid = InProcessGrid(state, task, self._doorbell)
+        grid.set_run(state.get_run_info(run_ids=[run_id])[0])
+        done = threading.Event()
+        heartbeat = threading.Thread(target=_keep_alive, args=(state, task.task_id, done), daemon=True)
+        heartbeat.start()
+        outcome = SubStatus.FAILED
+        try:
+            yield grid
+            outcome = SubStatus.COMPLETED
+        finally:
+            done.set()
+            heartbeat.join()
+            state.finish_task(task.task_id, sub_status=outcome, details="")
+
+
+def _keep_alive(state: LinkState, task_id: int, done: threading.Event) -> None:
+    while not done.wait(TASK_HEARTBEAT_S):
+        state.acknowledge_task_heartbeat(task_id)
+
+
+def _lifespan_config(settings: Settings) -> SuperLinkLifespanConfig:
+    """Flower's own settings: everything optional is off, and nothing is installed from a network."""
+    return SuperLinkLifespanConfig(
+        control_address="",
+        health_server_address=None,
+        host=settings.host,
+        port=settings.port,
+        insecure=False,
+        certificates=None,
+        superexec_auth_secret=secrets.token_bytes(32),
+        authn_plugin=NoOpControlAuthnPlugin(),
+        event_log_plugin=None,
+        fleet_event_log_plugin=None,
+        enable_event_log=False,
+        artifact_provider=None,
+        enable_supernode_auth=True,
+        fleet_api_type=TRANSPORT_TYPE_GRPC_RERE,
+        fleet_api_address=None,
+        simulation=False,
+        ssl_ca_certfile=None,
+        ssl_certfile=None,
+        ssl_keyfile=None,
+        database=FLWR_IN_MEMORY_DB_NAME,
+        isolation=ISOLATION_MODE_PROCESS,
+        runtime_dependency_install=False,
+    )
+
+
+def _uvicorn_config(app: Asgi, settings: Settings) -> uvicorn.Config:
+    certificate = _valid_certificate(settings.tls.certificate)
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=3,
+        timeout_keep_alive=120,  # longer than a hospital trains between two calls
+        ssl_certfile=certificate,
+        ssl_keyfile=settings.tls.key,
+        ssl_ca_certs=str(settings.tls.ca),
+        ssl_cert_reqs=ssl.CERT_REQUIRED,
+    )
+    try:
+        config.load()
+    except (OSError, ssl.SSLError) as error:
+        raise IdentityError(f"the TLS files cannot be used: {error}", hint="Check [tls] in the settings.") from None
+    if config.ssl is not None:
+        config.ssl.minimum_version = ssl.TLSVersion.TLSv1_3
+    return config
+
+
+def _valid_certificate(path: Path) -> Path:
+    """The path of a certificate that is valid today."""
+    try:
+        certificate = load_pem_x509_certificate(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise IdentityError(
+            f"certificate {path} cannot be read: {error}", hint="Check [tls] in the settings."
+        ) from None
+    now = datetime.now(UTC)
+    if not certificate.not_valid_before_utc <= now < certificate.not_valid_after_utc:
+        raise IdentityError(
+            f"certificate {path} is valid from {certificate.not_valid_before_utc:%Y-%m-%d} to "
+            f"{certificate.not_valid_after_utc:%Y-%m-%d}, and today is {now:%Y-%m-%d}",
+            hint="Have it renewed by the authority that hospitals trust, or mend this machine's clock.",
+        )
+    return path
+
+
+def run_study(settings: Settings, plan_file: Path, folder: Path) -> None:
+    """Host the SuperLink and run one study to its end, in this process.
+
+    Raises:
+        FederationError: What stopped the study; the last checkpoint stays valid.
+    """
+    from server.app import app  # noqa: PLC0415 - torch is only needed once a study really starts
+
+    with SuperLink(settings) as link, link.run() as grid:
+        config = {"plan": str(plan_file), "folder": str(folder)}
+        identities = {hospital.name: str(hospital.identity) for hospital in settings.hospitals}
+        state = RecordDict({"identities": ConfigRecord(identities)})
+        app(grid, Context(grid.run.run_id, SUPERLINK_NODE_ID, {}, state, config))

@@ -1,0 +1,421 @@
+"""The demo: a coordinator and hospitals as separate processes on this machine, over real TLS, one study end to end.
+
+It plays the people: makes throw-away keys and folders, starts the commands, watches, compares, and cleans up after
+itself. It computes no update and sees no record that a hospital holds.
+"""
+
+import json
+import queue
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+
+from server.card import read_statements, write_card
+from server.examples import Example, write_example
+from server.journal import read_events
+from server.pki import Authority, create_hospital_keys
+from server.processes import Children, MemoryMeter
+from shared_models.errors import ConfigError, FederationError
+from shared_models.plan import StudyPlan
+from shared_models.privacy.mechanisms import best_order, calibrate_noise, study_mechanisms
+
+LOOK_EVERY_S = 0.1
+BUDGET = 1.0  # of every hospital in the demo, per patient
+
+
+@dataclass
+class Progress:
+    """What the demo has seen so far, for the live view."""
+
+    study: str
+    rounds: int
+    hospitals: tuple[str, ...]
+    started: float = field(default_factory=time.monotonic)
+    first_round: float | None = None
+    round: int = 0
+    seconds: float = 0.0
+    status: dict[str, str] = field(default_factory=dict)
+    epsilon: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    released: dict[str, float] | None = None
+    finished: dict[str, Any] | None = None
+
+    def see(self, event: Mapping[str, Any]) -> None:
+        """Take in one event of the coordinator's journal."""
+        match event["event"]:
+            case "enrolled":
+                self.status[event["hospital"]] = f"joined, public size {event['public_size']}"
+            case "refused" | "left-out":
+                self.status[event["hospital"]] = f"{event['event']}: {event.get('code') or event.get('reason')}"
+            case "round":
+                self.first_round = self.first_round or time.monotonic() - event["seconds"]
+                self.round, self.seconds = event["round"], event["seconds"]
+                self.epsilon, self.released = event["epsilon_filter"], event["metrics_released"] or self.released
+                self.status |= dict.fromkeys(event["answered"], "answered") | dict.fromkeys(event["missing"], "missing")
+            case "finished":
+                self.finished = dict(event)
+
+    def left_s(self) -> float | None:
+        """Seconds that the remaining rounds will take, at the pace so far."""
+        if not self.round or self.first_round is None:
+            return None
+        return (time.monotonic() - self.first_round) / self.round * (self.rounds - self.round)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line chose; None means the study's own default."""
+
+    study: str
+    rounds: int | None
+    hospitals: int
+    folder: Path
+    json_file: Path | None
+    port: int | None
+    seed: int
+
+
+def run_demo(options: Options, console: Console) -> None:
+    """Run the demo from keys to comparison.
+
+    Raises:
+        FederationError: Something failed; every child process has been ended.
+    """
+    started = time.monotonic()
+    folder = _fresh_folder(options.folder)
+    example = write_example(options.study, folder / "data", hospitals=options.hospitals, seed=options.seed)
+    plan = fit_plan(example, options.rounds)
+    console.print(f"[bold]{plan.study}[/]: {example.split}.")
+    console.print(
+        f"{len(example.hospitals)} hospitals, {plan.rounds} rounds, everything under {folder}\n", highlight=False
+    )
+    lay_out(folder, example, plan, options.port or _free_port())
+    with MemoryMeter() as memory, Children(folder / "logs") as children:
+        progress = train(children, folder, example, plan, console)
+        baselines = compare(children, folder, example, console)
+        final = _measure(children, folder / "study" / "model.safetensors", example.test)
+    card = _finish_card(folder / "study", plan, example, {"federated, private": final, **_named(baselines)})
+    report = _report(plan, progress, final, baselines, folder, card, seconds=time.monotonic() - started)
+    report["peak_memory_mb"] = round(memory.peak_mb, 1)
+    _print_comparison(console, report, example)
+    if options.json_file is not None:
+        options.json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def fit_plan(example: Example, rounds: int | None) -> StudyPlan:
+    """The example's plan for another number of rounds: the noise is calibrated again, so that it costs the same."""
+    plan = example.plan
+    if rounds is None or rounds == plan.rounds:
+        return plan
+    privacy = plan.privacy
+    steps = (rounds + privacy.spare_charges) * plan.training.steps
+    noise = calibrate_noise(sample_rate=privacy.sample_rate, steps=steps, epsilon=privacy.epsilon, delta=privacy.delta)
+    update = {"rounds": rounds, "privacy": privacy.model_copy(update={"noise_multiplier": noise})}
+    return plan.model_copy(update=update)
+
+
+def lay_out(folder: Path, example: Example, plan: StudyPlan, port: int) -> None:
+    """Make the throw-away keys, certificates and settings of everybody, as they would do themselves."""
+    authority = Authority(folder / "authority")
+    authority.issue(folder / "coordinator", "coordinator", hosts=["127.0.0.1", "localhost"])
+    (folder / "plan.toml").write_text(plan_text(plan), encoding="utf-8")
+    public = folder / "coordinator" / "hospitals"
+    for hospital in example.hospitals:
+        home = folder / "hospitals" / hospital.name
+        create_hospital_keys(home / "keys", public, hospital.name)
+        authority.issue(home / "keys", hospital.name)
+        settings = hospital_settings(
+            hospital.name, hospital.folder, hospital.public_size, plan, port, authority.certificate
+        )
+        (home / "hospital.toml").write_text(tomli_w.dumps(settings), encoding="utf-8")
+    settings = coordinator_settings([hospital.name for hospital in example.hospitals], port, authority.certificate)
+    (folder / "coordinator" / "coordinator.toml").write_text(tomli_w.dumps(settings), encoding="utf-8")
+
+
+def plan_text(plan: StudyPlan) -> str:
+    """A plan as TOML; what is absent stays absent."""
+    return tomli_w.dumps(plan.model_dump(mode="json", exclude_none=True))
+
+
+def coordinator_settings(hospitals: list[str], port: int, authority: Path) -> dict[str, Any]:
+    """The coordinator's settings for a trial on this machine."""
+    return {
+        "host": "127.0.0.1",
+        "port": port,
+        "state": "state",
+        "tls": {"ca": str(authority.absolute()), "certificate": "tls.pem", "key": "tls.key"},
+        "hospitals": [
+            {"name": n, "node_key": f"hospitals/{n}.node.pub", "identity": f"hospitals/{n}.identity.pub"}
+            for n in hospitals
+        ],
+    }
+
+
+def hospital_settings(
+    name: str, records: Path, public_size: int, plan: StudyPlan, port: int, authority: Path
+) -> dict[str, Any]:
+    """One hospital's settings for a trial: a budget of its own, and a standing approval for this kind of study."""
+    delta = plan.privacy.delta
+    return {
+        "name": name,
+        "coordinator": f"127.0.0.1:{port}",
+        "records": str(records.absolute()),
+        "state": "state",
+        "device": "cpu",
+        "threads": 1,
+        "tls": {"ca": str(authority.absolute()), "certificate": "keys/tls.pem", "key": "keys/tls.key"},
+        "keys": {"identity": "keys/identity.key", "node": "keys/node.key"},
+        "population": {
+            "name": "all-patients",
+            "public_size": public_size,
+            "epsilon": max(BUDGET, plan.privacy.epsilon),
+            "delta": delta,
+            "order": best_order(study_mechanisms(plan, public_size), delta),
+        },
+        "policy": {
+            "tasks": [plan.task],
+            "networks": [plan.network.name],
+            "minimum_noise_multiplier": plan.privacy.noise_multiplier,
+            "maximum_epsilon_per_study": plan.privacy.epsilon,
+            "minimum_hospitals": plan.minimum_hospitals,
+            "maximum_rounds": plan.rounds + plan.privacy.spare_charges,
+            "standing_approval": True,
+            "release_validation": plan.evaluation is not None,
+        },
+    }
+
+
+def train(children: Children, folder: Path, example: Example, plan: StudyPlan, console: Console) -> Progress:
+    """Start everybody, feed each new checkpoint to a measuring process, and watch until the study is over."""
+    meter = children.start("measure", "konsil-hospital", "evaluate", "--records", str(example.test), talk=True)
+    home = folder / "coordinator"
+    children.start(
+        "coordinator",
+        "konsil-coordinator",
+        "run",
+        str(folder / "plan.toml"),
+        "--settings",
+        str(home / "coordinator.toml"),
+        "--folder",
+        str(folder / "study"),
+    )
+    names = tuple(hospital.name for hospital in example.hospitals)
+    for name in names:
+        children.start(name, "konsil-hospital", "start", str(folder / "hospitals" / name / "hospital.toml"))
+    progress = Progress(plan.study, plan.rounds, names)
+    figures = _lines_of(meter)
+    offset = 0
+    with Live(console=console, refresh_per_second=4, transient=console.is_terminal) as live:
+        while progress.finished is None:
+            running = children.check("coordinator")
+            for name in names:
+                if not children.check(name):
+                    progress.status[name] = "gone"
+            events, offset = read_events(folder / "study" / "events.jsonl", offset)
+            for event in events:
+                progress.see(event)
+                if event["event"] == "round" and meter.stdin is not None:
+                    print(event["checkpoint"], file=meter.stdin, flush=True)
+                if event["event"] == "round" and not console.is_terminal:
+                    console.print(_plain(progress), highlight=False)
+            while not figures.empty():
+                progress.metrics = json.loads(figures.get())
+            live.update(_view(progress) if console.is_terminal else "")
+            if not running and progress.finished is None and not events:
+                raise FederationError("the coordinator ended before the study did", hint=f"See {folder / 'logs'}.")
+            time.sleep(LOOK_EVERY_S)
+    return progress
+
+
+def compare(children: Children, folder: Path, example: Example, console: Console) -> dict[str, Any]:
+    """Train each hospital alone and all data pooled, without privacy, and measure on the same test part."""
+    out = folder / "baselines"
+    out.mkdir()
+    homes = {hospital.name: hospital.folder for hospital in example.hospitals} | {"pooled": example.pooled}
+    figures: dict[str, dict[str, float]] = {}
+    with console.status("Comparing with each hospital alone, and with all data in one place …"):
+        for name, records in homes.items():
+            said = children.run(
+                f"alone-{name}",
+                "konsil-hospital",
+                "train-alone",
+                str(folder / "plan.toml"),
+                "--records",
+                str(records),
+                "--out",
+                str(out / f"{name}.safetensors"),
+                "--test",
+                str(example.test),
+            )
+            figures[name] = json.loads(said)
+    return {"pooled": figures.pop("pooled"), "local": figures}
+
+
+def _measure(children: Children, model: Path, test: Path) -> dict[str, float]:
+    return dict(json.loads(children.run("final", "konsil-hospital", "evaluate", str(model), "--records", str(test))))
+
+
+def _lines_of(child: "subprocess.Popen[str]") -> "queue.SimpleQueue[str]":
+    """Lines a child prints, without ever waiting for one."""
+    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def read() -> None:
+        with suppress(ValueError):  # the pipe was closed under us: the child has been ended
+            for line in child.stdout or ():
+                lines.put(line)
+
+    threading.Thread(target=read, daemon=True).start()
+    return lines
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _fresh_folder(folder: Path) -> Path:
+    """Make the demo's folder; one that is in use is never written into."""
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        raise ConfigError(f"{folder} exists already", hint="Choose another --folder, or remove it.") from None
+    return folder.resolve()
+
+
+def _named(baselines: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    local = {f"{name} alone": figures for name, figures in baselines["local"].items()}
+    return {"all data pooled": baselines["pooled"], **local}
+
+
+def _finish_card(folder: Path, plan: StudyPlan, example: Example, metrics: Mapping[str, Mapping[str, float]]) -> Path:
+    """Write the card again, now with what the demo measured."""
+    public_sizes, statements = read_statements(folder)
+    return write_card(folder, plan, public_sizes, statements, metrics=metrics, about_data=example.split)
+
+
+def _report(
+    plan: StudyPlan,
+    progress: Progress,
+    final: Mapping[str, float],
+    baselines: Mapping[str, Any],
+    folder: Path,
+    card: Path,
+    *,
+    seconds: float,
+) -> dict[str, Any]:
+    """The machine-readable result; later versions add fields and remove none."""
+    finished = progress.finished or {}
+    return {
+        "study": plan.study,
+        "rounds_completed": progress.round,
+        "seconds": round(seconds, 1),
+        "metrics": dict(final),
+        "metrics_released": progress.released,
+        "baselines": dict(baselines),
+        "hospitals": {
+            name: {key: statement[key] for key in _STATED} for name, statement in finished["hospitals"].items()
+        },
+        "secure_aggregation": {"enabled": False},
+        "model": finished["model"],
+        "card": str(card),
+        "ledgers": {name: str(folder / "hospitals" / name / "state" / "ledger.sqlite") for name in progress.hospitals},
+    }
+
+
+_STATED = (
+    "rounds",
+    "epsilon",
+    "epsilon_filter",
+    "delta",
+    "unit",
+    "neighbouring",
+    "accountant",
+    "budget_epsilon",
+    "public_size",
+)
+
+
+def _view(progress: Progress) -> Group:
+    """The live picture of a running study."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("hospital", "state", "epsilon spent (enforced)"):
+        table.add_column(column)
+    for name in progress.hospitals:
+        spent = f"{progress.epsilon[name]:.3f}" if name in progress.epsilon else "0"
+        table.add_row(name, progress.status.get(name, "starting"), spent)
+    bar = ProgressBar(total=progress.rounds, completed=progress.round, width=40)
+    return Group(_plain(progress), bar, table)
+
+
+def _plain(progress: Progress) -> str:
+    """One line on where the study is."""
+    if not progress.round:
+        return "waiting for the hospitals to join …"
+    left = progress.left_s()
+    metrics = ", ".join(f"{n} {progress.metrics[n]:.3f}" for n in ("auroc", "accuracy") if n in progress.metrics)
+    answered = sum(state == "answered" for state in progress.status.values())
+    highest = max(progress.epsilon.values(), default=0.0)
+    return (
+        f"round {progress.round}/{progress.rounds}: {answered} of {len(progress.hospitals)} hospitals answered in "
+        f"{progress.seconds:.2f} s; {metrics or 'measuring'}; epsilon up to {highest:.3f}; {left or 0:.0f} s left"
+    )
+
+
+def _print_comparison(console: Console, report: Mapping[str, Any], example: Example) -> None:
+    """The closing table, and where everything lies."""
+    names = [
+        n for n in ("auroc", "accuracy", "balanced_accuracy", "sensitivity", "specificity") if n in report["metrics"]
+    ]
+    table = Table(title="On the test part, which belongs to no hospital")
+    table.add_column("model")
+    for name in (*names, "privacy (per patient)"):
+        table.add_column(name.replace("_", " "), justify="right")
+    private = max(report["hospitals"].values(), key=lambda stated: stated["epsilon"], default=None)
+    said = f"epsilon ≤ {private['epsilon']:.2f} at delta {private['delta']:g}" if private else ""
+    rows = {"federated": (report["metrics"], said)}
+    rows["all data pooled"] = (report["baselines"]["pooled"], "none")
+    rows |= {f"{name} alone": (figures, "none") for name, figures in report["baselines"]["local"].items()}
+    for model, (figures, privacy) in rows.items():
+        cells = [f"{figures[n]:.3f}" if n in figures else "-" for n in names]
+        table.add_row(model, *cells, privacy, style="bold" if model == "federated" else None)
+    console.print(table)
+    spent = Table(title="What it cost, by each hospital's own ledger")
+    for column in ("hospital", "public size", "rounds", "epsilon", "enforced", "budget", "delta", "accountant"):
+        spent.add_column(column, justify="left" if column in {"hospital", "accountant"} else "right")
+    for name, stated in report["hospitals"].items():
+        figures = (f"{stated['epsilon']:.3f}", f"{stated['epsilon_filter']:.3f}", f"{stated['budget_epsilon']:g}")
+        spent.add_row(
+            name,
+            str(stated["public_size"]),
+            str(stated["rounds"]),
+            *figures,
+            f"{stated['delta']:g}",
+            stated["accountant"],
+        )
+    console.print(spent)
+    console.print(
+        "Unit: one patient; neighbouring data sets differ by adding or removing one. "
+        f"{example.split}.\nmodel   {report['model']}\ncard    {report['card']}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    for name, path in report["ledgers"].items():
+        console.print(f"ledger  {path}  ({name})", highlight=False, soft_wrap=True)
+    console.print(
+        f"{report['rounds_completed']} rounds in {report['seconds']:.0f} s; all processes together took at most "
+        f"{report['peak_memory_mb']:.0f} MB.",
+        highlight=False,
+    )

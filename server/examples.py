@@ -1,0 +1,315 @@
+"""Data of the two example studies, laid out as hospitals would have it: a table and a manifest per folder.
+
+``breast-cancer`` is one real data set (UCI Wisconsin diagnostic, inside scikit-learn) cut into hospitals that never
+existed: unequal and label-skewed, an *artificial* split. ``heart-disease`` is four real hospitals (UCI, CC BY 4.0) read
+from the folder that ``KONSIL_DATA`` names, cut into training and test parts as FLamby does.
+
+The test part belongs to no hospital: it is never trained on, and measuring on it spends nobody's budget.
+"""
+
+import csv
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tomli_w
+from numpy.typing import NDArray
+
+from shared_models.errors import ConfigError
+from shared_models.plan import StudyPlan, read_plan
+from shared_models.tasks import find_task
+
+PLANS = Path(__file__).parent / "plans"
+MAXIMUM_HOSPITALS = 20
+TEST_FRACTION = 0.25  # of the breast-cancer patients
+HEART_TRAIN_FRACTION, HEART_SPLIT_SEED = 0.66, 43  # FLamby's fed_heart_disease
+HEART_HOSPITALS = {  # FLamby's order of centres, and the name that each file has at UCI
+    "cleveland": "cleveland",
+    "hungary": "hungarian",
+    "switzerland": "switzerland",
+    "long-beach": "va",
+}
+HEART_COLUMNS = {  # schema name -> UCI's name, in the order of UCI's columns 0 to 9
+    "age": "age",
+    "sex": "sex",
+    "chest_pain": "cp",
+    "resting_blood_pressure": "trestbps",
+    "cholesterol": "chol",
+    "fasting_blood_sugar": "fbs",
+    "resting_ecg": "restecg",
+    "maximum_heart_rate": "thalach",
+    "exercise_angina": "exang",
+    "st_depression": "oldpeak",
+}
+HEART_CODES = {  # UCI's codes -> the task's categories
+    "sex": {"0": "female", "1": "male"},
+    "chest_pain": {"1": "typical-angina", "2": "atypical-angina", "3": "non-anginal-pain", "4": "asymptomatic"},
+    "fasting_blood_sugar": {"0": "normal", "1": "above-120-mg-dl"},
+    "resting_ecg": {"0": "normal", "1": "st-t-abnormality", "2": "left-ventricular-hypertrophy"},
+    "exercise_angina": {"0": "no", "1": "yes"},
+    "disease": {"0": "absent", "1": "present", "2": "present", "3": "present", "4": "present"},
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows as they stand in a file: texts, in the order of ``header``; ``labels`` index the task's classes."""
+
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    labels: NDArray[np.int64]
+
+    def take(self, indices: NDArray[np.int64]) -> "Table":
+        """The rows at ``indices``, in that order."""
+        return Table(self.header, tuple(self.rows[i] for i in indices), self.labels[indices])
+
+
+@dataclass(frozen=True)
+class ExampleHospital:
+    """One hospital's folder, and the size that its steward would declare."""
+
+    name: str
+    folder: Path
+    public_size: int
+
+
+@dataclass(frozen=True)
+class Example:
+    """An example study on disk.
+
+    Attributes:
+        plan: The study's plan, as in ``server/plans``, fitted to the number of hospitals.
+        hospitals: In the order of their names' numbers or of UCI's centres.
+        pooled: Folder with all hospitals' training rows, for the baseline that pools data without privacy.
+        test: Folder with the test rows, which belong to no hospital.
+        tests: The test rows of each centre alone, by hospital; only where the centres are real.
+        split: One sentence for people: where the data comes from, and whether the split is real.
+    """
+
+    plan: StudyPlan
+    hospitals: tuple[ExampleHospital, ...]
+    pooled: Path
+    test: Path
+    split: str
+    tests: Mapping[str, Path] = field(default_factory=dict)
+
+
+def write_example(study: str, root: Path, *, hospitals: int, seed: int) -> Example:
+    """Write one folder per hospital, a pooled one and a test one below ``root``.
+
+    Args:
+        study: ``breast-cancer`` or ``heart-disease``.
+        root: Folder to write into; made if missing.
+        hospitals: 2 to 20 for ``breast-cancer``, 4 for ``heart-disease``.
+        seed: Of the artificial split; FLamby's split of the heart-disease centres has its own, fixed one.
+
+    Raises:
+        ConfigError: No such study, a number of hospitals that it cannot have, or its data is absent.
+    """
+    if study not in _WRITERS:
+        raise ConfigError(f"there is no example study {study!r}", hint=f"Choose one of {', '.join(sorted(_WRITERS))}.")
+    return _WRITERS[study](root, hospitals, seed)
+
+
+def example_plan(study: str, hospitals: int) -> StudyPlan:
+    """The installed plan of an example study; it never demands more hospitals than there are."""
+    plan = read_plan(PLANS / f"{study}.toml")
+    return plan.model_copy(update={"minimum_hospitals": min(plan.minimum_hospitals, hospitals)})
+
+
+def declared_size(patients: int) -> int:
+    """What a steward declares as public size: patients to the nearest ten, halves up, at least 10.
+
+    Rounding keeps the exact number, which depends on each single patient, out of everything that leaves.
+    """
+    return max(10, (patients + 5) // 10 * 10)
+
+
+# breast-cancer: one real data set, artificial hospitals
+
+
+def _write_breast_cancer(root: Path, hospitals: int, seed: int) -> Example:
+    if not 2 <= hospitals <= MAXIMUM_HOSPITALS:
+        raise ConfigError(
+            f"the breast-cancer example has 2 to {MAXIMUM_HOSPITALS} hospitals, not {hospitals}",
+            hint=f"Pass --hospitals with a number from 2 to {MAXIMUM_HOSPITALS}.",
+        )
+    table = _breast_cancer_table()
+    rng = np.random.default_rng(seed)
+    training, test = _stratified(table.labels, TEST_FRACTION, rng)
+    parts = [training[p] for p in _skewed_parts(table.labels[training], hospitals, rng)]
+    manifest = {
+        "task": "breast-cancer",
+        "label": "diagnosis",
+        "patient": "patient",
+        "columns": {name: name for name in table.header[1:-1]},
+    }
+    names = [f"hospital-{k + 1}" for k in range(hospitals)]
+    folders = {name: table.take(part) for name, part in zip(names, parts, strict=True)}
+    folders |= {"pooled": table.take(np.sort(training)), "test": table.take(np.sort(test))}
+    for name, rows in folders.items():
+        _write_folder(root / name, rows, manifest)
+    return Example(
+        plan=example_plan("breast-cancer", hospitals),
+        hospitals=tuple(ExampleHospital(n, root / n, declared_size(len(p))) for n, p in zip(names, parts, strict=True)),
+        pooled=root / "pooled",
+        test=root / "test",
+        split=(
+            f"UCI breast cancer Wisconsin (diagnostic), 569 real patients, cut into {hospitals} unequal, label-skewed "
+            "hospitals: an artificial split"
+        ),
+    )
+
+
+def _breast_cancer_table() -> Table:
+    """scikit-learn's set, with made-up patient numbers; malignant is class 1, the positive one."""
+    from sklearn.datasets import load_breast_cancer  # noqa: PLC0415  # scikit-learn takes a second to import
+
+    data: Any = load_breast_cancer()
+    names = tuple(str(name).replace(" ", "_") for name in data.feature_names)
+    labels = (data.target == list(data.target_names).index("malignant")).astype(np.int64)
+    rows = tuple(
+        (f"patient-{i + 1:03d}", *(f"{value:g}" for value in values), ("benign", "malignant")[label])
+        for i, (values, label) in enumerate(zip(data.data, labels, strict=True))
+    )
+    return Table(("patient", *names, "diagnosis"), rows, labels)
+
+
+def _stratified(
+    labels: NDArray[np.int64], test_fraction: float, rng: np.random.Generator
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Cut the rows of each class at the same fraction, at random: (training, test), each shuffled."""
+    training: list[NDArray[np.int64]] = []
+    test: list[NDArray[np.int64]] = []
+    for label in np.unique(labels):
+        rows = rng.permutation(np.flatnonzero(labels == label))
+        cut = round(test_fraction * len(rows))
+        test.append(rows[:cut])
+        training.append(rows[cut:])
+    return rng.permutation(np.concatenate(training)), rng.permutation(np.concatenate(test))
+
+
+def _skewed_parts(labels: NDArray[np.int64], hospitals: int, rng: np.random.Generator) -> list[NDArray[np.int64]]:
+    """Share the rows out among unequal hospitals that see the two classes in different proportions.
+
+    The largest hospital is three times the smallest. The odds of the positive class fall from three times the average
+    to a third of it, in an order of hospitals that has nothing to do with their sizes.
+    """
+    sizes = np.linspace(3.0, 1.0, hospitals)
+    odds = rng.permutation(np.geomspace(3.0, 1 / 3, hospitals))
+    parts: list[list[NDArray[np.int64]]] = [[] for _ in range(hospitals)]
+    for label in (0, 1):
+        rows = rng.permutation(np.flatnonzero(labels == label))
+        shares = sizes * (np.sqrt(odds) if label else 1 / np.sqrt(odds))
+        cuts = np.round(np.cumsum(shares / shares.sum()) * len(rows)).astype(np.int64)[:-1]
+        for part, piece in zip(parts, np.split(rows, cuts), strict=True):
+            part.append(piece)
+    return [np.sort(np.concatenate(part)) for part in parts]
+
+
+# heart-disease: four real hospitals
+
+
+def _write_heart_disease(root: Path, hospitals: int, _seed: int) -> Example:
+    if hospitals != len(HEART_HOSPITALS):
+        raise ConfigError(
+            f"the heart-disease example has four real hospitals, not {hospitals}",
+            hint="Leave --hospitals out, or pass --hospitals 4.",
+        )
+    folder = _heart_disease_folder()
+    cuts = {name: _heart_disease_cut(folder / f"processed.{file}.data") for name, file in HEART_HOSPITALS.items()}
+    manifest = {
+        "task": "heart-disease",
+        "label": "num",
+        "one_row_per_patient": True,
+        "columns": HEART_COLUMNS,
+        "categories": HEART_CODES,
+    }
+    folders = {name: training for name, (training, _) in cuts.items()}
+    folders |= {f"test-{name}": test for name, (_, test) in cuts.items()}
+    folders["pooled"] = _stack([training for training, _ in cuts.values()])
+    folders["test"] = _stack([test for _, test in cuts.values()])
+    for name, rows in folders.items():
+        _write_folder(root / name, rows, manifest)
+    return Example(
+        plan=example_plan("heart-disease", hospitals),
+        hospitals=tuple(ExampleHospital(n, root / n, declared_size(len(t.rows))) for n, (t, _) in cuts.items()),
+        pooled=root / "pooled",
+        test=root / "test",
+        split="UCI heart disease, 740 real patients at four real hospitals; FLamby's training and test parts",
+        tests={name: root / f"test-{name}" for name in cuts},
+    )
+
+
+def _heart_disease_folder() -> Path:
+    """Where UCI's four files lie.
+
+    Raises:
+        ConfigError: At least one of them is not there.
+    """
+    data = Path(os.environ.get("KONSIL_DATA") or Path(__file__).parents[2] / "shared" / "data")
+    folder = data / "heart_disease"
+    missing = [f for f in HEART_HOSPITALS.values() if not (folder / f"processed.{f}.data").is_file()]
+    if missing:
+        raise ConfigError(
+            f"the heart-disease data is not in {folder}: {', '.join(f'processed.{f}.data' for f in missing)} missing",
+            hint="Set KONSIL_DATA to a folder whose heart_disease/ has the four processed files of UCI's archive.",
+        )
+    return folder
+
+
+def _heart_disease_cut(path: Path) -> tuple[Table, Table]:
+    """One centre's (training, test) rows: columns 10 to 12 and rows with missing values dropped, then cut 66 to 34.
+
+    Source:
+        FLamby, ``fed_heart_disease/dataset.py``: stratified only where each class has more than two patients.
+    """
+    from sklearn.model_selection import train_test_split  # noqa: PLC0415  # scikit-learn takes a second to import
+
+    with path.open(encoding="utf-8", newline="") as file:
+        lines = [[*line[:10], line[13]] for line in csv.reader(file) if line]
+    rows = tuple(tuple(f"{float(value):g}" for value in line) for line in lines if "?" not in line)
+    table = Table((*HEART_COLUMNS.values(), "num"), rows, np.array([row[-1] != "0" for row in rows], dtype=np.int64))
+    both = np.bincount(table.labels, minlength=2).min() > 2
+    training, test = train_test_split(
+        np.arange(len(rows)),
+        train_size=HEART_TRAIN_FRACTION,
+        test_size=1.0 - HEART_TRAIN_FRACTION,
+        random_state=HEART_SPLIT_SEED,
+        shuffle=True,
+        stratify=table.labels if both else None,
+    )
+    return table.take(training), table.take(test)
+
+
+def _stack(tables: Sequence[Table]) -> Table:
+    """All rows of tables with one header, in order."""
+    rows = tuple(row for table in tables for row in table.rows)
+    return Table(tables[0].header, rows, np.concatenate([table.labels for table in tables]))
+
+
+# both
+
+
+def _write_folder(folder: Path, table: Table, manifest: Mapping[str, Any]) -> None:
+    """Write ``data.csv`` and the manifest that explains it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "data.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(table.header)
+        writer.writerows(table.rows)
+    fields = {"file": "data.csv", "validation_fraction": 0.0, **manifest}
+    classes = find_task(manifest["task"]).classes
+    absent = [name for label, name in enumerate(classes) if label not in table.labels]
+    if absent:  # a class that a hospital never sees must be declared, else it would be an error
+        fields["absent_classes"] = absent
+    (folder / "manifest.toml").write_text(tomli_w.dumps(fields), encoding="utf-8")
+
+
+_WRITERS: Mapping[str, Callable[[Path, int, int], Example]] = {
+    "breast-cancer": _write_breast_cancer,
+    "heart-disease": _write_heart_disease,
+}

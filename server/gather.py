@@ -1,0 +1,88 @@
+"""Ask hospitals and gather their answers as they come, over Flower's Grid; the one file that sends messages."""
+
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from shared_models.errors import ProtocolError
+from shared_models.messages import Body, Refusal, Vector, read_reply, request
+
+log = logging.getLogger("konsil.coordinator")
+
+PULL_EVERY_S = 0.01  # the SuperLink is in this process: looking costs microseconds
+ONLINE_EVERY_S = 1.0
+GRACE_S = 2.0  # Flower forgets a request this long after we stop waiting for it, never before
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One hospital's answer: a body and perhaps a vector; or, where it refused or broke the protocol, why."""
+
+    hospital: str
+    body: Body | None
+    vector: Vector | None = None
+    problem: str | None = None
+
+
+class Gather:
+    """The hospitals of one study behind a Flower Grid, addressed by their registered names.
+
+    Args:
+        grid: Flower's Grid of the running ServerApp.
+        hospitals: Names that may take part; a node of any other name is never asked.
+    """
+
+    def __init__(self, grid: Grid, hospitals: frozenset[str]) -> None:
+        self._grid = grid
+        self._hospitals = hospitals
+
+    def online(self) -> dict[str, int]:
+        """Registered hospitals whose lease is alive, with their node ids."""
+        return {node.name: node.node_id for node in self._grid.get_nodes() if node.name in self._hospitals}
+
+    def ask(
+        self, requests: Mapping[str, tuple[Body, Vector | None]], *, group: str, deadline_s: float
+    ) -> Iterator[Answer]:
+        """Send every hospital its request and yield the answers in the order in which they come.
+
+        Ends when all have answered, when the deadline has passed, or when those who are left have gone offline.
+        Each answer is dropped from Flower's store as it is pulled, so that memory holds one vector at a time.
+        """
+        nodes = self.online()
+        asked = {name: nodes[name] for name in requests if name in nodes}
+        messages = [
+            request(*requests[name], node_id=node_id, group_id=group, ttl_s=deadline_s + GRACE_S)
+            for name, node_id in asked.items()
+        ]
+        if not messages:
+            return
+        waiting = dict(zip(self._grid.push_messages(messages), asked, strict=True))
+        deadline = time.monotonic() + deadline_s
+        look_again = time.monotonic() + ONLINE_EVERY_S
+        while waiting and time.monotonic() < deadline:
+            # One at a time: pulling all at once would hold as many vectors as hospitals.
+            for message_id in list(waiting):
+                for message in self._grid.pull_messages([message_id]):
+                    yield _read(waiting.pop(message_id), message)
+            if time.monotonic() > look_again:
+                alive = self.online()
+                waiting = {key: name for key, name in waiting.items() if alive.get(name) == asked[name]}
+                look_again = time.monotonic() + ONLINE_EVERY_S
+            if waiting:
+                time.sleep(PULL_EVERY_S)
+
+
+def _read(hospital: str, message: Message) -> Answer:
+    """Validate one answer; what a peer does wrong costs that peer its place in the round, nobody else."""
+    try:
+        body, vector = read_reply(message)
+    except ProtocolError as error:
+        log.warning("%s: %s", hospital, error)
+        return Answer(hospital, None, problem=str(error))
+    if isinstance(body, Refusal):
+        return Answer(hospital, body, problem=body.code)
+    return Answer(hospital, body, vector)

@@ -1,0 +1,46 @@
+"""What happened in a study, one JSON object per line: read by people, by the demo and by whoever watches."""
+
+import json
+import os
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+
+class Journal:
+    """Appends events to a file; each line is complete or absent.
+
+    No update, parameter, key or record enters it: counts, names, digests, public sizes and stated epsilons.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def write(self, event: str, **fields: Any) -> None:
+        """Append one event with its time (UTC)."""
+        line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **fields}
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def read_events(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
+    """The complete events of a journal from a byte offset on, and the offset behind them."""
+    if not path.exists():
+        return [], offset
+    with path.open("rb") as file:
+        file.seek(offset)
+        data = file.read()
+    end = data.rfind(b"\n") + 1
+    return [json.loads(line) for line in data[:end].splitlines()], offset + end
+
+
+def last_event(path: Path, event: str) -> dict[str, Any] | None:
+    """The newest event of one kind, or None."""
+    return next((found for found in _backwards(path) if found["event"] == event), None)
+
+
+def _backwards(path: Path) -> Iterator[dict[str, Any]]:
+    return reversed(read_events(path)[0])

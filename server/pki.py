@@ -1,0 +1,109 @@
+"""A throw-away PKI and key set for trials on one machine. Real consortia keep their authority elsewhere.
+
+Private keys are written 0600. Nothing here is used to verify anything: verification is TLS's, Flower's and the
+ledger's own.
+"""
+
+import os
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from shared_models.identity import create_key, public_bytes
+
+VALID_FOR = timedelta(days=30)
+
+
+class Authority:
+    """A certificate authority on the P-256 curve that lives in one folder.
+
+    Args:
+        folder: Where ``ca.pem`` is written; the authority's key is never written and dies with the process.
+        valid_for: Lifetime of every certificate it signs, counted from an hour ago.
+    """
+
+    def __init__(self, folder: Path, *, valid_for: timedelta = VALID_FOR) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._key = ec.generate_private_key(ec.SECP256R1())
+        self._valid_for = valid_for
+        self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "Konsil trial authority")])
+        self.certificate = folder / "ca.pem"
+        builder = self._builder(self._name, self._key.public_key())
+        builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        builder = builder.add_extension(_usage(signs_certificates=True), critical=True)
+        self.certificate.write_bytes(builder.sign(self._key, hashes.SHA256()).public_bytes(Encoding.PEM))
+
+    def issue(self, folder: Path, name: str, *, hosts: Sequence[str] = ()) -> None:
+        """Make a TLS key and certificate: ``tls.key`` and ``tls.pem``. With hosts it is a server's, else a client's."""
+        folder.mkdir(parents=True, exist_ok=True)
+        key = ec.generate_private_key(ec.SECP256R1())
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+        builder = self._builder(subject, key.public_key())
+        builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        builder = builder.add_extension(_usage(signs_certificates=False), critical=True)
+        purpose = ExtendedKeyUsageOID.SERVER_AUTH if hosts else ExtendedKeyUsageOID.CLIENT_AUTH
+        builder = builder.add_extension(x509.ExtendedKeyUsage([purpose]), critical=False)
+        if hosts:
+            builder = builder.add_extension(x509.SubjectAlternativeName([_host(h) for h in hosts]), critical=False)
+        (folder / "tls.pem").write_bytes(builder.sign(self._key, hashes.SHA256()).public_bytes(Encoding.PEM))
+        pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        write_private(folder / "tls.key", pem)
+
+    def _builder(self, subject: x509.Name, key: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
+        start = datetime.now(UTC) - timedelta(hours=1)
+        return (
+            x509.CertificateBuilder()
+            .subject_name(subject)
+            .issuer_name(self._name)
+            .public_key(key)
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(start)
+            .not_valid_after(start + self._valid_for)
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
+            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False)
+        )
+
+
+def create_hospital_keys(private: Path, public: Path, name: str) -> None:
+    """Make a hospital's node and identity keys; the public halves, for the coordinator, go to another folder."""
+    node = ec.generate_private_key(ec.SECP384R1())
+    write_private(private / "node.key", node.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
+    public.mkdir(parents=True, exist_ok=True)
+    (public / f"{name}.node.pub").write_bytes(node.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH))
+    identity = create_key(private / "identity.key")
+    (public / f"{name}.identity.pub").write_text(public_bytes(identity).hex() + "\n", encoding="ascii")
+
+
+def write_private(path: Path, content: bytes) -> None:
+    """Write a secret that only its owner can read; an existing file is never overwritten."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(content)
+
+
+def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=not signs_certificates,
+        key_cert_sign=signs_certificates,
+        crl_sign=signs_certificates,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
+def _host(host: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ip_address(host))
+    except ValueError:
+        return x509.DNSName(host)

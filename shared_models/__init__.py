@@ -1,0 +1,1 @@
+"""All that hospitals, coordinator and auditor must agree on, to the bit."""

@@ -1,0 +1,40 @@
+"""A model file that explains itself: parameters, and the plan that says which network they belong to."""
+
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from shared_models.errors import ConfigError
+from shared_models.nets.build import build_network
+from shared_models.plan import StudyPlan, parse_plan_json
+from shared_models.tasks import find_task
+from shared_models.update import load_model, save_model
+
+FORMAT = "konsil-model/1"
+
+
+def write_model(path: Path, model: nn.Module, plan: StudyPlan, **about: str) -> None:
+    """Write a model with its plan, atomically (see ``save_model``); ``about`` adds texts such as the round."""
+    metadata = {"format": FORMAT, "plan": plan.canonical().decode(), "plan_digest": plan.digest(), **about}
+    save_model(path, model, metadata)
+
+
+def read_model(path: Path) -> tuple[StudyPlan, nn.Module]:
+    """Build the network that a model file names and load its parameters.
+
+    Raises:
+        ConfigError: The file is missing, damaged, or not a model of this project.
+    """
+    hint = "Pass a model.safetensors or a checkpoint of a study."
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"model {path} cannot be read: {error}", hint=hint) from None
+    if metadata.get("format") != FORMAT:
+        raise ConfigError(f"{path} is no Konsil model", hint=hint)
+    plan = parse_plan_json(metadata.get("plan", ""), str(path))
+    model = build_network(plan.network, find_task(plan.task), seed=plan.seed)
+    load_model(path, model)
+    return plan, model

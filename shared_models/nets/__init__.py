@@ -1,0 +1,1 @@
+"""The shared networks, free of batch normalisation."""

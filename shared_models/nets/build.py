@@ -1,0 +1,81 @@
+"""From a plan's network to a torch module that per-patient clipping is known to be right for."""
+
+import torch
+from torch import nn
+
+from shared_models import plan
+from shared_models.errors import ConfigError
+from shared_models.nets.cnn import Cnn
+from shared_models.nets.lstm import Lstm
+from shared_models.nets.tabular import logistic_regression, mlp
+from shared_models.nets.transformer import Series, Tokens, Transformer
+from shared_models.tasks import ImageInput, SeriesInput, TableInput, Task, TokensInput
+
+# Layers whose per-record gradients are tested against brute force, and parameter-free ones that work record by record.
+SUPPORTED_LAYERS = frozenset(
+    {nn.Linear, nn.Conv2d, nn.Embedding, nn.GroupNorm, nn.LayerNorm, nn.ReLU, nn.GELU, nn.MaxPool2d}
+)
+
+
+def build_network(network: plan.Network, task: Task, *, seed: int) -> nn.Module:
+    """Build a plan's network for a task, on the CPU, with initial parameters drawn from a public seed.
+
+    Guarantees:
+        * The same plan, task and seed give the same parameters, bit for bit, on the same version of torch.
+        * torch's global generators are left as they were.
+        * The network maps ``n`` encoded inputs to logits of shape ``(n, task.outputs)``, and no record's logits depend
+          on another record.
+
+    Raises:
+        ConfigError: The network does not take the task's kind of input.
+    """
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPUs' generators too
+        model = _construct(network, task)
+    check_supported(model)
+    return model
+
+
+def _construct(network: plan.Network, task: Task) -> nn.Module:
+    outputs = task.outputs
+    match network, task.input:
+        case plan.LogisticRegression(), TableInput(width=width):
+            return logistic_regression(width, outputs)
+        case plan.Mlp(hidden=hidden), TableInput(width=width):
+            return mlp(width, hidden, outputs)
+        case plan.Cnn(channels=channels), ImageInput() as image if channels:
+            return Cnn(image.channels, max(image.height, image.width), channels, outputs)
+        case plan.Lstm(hidden=hidden, layers=layers), SeriesInput(variables=variables):
+            return Lstm(len(variables), hidden, layers, outputs)
+        case plan.Transformer() as shape, TokensInput(vocabulary=vocabulary, length=length):
+            return Transformer(Tokens(vocabulary, shape.width), length, shape, outputs)
+        case plan.Transformer() as shape, SeriesInput(variables=variables, steps=steps):
+            return Transformer(Series(len(variables), shape.width), steps, shape, outputs)
+    raise ConfigError(
+        f"network {network.name} cannot be built for task {task.name}, whose inputs are of kind {task.input.kind}",
+        hint="Tables take logistic-regression or mlp, images a cnn of at least one block, series lstm or transformer, "
+        "tokens transformer.",
+    )
+
+
+def check_supported(model: nn.Module) -> None:
+    """Refuse a model with a layer for which per-patient clipping has not been shown to be right.
+
+    A layer is a module that has no children, or owns parameters or buffers itself. Its exact type must be on the tested
+    list: a subclass may compute something else.
+
+    Raises:
+        ConfigError: A layer is not on the list; the message names it.
+    """
+    for name, module in model.named_modules():
+        if _is_layer(module) and type(module) not in SUPPORTED_LAYERS:
+            raise ConfigError(
+                f"layer {name or '(the whole model)'} is a {type(module).__name__}, which is not supported",
+                hint="Batch normalisation mixes patients; use GroupNorm. Supported: "
+                + ", ".join(sorted(layer.__name__ for layer in SUPPORTED_LAYERS)),
+            )
+
+
+def _is_layer(module: nn.Module) -> bool:
+    owned = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    return bool(owned) or next(module.children(), None) is None

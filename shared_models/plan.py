@@ -1,0 +1,217 @@
+"""The study plan: what a study is allowed to vary, validated, with a canonical digest.
+
+A plan is data, never code. The coordinator sends it, every hospital validates it again and approves it by its digest.
+The stricter of plan and hospital policy wins.
+"""
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import rfc8785
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from shared_models.errors import ConfigError
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,63}$")]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Probability = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
+
+
+class Frozen(BaseModel):
+    """Immutable, and a typo in a key is an error: ``noise_multipler`` must not mean "default noise"."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class LogisticRegression(Frozen):
+    """Tabular: one linear layer."""
+
+    name: Literal["logistic-regression"]
+
+
+class Mlp(Frozen):
+    """Tabular: linear layers with ReLU between them."""
+
+    name: Literal["mlp"]
+    hidden: tuple[Count, ...] = (32,)
+
+
+class Cnn(Frozen):
+    """Images: convolutions with GroupNorm, global average pooling, one linear layer."""
+
+    name: Literal["cnn"]
+    channels: tuple[Count, ...] = (16, 32, 64)
+
+
+class Lstm(Frozen):
+    """Series with missing values: values, mask and time since last seen enter together."""
+
+    name: Literal["lstm"]
+    hidden: Count = 64
+    layers: Annotated[int, Field(ge=1, le=4)] = 1
+
+
+class Transformer(Frozen):
+    """Tokens or series: pre-norm encoder layers, mean over the positions that are there."""
+
+    name: Literal["transformer"]
+    width: Count = 64
+    heads: Annotated[int, Field(ge=1, le=64)] = 4
+    layers: Annotated[int, Field(ge=1, le=48)] = 2
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> "Transformer":
+        if self.width % self.heads:
+            raise ValueError("width must be a multiple of heads")
+        return self
+
+
+Network = Annotated[LogisticRegression | Mlp | Cnn | Lstm | Transformer, Field(discriminator="name")]
+
+
+class TrainingPlan(Frozen):
+    """What one round does at a hospital. Merely fast or slow: nothing here changes what privacy costs but ``steps``."""
+
+    learning_rate: Positive
+    steps: Annotated[int, Field(ge=1, le=100_000)]
+
+
+class PrivacyPlan(Frozen):
+    """The mechanism of every local step, and what it may cost; there is no honest default for any of it.
+
+    Attributes:
+        clip: C, the L2 norm that one patient's gradient is clipped to.
+        noise_multiplier: sigma; each step adds Gaussian noise of standard deviation sigma * C to the clipped sum.
+        sample_rate: q, the probability that a patient takes part in a step; the expected batch, and so the
+            denominator, is q times the hospital's public size.
+        epsilon: The most that this study may cost any patient, enforced at the hospital by its Renyi filter.
+        delta: The delta it holds at; each hospital demands at most 1 / (10 * public size).
+        spare_charges: Rounds beyond ``rounds`` that are reserved for attempts that fail.
+    """
+
+    clip: Positive
+    noise_multiplier: Positive
+    sample_rate: Probability
+    epsilon: Positive
+    delta: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
+    spare_charges: Annotated[int, Field(ge=0, le=1000)] = 0
+
+
+class EvaluationPlan(Frozen):
+    """Release of validation statistics: noised at the hospital with sigma * S, charged at sample rate 1.
+
+    Attributes:
+        every: Rounds between two releases.
+        clip: S, the L2 norm that one validation patient's statistics are clipped to.
+        noise_multiplier: sigma of the release.
+        bins: Score bins of the released histograms.
+    """
+
+    every: Count
+    clip: Positive
+    noise_multiplier: Positive
+    bins: Annotated[int, Field(ge=2, le=1000, multiple_of=2)] = 20
+
+
+class StudyPlan(Frozen):
+    """A study, whole: task, network, rounds, mechanism.
+
+    Attributes:
+        format: Version of this schema.
+        study: The study's name, unique at a coordinator.
+        purpose: What it is for, in words that a hospital's steward reads before approving.
+        task: Name of a task that every hospital has installed (``shared_models/tasks.py``).
+        data_licence: Licence of the data, or the agreement it is used under; printed on the model card.
+        seed: Of the public initial parameters; never of noise or sampling.
+        rounds: Rounds to complete.
+        minimum_hospitals: Below this many updates a round is not averaged.
+        deadline_s: Seconds to wait for hospitals, in each stage.
+        weight_cap: Public size from which a hospital's weight stays 1; weights are min(1, public size / cap).
+    """
+
+    format: Literal[1]
+    study: Name
+    purpose: Annotated[str, Field(min_length=10, max_length=2000)]
+    task: Name
+    data_licence: Annotated[str, Field(min_length=2, max_length=200)]
+    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
+    rounds: Annotated[int, Field(ge=1, le=100_000)]
+    minimum_hospitals: Annotated[int, Field(ge=1, le=100)]
+    deadline_s: Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
+    weight_cap: Count
+    network: Network
+    training: TrainingPlan
+    privacy: PrivacyPlan
+    evaluation: EvaluationPlan | None = None
+
+    def digest(self) -> str:
+        """SHA-256 of the plan in canonical JSON (RFC 8785), in hexadecimal.
+
+        Guarantees:
+            * Equal plans have equal digests whatever the order of their keys or the notation of their numbers.
+            * Different plans have different digests (collision resistance of SHA-256).
+        """
+        return hashlib.sha256(self.canonical()).hexdigest()
+
+    def canonical(self) -> bytes:
+        """The plan as canonical JSON (RFC 8785): what is sent, signed and hashed."""
+        return rfc8785.dumps(self.model_dump(mode="json"))
+
+
+def explain(error: ValidationError, prefix: str = "") -> str:
+    """All that is wrong with a file, on one line: every key with what it should be."""
+    problems = []
+    for problem in error.errors(include_url=False, include_input=False):
+        where = ".".join(str(part) for part in problem["loc"]) or "the file"
+        text = "unknown key" if problem["type"] == "extra_forbidden" else problem["msg"]
+        problems.append(f"{prefix}{where}: {text}")
+    return "; ".join(problems)
+
+
+def read_toml(path: Path, what: str) -> dict[str, Any]:
+    """Read a TOML file that a person wrote.
+
+    Raises:
+        ConfigError: The file is missing, unreadable or not TOML; the message names it.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{what} {path} does not exist", hint="Check the path, or write the file first.") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(
+            f"{what} {path} cannot be read: {error}", hint="Mend the file; it must be UTF-8 TOML."
+        ) from None
+
+
+def parse_plan(fields: Mapping[str, Any], source: str = "plan") -> StudyPlan:
+    """Validate a plan, every error at once.
+
+    Goes through JSON so that TOML's lists and JSON's lists are the same thing to the strict model.
+
+    Raises:
+        ConfigError: A key is unknown, missing or out of range.
+    """
+    try:
+        text = json.dumps(fields)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{source}: {error}", hint="See docs/plan.md for every key and its range.") from None
+    return parse_plan_json(text, source)
+
+
+def parse_plan_json(text: str, source: str = "plan") -> StudyPlan:
+    """Validate a plan in JSON, as it travels and as a model file carries it."""
+    try:
+        return StudyPlan.model_validate_json(text)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {explain(error)}", hint="See docs/plan.md for every key and its range.") from None
+
+
+def read_plan(path: Path) -> StudyPlan:
+    """Read and validate a plan file (TOML)."""
+    return parse_plan(read_toml(path, "plan"), str(path))

@@ -1,0 +1,195 @@
+"""A task: what is predicted, from which columns, with public ranges and categories and named units.
+
+Normalisation uses the public ranges below, never a hospital's own means: private statistics would be one more release.
+The loss is named here and computed in ``shared_models/nets/losses.py``, so that this file needs no torch.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Annotated, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+
+from shared_models.errors import ConfigError
+from shared_models.plan import Frozen
+
+
+class Numeric(Frozen):
+    """A measured column.
+
+    Attributes:
+        unit: As the values stand in the records, after any conversion by the hospital.
+        low: Least value that is possible: physiology and instruments, never this hospital's extremes.
+        high: Greatest value that is possible.
+        scale: On which scale the range is divided evenly; quantities that grow by factors are ``log``, those that do so
+            from zero ``sqrt``.
+    """
+
+    name: str
+    unit: str
+    low: float
+    high: float
+    scale: Literal["linear", "log", "sqrt"] = "linear"
+    description: str = ""
+
+    @model_validator(mode="after")
+    def _range_fits_the_scale(self) -> "Numeric":
+        least = {"linear": -np.inf, "log": np.nextafter(0, 1), "sqrt": 0}[self.scale]
+        if not least <= self.low < self.high:
+            raise ValueError(f"{self.name}: low must be below high, and above zero on a log scale")
+        return self
+
+    def scaled(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Encode values inside the public range to [-2, 2].
+
+        Twice the customary width, so that *typical* values, which fill the middle of a range wide enough for the
+        sickest patient, spread over about [-1, 1]. Private training needs that: a clipped gradient has one length to
+        share between the columns and the constant input of the bias.
+
+        Guarantees:
+            * Uses public figures only; ``low`` maps to -2 and ``high`` to 2, and order is kept.
+        """
+        curve = {"linear": np.asarray, "log": np.log, "sqrt": np.sqrt}[self.scale]
+        low, high = curve(self.low), curve(self.high)
+        return np.asarray(4 * (curve(values) - low) / (high - low) - 2, dtype=np.float64)
+
+
+class Categorical(Frozen):
+    """A column with public categories; the first is the reference and gets no indicator of its own."""
+
+    name: str
+    categories: tuple[str, ...]
+    description: str = ""
+
+
+class TableInput(Frozen):
+    """Rows of columns. Encoded to float32 of shape ``(width,)``: numerics by ``scaled``, categories to indicators."""
+
+    kind: Literal["table"] = "table"
+    columns: tuple[Annotated[Numeric | Categorical, Field(union_mode="left_to_right")], ...]
+
+    @property
+    def width(self) -> int:
+        """Length of one encoded row."""
+        return sum(len(c.categories) - 1 if isinstance(c, Categorical) else 1 for c in self.columns)
+
+
+class ImageInput(Frozen):
+    """Images, float32 of shape ``(channels, height, width)`` scaled to [-1, 1] from the public range of the pixels."""
+
+    kind: Literal["image"] = "image"
+    channels: Literal[1, 3]
+    height: Annotated[int, Field(ge=28, le=224)]
+    width: Annotated[int, Field(ge=28, le=224)]
+
+
+class SeriesInput(Frozen):
+    """Series with missing values: float32 of shape ``(steps, 3 * variables)``: values, mask, time since last seen."""
+
+    kind: Literal["series"] = "series"
+    variables: tuple[Numeric, ...]
+    steps: Annotated[int, Field(ge=1, le=100_000)]
+    step_unit: str
+
+
+class TokensInput(Frozen):
+    """Token ids, int64 of shape ``(length,)``; id 0 pads."""
+
+    kind: Literal["tokens"] = "tokens"
+    vocabulary: Annotated[int, Field(ge=2, le=10_000_000)]
+    length: Annotated[int, Field(ge=1, le=100_000)]
+
+
+class Task(Frozen):
+    """Model input, label, loss and metrics, all public.
+
+    Attributes:
+        label: Name of the label column in a hospital's data.
+        classes: What the label's values mean, in order; two for a binary task. The last of two is "positive".
+        loss: ``binary-cross-entropy`` has one output logit, ``cross-entropy`` one per class.
+    """
+
+    name: str
+    description: str
+    input: Annotated[TableInput | ImageInput | SeriesInput | TokensInput, Field(discriminator="kind")]
+    label: str
+    classes: Annotated[tuple[str, ...], Field(min_length=2)]
+    loss: Literal["binary-cross-entropy", "cross-entropy"]
+
+    @property
+    def outputs(self) -> int:
+        """Number of logits the network must produce per record."""
+        return 1 if self.loss == "binary-cross-entropy" else len(self.classes)
+
+
+# Ten measures of cell nuclei; ranges of the mean, of the standard error and of the "worst" (mean of the three largest).
+# These are the summary statistics that UCI publishes with the set, rounded outward to two digits.
+_NUCLEI: tuple[tuple[str, str, tuple[float, float], tuple[float, float], tuple[float, float]], ...] = (
+    ("radius", "pixel", (6.9, 29), (0.11, 2.9), (7.9, 37)),
+    ("texture", "grey level", (9.7, 40), (0.36, 4.9), (12, 50)),
+    ("perimeter", "pixel", (43, 190), (0.75, 22), (50, 260)),
+    ("area", "pixel^2", (140, 2600), (6.8, 550), (180, 4300)),
+    ("smoothness", "1", (0.052, 0.17), (0.0017, 0.032), (0.071, 0.23)),
+    ("compactness", "1", (0.019, 0.35), (0.0022, 0.14), (0.027, 1.1)),
+    ("concavity", "1", (0, 0.43), (0, 0.4), (0, 1.3)),
+    ("concave_points", "1", (0, 0.21), (0, 0.053), (0, 0.3)),
+    ("symmetry", "1", (0.1, 0.31), (0.0078, 0.079), (0.15, 0.67)),
+    ("fractal_dimension", "1", (0.049, 0.098), (0.00089, 0.03), (0.055, 0.21)),
+)
+
+BREAST_CANCER = Task(
+    name="breast-cancer",
+    description="Malignant or benign, from the cell nuclei in a fine-needle aspirate of a breast mass.",
+    input=TableInput(
+        columns=tuple(
+            Numeric(name=name, unit=unit, low=low, high=high, scale="log" if low > 0 else "sqrt")
+            for kind in range(3)
+            for measure, unit, *ranges in _NUCLEI
+            for name in ((f"mean_{measure}", f"{measure}_error", f"worst_{measure}")[kind],)
+            for low, high in (ranges[kind],)
+        )
+    ),
+    label="diagnosis",
+    classes=("benign", "malignant"),
+    loss="binary-cross-entropy",
+)
+
+HEART_DISEASE = Task(
+    name="heart-disease",
+    description="Coronary artery disease (a diameter narrowed by more than half), from ten routine findings.",
+    input=TableInput(
+        columns=(
+            Numeric(name="age", unit="year", low=18, high=100),
+            Categorical(name="sex", categories=("female", "male")),
+            Categorical(
+                name="chest_pain",
+                categories=("typical-angina", "atypical-angina", "non-anginal-pain", "asymptomatic"),
+            ),
+            Numeric(name="resting_blood_pressure", unit="mmHg", low=0, high=250, description="0: not measured"),
+            Numeric(name="cholesterol", unit="mg/dl", low=0, high=700, description="serum; 0: not measured"),
+            Categorical(name="fasting_blood_sugar", categories=("normal", "above-120-mg-dl")),
+            Categorical(name="resting_ecg", categories=("normal", "st-t-abnormality", "left-ventricular-hypertrophy")),
+            Numeric(name="maximum_heart_rate", unit="1/min", low=40, high=220),
+            Categorical(name="exercise_angina", categories=("no", "yes")),
+            Numeric(name="st_depression", unit="mm", low=-4, high=10, description="exercise against rest"),
+        )
+    ),
+    label="disease",
+    classes=("absent", "present"),
+    loss="binary-cross-entropy",
+)
+
+TASKS: Mapping[str, Task] = MappingProxyType({task.name: task for task in (BREAST_CANCER, HEART_DISEASE)})
+
+
+def find_task(name: str) -> Task:
+    """The installed task of that name.
+
+    Raises:
+        ConfigError: It is not installed here; the hint names those that are.
+    """
+    if name not in TASKS:
+        raise ConfigError(f"task {name!r} is not installed", hint=f"Installed tasks: {', '.join(sorted(TASKS))}.")
+    return TASKS[name]

@@ -1,0 +1,23 @@
+"""How the three commands speak to a person: one ``error:`` line, one ``hint:`` line, a non-zero exit, no traceback."""
+
+import sys
+from collections.abc import Callable
+
+from shared_models.errors import FederationError
+
+
+def run(app: Callable[[], None]) -> None:
+    """Run a typer application; turn what a person or a peer can mend into two lines on standard error.
+
+    Ctrl-C exits with 130, as shells expect. Anything else is a bug and shows its traceback.
+    """
+    try:
+        app()
+    except FederationError as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201 - the last words of a command
+        print(f"hint: {error.hint}", file=sys.stderr)  # noqa: T201 - the last words of a command
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)  # noqa: T201 - the last words of a command
+        print("hint: nothing is lost; what was charged stays charged.", file=sys.stderr)  # noqa: T201 - the last words
+        sys.exit(130)

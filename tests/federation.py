@@ -1,0 +1,177 @@
+"""A whole federation in memory: the real ClientApp and ServerApp, real ledgers, real data, Flower's own wire encoding.
+
+Only the transport is missing: each message is deflated to the bytes that would travel, and inflated on the other side.
+Tests look at these bytes, change them, lose them, or send their own.
+"""
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tomli_w
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.proto.node_pb2 import NodeInfo
+from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+from client.app import app as client_app
+from client.app import close_hospitals
+from client.settings import Settings, read_settings
+from server.app import app as server_app
+from server.demo import hospital_settings, plan_text
+from server.examples import Example, write_example
+from server.journal import read_events
+from server.pki import create_hospital_keys
+from shared_models.plan import StudyPlan
+
+COORDINATOR_NODE, FIRST_NODE, RUN = 1, 100, 7
+
+
+def travel(message: Message) -> tuple[Message, bytes]:
+    """Deflate a message to the bytes that cross the wire, and inflate it again on the other side."""
+    message.metadata.__dict__["_message_id"] = message.object_id
+    contents = {key: nested.deflate() for key, nested in get_all_nested_objects(message).items()}
+    wire = b"".join(contents.values())
+    inflated = inflate_object_from_contents(message.object_id, contents)
+    assert isinstance(inflated, Message)
+    inflated.metadata.__dict__["_message_id"] = message.metadata.message_id
+    return inflated, wire
+
+
+@dataclass
+class Federation(Grid):
+    """A coordinator and its hospitals in one process; a Flower Grid to the ServerApp.
+
+    Attributes:
+        folder: Where everything lies.
+        example: The data, laid out as hospitals have it.
+        plan: What is run.
+        offline: Hospitals that do not answer.
+        tamper: Looks at, changes or loses a hospital's reply on its way: (hospital, reply) -> reply or None.
+        wire: Every byte that crossed, by direction: (from, to, bytes).
+    """
+
+    folder: Path
+    example: Example
+    plan: StudyPlan
+    offline: set[str] = field(default_factory=set)
+    tamper: Callable[[str, Message], Message | None] = lambda _name, reply: reply
+    on_request: Callable[[str, Message], None] = lambda _name, _request: None
+    wire: list[tuple[str, str, bytes]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = RUN, RUN, COORDINATOR_NODE
+        self.names = [hospital.name for hospital in self.example.hospitals]
+        self._node_of = {name: FIRST_NODE + i for i, name in enumerate(self.names)}
+        self._replies: dict[str, Message] = {}
+
+    def settings_file(self, hospital: str) -> Path:
+        """Where a hospital's settings lie."""
+        return self.folder / "hospitals" / hospital / "hospital.toml"
+
+    def settings(self, hospital: str) -> Settings:
+        """A hospital's settings."""
+        return read_settings(self.settings_file(hospital))
+
+    def run(self, study_folder: str = "study") -> Path:
+        """Run the ServerApp to its end, as the coordinator does. Returns the study's folder."""
+        folder = self.folder / study_folder
+        plan_file = self.folder / f"{study_folder}.toml"
+        plan_file.write_text(plan_text(self.plan), encoding="utf-8")
+        identities = {name: str(self.folder / "public" / f"{name}.identity.pub") for name in self.names}
+        state = RecordDict({"identities": ConfigRecord(identities)})
+        server_app(self, Context(RUN, COORDINATOR_NODE, {}, state, {"plan": str(plan_file), "folder": str(folder)}))
+        return folder
+
+    def events(self, kind: str, study_folder: str = "study") -> list[dict[str, object]]:
+        """The journal's events of one kind."""
+        return [e for e in read_events(self.folder / study_folder / "events.jsonl")[0] if e["event"] == kind]
+
+    # What Flower's Grid is asked for
+
+    def set_run(self, run: Run) -> None:
+        """Flower calls this; there is one run."""
+
+    @property
+    def run_info(self) -> None:
+        """There is one run."""
+
+    def create_message(self, *_args: object, **_named: object) -> Message:
+        """Deprecated in Flower, and never called."""
+        raise AssertionError("not called")
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Node ids of the hospitals that are online."""
+        return [node.node_id for node in self.get_nodes()]
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        """The hospitals that are online."""
+        return [NodeInfo(node_id=i, name=n) for n, i in self._node_of.items() if n not in self.offline]
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Deliver each request to its hospital and keep its answer."""
+        ids = []
+        for number, message in enumerate(messages):
+            name = next(n for n, i in self._node_of.items() if i == message.metadata.dst_node_id)
+            ids.append(f"{len(self.wire)}-{number}")
+            answer = self._deliver(name, message)
+            if answer is not None:
+                self._replies[ids[-1]] = answer
+        return ids
+
+    def _deliver(self, name: str, message: Message) -> Message | None:
+        request, wire = travel(message)
+        self.wire.append(("coordinator", name, wire))
+        self.on_request(name, request)
+        node_config = {"settings": str(self.settings_file(name))}
+        answer = client_app(request, Context(RUN, self._node_of[name], node_config, RecordDict(), {}))
+        tampered = self.tamper(name, answer)
+        if tampered is None or name in self.offline:
+            return None
+        reply, wire = travel(tampered)
+        self.wire.append((name, "coordinator", wire))
+        return reply
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Hand out the answers to these requests, once."""
+        return [self._replies.pop(key) for key in list(message_ids) if key in self._replies]
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """Not used: answers are gathered as they come."""
+        raise AssertionError("not called")
+
+
+def make_federation(
+    folder: Path, plan: StudyPlan | None = None, *, hospitals: int = 4, **changes: object
+) -> Federation:
+    """Lay out a federation on the breast-cancer example: keys, settings, data, ledgers of its own.
+
+    ``changes`` are fields of the plan to replace; those of ``privacy`` and ``training`` by a nested dictionary.
+    """
+    example = write_example("breast-cancer", folder / "data", hospitals=hospitals, seed=0)
+    plan = changed(plan or example.plan, **changes)
+    for hospital in example.hospitals:
+        home = folder / "hospitals" / hospital.name
+        create_hospital_keys(home / "keys", folder / "public", hospital.name)
+        settings = hospital_settings(
+            hospital.name, hospital.folder, hospital.public_size, plan, 9443, folder / "ca.pem"
+        )
+        (home / "hospital.toml").write_text(tomli_w.dumps(settings), encoding="utf-8")
+    return Federation(folder, example, plan)
+
+
+def changed(plan: StudyPlan, **changes: object) -> StudyPlan:
+    """A plan with some fields replaced, validated again."""
+    fields = plan.model_dump(mode="json")
+    for name, value in changes.items():
+        fields[name] = {**(fields[name] or {}), **value} if isinstance(value, dict) else value
+    return StudyPlan.model_validate_json(json.dumps(fields))
+
+
+def restart_hospitals() -> None:
+    """Forget every hospital that this process holds open, as if their processes had ended."""
+    close_hospitals()

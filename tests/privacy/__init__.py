@@ -1,0 +1,1 @@
+"""Noise, clipping and accountants against published values."""

@@ -1,0 +1,1 @@
+"""One story of a round per file."""

@@ -1,0 +1,1 @@
+"""Known answers as JSON, and the script that regenerates them."""
