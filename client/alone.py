@@ -3,15 +3,19 @@
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
-from client.dp_sgd import train_without_privacy
 from client.evaluate import statistics
+from client.records.manifest import read_manifest
+from client.records.records import Records
 from client.records.tabular import read_table
+from shared_models.errors import ConfigError
 from shared_models.metrics import compute_metrics
 from shared_models.model_file import read_model, write_model
 from shared_models.nets.build import build_network
+from shared_models.nets.losses import loss_per_record
 from shared_models.plan import StudyPlan
-from shared_models.tasks import find_task
+from shared_models.tasks import Task, find_task
 
 NO_SECRET = bytes(32)  # nothing leaves: whoever reads this folder's results reads its records too
 LOCAL_BINS = 1000  # of local evaluation; exact to 1/2000 in a score
@@ -45,3 +49,40 @@ def evaluate_folder(model_file: Path, folder: Path) -> dict[str, float]:
     task = find_task(plan.task)
     records, _ = read_table(read_manifest(folder), task, split_key=NO_SECRET)
     return compute_metrics(len(task.classes), statistics(model, records, task, bins=LOCAL_BINS), bins=LOCAL_BINS)
+
+
+def train_without_privacy(
+    model: nn.Module,
+    records: Records,
+    task: Task,
+    *,
+    steps: int,
+    learning_rate: float,
+    batch_size: int,
+    seed: int,
+    device: str | torch.device = "cpu",
+) -> None:
+    """Train in place with plain SGD on shuffled batches, without clipping or noise: a baseline that never leaves.
+
+    Epochs of ``batch_size`` records follow each other until ``steps`` steps are done; the last batch of an epoch may be
+    smaller. ``seed`` only orders the records.
+
+    Raises:
+        ConfigError: There are no records, or a number is not positive.
+    """
+    if not (len(records) and steps >= 1 and batch_size >= 1 and learning_rate > 0):
+        raise ConfigError("a baseline needs records, steps, a batch size and a learning rate", hint="Mend the options.")
+    generator = torch.Generator().manual_seed(seed)
+    was_training = model.training
+    optimizer = torch.optim.SGD(model.to(device).train().parameters(), lr=learning_rate)
+    batches: list[Tensor] = []
+    for _ in range(steps):
+        if not batches:
+            batches = list(torch.randperm(len(records), generator=generator).split(batch_size))
+        rows = batches.pop()
+        outputs = model(records.inputs[rows].to(device))
+        optimizer.zero_grad()
+        loss_per_record(task, outputs, records.targets[rows].to(device)).mean().backward()
+        optimizer.step()
+    optimizer.zero_grad()
+    model.train(was_training)

@@ -79,12 +79,12 @@ class Budget:
     def __init__(self, ledger: Ledger) -> None:
         self._ledger, self._turn = ledger, threading.RLock()
         self._studies: dict[str, _Study] = {}
-        opening, *rest = ledger.entries()
-        if opening.budget is None or opening.population is None:
-            raise LedgerError("the ledger's first entry opens no budget", hint="Restore the ledger from a good copy.")
-        self.terms: BudgetTerms = opening.budget
-        self.population: str = opening.population
-        for entry in rest:
+        entries = ledger.entries()
+        if not entries or entries[0].budget is None or entries[0].population is None:
+            raise LedgerError("the ledger opens no budget", hint="Open one first, or restore the ledger.")
+        self.terms: BudgetTerms = entries[0].budget
+        self.population: str = entries[0].population
+        for entry in entries[1:]:
             self._take_in(entry)
         if not self._fits(self._committed()):
             raise LedgerError("the ledger's entries spend more than its budget", hint="Have an auditor look at it.")
@@ -299,7 +299,7 @@ class Budget:
         if not total_divergence(mechanisms, order) <= limit:
             raise BudgetExhaustedError(
                 f"study {plan.study} would cost epsilon {self._epsilon(mechanisms, privacy.delta):.4g}, more than "
-                f"the {privacy.epsilon:.4g} that its plan promises (delta {privacy.delta:g}, Renyi filter, order {order})",
+                f"the {privacy.epsilon:.4g} that its plan promises (delta {privacy.delta:g}, filter at order {order})",
                 hint="Plan more noise, fewer rounds or steps, or a smaller sample rate.",
             )
 
@@ -309,8 +309,8 @@ class Budget:
             price = self.price(plan)
             raise BudgetExhaustedError(
                 f"study {plan.study} does not fit: population {self.population} has epsilon {price.left_before:.4g} of "
-                f"{terms.epsilon:.4g} left, and {price.left_after:.4g} after it (delta {terms.delta:g}, Renyi filter, "
-                f"order {terms.order})",
+                f"{terms.epsilon:.4g} left, and {price.left_after:.4g} after it (delta {terms.delta:g}, "
+                f"filter at order {terms.order})",
                 hint="Plan a cheaper study, or finish one that still holds a reservation.",
             )
 

@@ -1,4 +1,4 @@
-"""The hospital's command, ``konsil-hospital``. Torch and Flower are imported inside the commands that need them."""
+"""The command ``konsil-hospital``. Torch and Flower are imported inside the commands that need them."""
 
 import json
 import logging
@@ -85,7 +85,7 @@ def budget(
 
 
 @app.command("train-alone")
-def train_alone(  # noqa: PLR0917 - options of a command
+def train_alone(
     plan_file: Annotated[Path, typer.Argument(help="A study plan; its task, network and seed are used.")],
     records: RecordsFolder,
     out: Annotated[Path, typer.Option("--out", help="Where to write the model (safetensors).")],
@@ -138,7 +138,7 @@ def _log(settings: "Settings") -> None:
         logging.FileHandler(settings.state / "hospital.log", encoding="utf-8"),
     ]
     text = f"%(asctime)s {settings.name} %(levelname)s %(message)s"
-    logging.basicConfig(level=logging.WARNING, format=text, handlers=handlers)
+    logging.basicConfig(level=logging.WARNING, format=text, handlers=handlers, force=True)
     logging.getLogger("konsil").setLevel(logging.INFO)
 
 

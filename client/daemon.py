@@ -64,7 +64,9 @@ from shared_models.errors import ConnectionLostError, FederationError, IdentityE
 from shared_models.messages import REPLIES, not_admitted
 
 log = logging.getLogger("konsil.hospital")
-logging.getLogger("flwr").setLevel(logging.ERROR)  # Flower logs every call on a handler of its own
+# Flower logs every call on a handler of its own.
+logging.getLogger("flwr").setLevel(logging.ERROR)
+logging.getLogger("flwr").handlers.clear()
 
 HEARTBEAT_INTERVAL_S = 10.0  # Flower's minimum; a lease lasts two of them
 HEARTBEAT_EVERY_S = 5.0

@@ -298,43 +298,6 @@ def _gradient_per_record(parameter: nn.Parameter, records: int) -> Tensor:
     return found.reshape(records, -1)
 
 
-def train_without_privacy(
-    model: nn.Module,
-    records: Records,
-    task: Task,
-    *,
-    steps: int,
-    learning_rate: float,
-    batch_size: int,
-    seed: int,
-    device: str | torch.device = "cpu",
-) -> None:
-    """Train in place with plain SGD on shuffled batches, without clipping or noise: a baseline that never leaves.
-
-    Epochs of ``batch_size`` records follow each other until ``steps`` steps are done; the last batch of an epoch may be
-    smaller. ``seed`` only orders the records.
-
-    Raises:
-        ConfigError: There are no records, or a number is not positive.
-    """
-    if not (len(records) and steps >= 1 and batch_size >= 1 and learning_rate > 0):
-        raise ConfigError("a baseline needs records, steps, a batch size and a learning rate", hint="Mend the options.")
-    generator = torch.Generator().manual_seed(seed)
-    was_training = model.training
-    optimizer = torch.optim.SGD(model.to(device).train().parameters(), lr=learning_rate)
-    batches: list[Tensor] = []
-    for _ in range(steps):
-        if not batches:
-            batches = list(torch.randperm(len(records), generator=generator).split(batch_size))
-        rows = batches.pop()
-        outputs = model(records.inputs[rows].to(device))
-        optimizer.zero_grad()
-        loss_per_record(task, outputs, records.targets[rows].to(device)).mean().backward()
-        optimizer.step()
-    optimizer.zero_grad()
-    model.train(was_training)
-
-
 def self_check(model: nn.Module, task: Task, *, clip: float, micro_batch: int = 2) -> None:
     """Refuse a network for which gradients per patient would be wrong, before any record is read.
 

@@ -70,7 +70,8 @@ _TEMPLATE = """\
 {plan.purpose}
 
 - Task: {plan.task}: {description}
-- Network: {plan.network.name}; {plan.rounds} rounds of {plan.training.steps} local steps, FedAvg weighted by public sizes
+- Network: {plan.network.name}
+- Training: {plan.rounds} rounds of {plan.training.steps} local steps; FedAvg weighted by public sizes
 - Data: {data}
 - Data licence: {plan.data_licence}
 - Plan digest: `{plan_digest}`

@@ -1,4 +1,4 @@
-"""The coordinator's command, ``konsil-coordinator``. Torch and Flower are imported inside the commands that need them."""
+"""The command ``konsil-coordinator``. Torch and Flower are imported inside the commands that need them."""
 
 import logging
 import signal
@@ -33,7 +33,8 @@ def run(
     from server.settings import read_settings
     from shared_models.plan import read_plan
 
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s coordinator %(levelname)s %(message)s")
+    text = "%(asctime)s coordinator %(levelname)s %(message)s"
+    logging.basicConfig(level=logging.WARNING, format=text, force=True)
     logging.getLogger("konsil").setLevel(logging.INFO)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     settings = read_settings(settings_file)
@@ -55,7 +56,7 @@ def demo(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the artificial split into hospitals.")] = 0,
 ) -> None:
-    """Play everybody on this machine: a coordinator and hospitals as separate processes over TLS, one study end to end."""
+    """Play everybody on this machine: coordinator and hospitals as processes over TLS, one study end to end."""
     from rich.console import Console
 
     from server.demo import Options, run_demo

@@ -55,8 +55,9 @@ from flwr.superlink.servicer.runtime import runtime_handlers
 from server.settings import RegisteredHospital, Settings
 from shared_models.errors import ConfigError, IdentityError
 
-# Flower logs every call on a handler of its own; the journal says what happened.
+# Flower logs every call on a handler of its own; what matters is in the journal.
 logging.getLogger("flwr").setLevel(logging.ERROR)
+logging.getLogger("flwr").handlers.clear()
 
 FLEET_CALLS = frozenset(
     f"/v1/fleet/{call}"

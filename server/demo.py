@@ -10,13 +10,14 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import tomli_w
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -104,6 +105,7 @@ def run_demo(options: Options, console: Console) -> None:
     lay_out(folder, example, plan, options.port or _free_port())
     with MemoryMeter() as memory, Children(folder / "logs") as children:
         progress = train(children, folder, example, plan, console)
+        children.stop()
         baselines = compare(children, folder, example, console)
         final = _measure(children, folder / "study" / "model.safetensors", example.test)
     card = _finish_card(folder / "study", plan, example, {"federated, private": final, **_named(baselines)})
@@ -219,7 +221,7 @@ def train(children: Children, folder: Path, example: Example, plan: StudyPlan, c
     offset = 0
     with Live(console=console, refresh_per_second=4, transient=console.is_terminal) as live:
         while progress.finished is None:
-            running = children.check("coordinator")
+            running = children.check("coordinator") and children.check("measure")
             for name in names:
                 if not children.check(name):
                     progress.status[name] = "gone"
@@ -376,46 +378,51 @@ def _plain(progress: Progress) -> str:
 
 def _print_comparison(console: Console, report: Mapping[str, Any], example: Example) -> None:
     """The closing table, and where everything lies."""
-    names = [
-        n for n in ("auroc", "accuracy", "balanced_accuracy", "sensitivity", "specificity") if n in report["metrics"]
-    ]
-    table = Table(title="On the test part, which belongs to no hospital")
-    table.add_column("model")
-    for name in (*names, "privacy (per patient)"):
-        table.add_column(name.replace("_", " "), justify="right")
-    private = max(report["hospitals"].values(), key=lambda stated: stated["epsilon"], default=None)
-    said = f"epsilon ≤ {private['epsilon']:.2f} at delta {private['delta']:g}" if private else ""
-    rows = {"federated": (report["metrics"], said)}
-    rows["all data pooled"] = (report["baselines"]["pooled"], "none")
-    rows |= {f"{name} alone": (figures, "none") for name, figures in report["baselines"]["local"].items()}
-    for model, (figures, privacy) in rows.items():
-        cells = [f"{figures[n]:.3f}" if n in figures else "-" for n in names]
-        table.add_row(model, *cells, privacy, style="bold" if model == "federated" else None)
-    console.print(table)
-    spent = Table(title="What it cost, by each hospital's own ledger")
-    for column in ("hospital", "public size", "rounds", "epsilon", "enforced", "budget", "delta", "accountant"):
-        spent.add_column(column, justify="left" if column in {"hospital", "accountant"} else "right")
-    for name, stated in report["hospitals"].items():
-        figures = (f"{stated['epsilon']:.3f}", f"{stated['epsilon_filter']:.3f}", f"{stated['budget_epsilon']:g}")
-        spent.add_row(
-            name,
-            str(stated["public_size"]),
-            str(stated["rounds"]),
-            *figures,
-            f"{stated['delta']:g}",
-            stated["accountant"],
-        )
+    hospitals, baselines = report["hospitals"], report["baselines"]
+    worst = max((stated["epsilon"] for stated in hospitals.values()), default=0.0)
+    models = _table("On the test part, which belongs to no hospital", "model", (*_SHOWN.values(), "epsilon"))
+    models.add_row("federated, private", *_cells(report["metrics"]), f"{worst:.2f}", style="bold")
+    models.add_row("all data pooled", *_cells(baselines["pooled"]), "none")
+    for name, figures in baselines["local"].items():
+        models.add_row(f"{name} alone", *_cells(figures), "none")
+    console.print(models)
+    spent = _table(
+        "What it cost a patient, by each hospital's own ledger",
+        "hospital",
+        ("public size", "rounds", "epsilon", "enforced", "budget", "delta"),
+    )
+    for name, stated in hospitals.items():
+        epsilons = (f"{stated['epsilon']:.3f}", f"{stated['epsilon_filter']:.3f}", f"{stated['budget_epsilon']:g}")
+        spent.add_row(name, str(stated["public_size"]), str(stated["rounds"]), *epsilons, f"{stated['delta']:g}")
     console.print(spent)
-    console.print(
-        "Unit: one patient; neighbouring data sets differ by adding or removing one. "
-        f"{example.split}.\nmodel   {report['model']}\ncard    {report['card']}",
-        highlight=False,
-        soft_wrap=True,
-    )
-    for name, path in report["ledgers"].items():
-        console.print(f"ledger  {path}  ({name})", highlight=False, soft_wrap=True)
-    console.print(
-        f"{report['rounds_completed']} rounds in {report['seconds']:.0f} s; all processes together took at most "
+    accountants = ", ".join(sorted({stated["accountant"] for stated in hospitals.values()}))
+    lines = [
+        f"epsilon: per patient, add or remove one patient, by {accountants}; for the schedule as executed,",
+        "valid if it was fixed in advance. enforced: by the hospital's Renyi filter, valid in any case.",
+        "Models trained alone or on pooled data have no privacy.",
+        f"Data: {example.split}.",
+        "",
+        f"model   {report['model']}",
+        f"card    {report['card']}",
+        *(f"ledger  {path}" for path in report["ledgers"].values()),
+        "",
+        f"{report['rounds_completed']} rounds, {report['seconds']:.0f} s in all; all processes together took at most "
         f"{report['peak_memory_mb']:.0f} MB.",
-        highlight=False,
-    )
+    ]
+    console.print("\n".join(lines), highlight=False, soft_wrap=True)
+
+
+_SHOWN = {"auroc": "AUROC", "accuracy": "accuracy", "sensitivity": "sensitivity", "specificity": "specificity"}
+
+
+def _cells(figures: Mapping[str, float]) -> list[str]:
+    return [f"{figures[name]:.3f}" if name in figures else "-" for name in _SHOWN]
+
+
+def _table(title: str, first: str, others: Iterable[str]) -> Table:
+    """A table that fits 80 columns: a name, then numbers."""
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column(first, no_wrap=True)
+    for other in others:
+        table.add_column(other, justify="right", no_wrap=True)
+    return table

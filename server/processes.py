@@ -34,6 +34,11 @@ class Children:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.stop()
+        signal.signal(signal.SIGTERM, self._previous)
+
+    def stop(self) -> None:
+        """End every child: ask first, insist after five seconds."""
         for child in self._children.values():
             if child.poll() is None:
                 child.terminate()
@@ -49,7 +54,8 @@ class Children:
                     pipe.close()
         for file in self._files:
             file.close()
-        signal.signal(signal.SIGTERM, self._previous)
+        self._children.clear()
+        self._files.clear()
 
     def start(self, name: str, command: str, *arguments: str, talk: bool = False) -> "subprocess.Popen[str]":
         """Start one of Konsil's commands. With ``talk`` its standard input and output are pipes."""

@@ -51,9 +51,13 @@ class Numeric(Frozen):
         Guarantees:
             * Uses public figures only; ``low`` maps to -2 and ``high`` to 2, and order is kept.
         """
-        curve = {"linear": np.asarray, "log": np.log, "sqrt": np.sqrt}[self.scale]
-        low, high = curve(self.low), curve(self.high)
-        return np.asarray(4 * (curve(values) - low) / (high - low) - 2, dtype=np.float64)
+        low, high = self._on_the_scale(np.array([self.low, self.high]))
+        return 4 * (self._on_the_scale(values) - low) / (high - low) - 2
+
+    def _on_the_scale(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        if self.scale == "linear":
+            return values
+        return np.log(values) if self.scale == "log" else np.sqrt(values)
 
 
 class Categorical(Frozen):
@@ -168,12 +172,12 @@ HEART_DISEASE = Task(
                 categories=("typical-angina", "atypical-angina", "non-anginal-pain", "asymptomatic"),
             ),
             Numeric(name="resting_blood_pressure", unit="mmHg", low=0, high=250, description="0: not measured"),
-            Numeric(name="cholesterol", unit="mg/dl", low=0, high=700, description="serum; 0: not measured"),
+            Numeric(name="cholesterol", unit="mg/dl", low=0, high=650, description="serum; 0: not measured"),
             Categorical(name="fasting_blood_sugar", categories=("normal", "above-120-mg-dl")),
             Categorical(name="resting_ecg", categories=("normal", "st-t-abnormality", "left-ventricular-hypertrophy")),
-            Numeric(name="maximum_heart_rate", unit="1/min", low=40, high=220),
+            Numeric(name="maximum_heart_rate", unit="1/min", low=50, high=220),
             Categorical(name="exercise_angina", categories=("no", "yes")),
-            Numeric(name="st_depression", unit="mm", low=-4, high=10, description="exercise against rest"),
+            Numeric(name="st_depression", unit="mm", low=-3, high=7, description="exercise against rest"),
         )
     ),
     label="disease",

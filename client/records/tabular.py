@@ -25,47 +25,16 @@ _CHECK = "Mend the file or the manifest, then run konsil-hospital check-data aga
 
 
 @dataclass(frozen=True)
-class ColumnSummary:
-    """One column as it was read: the range found beside the public range, or how often each category occurs."""
-
-    name: str
-    unit: str
-    missing: int
-    found: tuple[float, float] | None = None
-    public: tuple[float, float] | None = None
-    counts: Mapping[str, int] | None = None
-
-
-@dataclass(frozen=True)
-class PartSummary:
-    """One part of the records: true counts, for the hospital's own eyes."""
-
-    records: int
-    patients: int
-    classes: Mapping[str, int]
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What ``check-data`` prints; nothing of it ever leaves.
+class Table:
+    """A file, checked; it stays behind the firewall, like the file.
 
     Attributes:
+        cells: Every column of the schema: numbers as float64, categories as their index.
+        labels: Index into the task's classes.
+        ids: The patient of each row.
+        missing: Cells that were missing, by schema name; their rows are not in ``cells``.
         left_out: Rows with a missing value, where the manifest leaves such rows out.
-        repeated_rows: Rows equal to an earlier one in every column of the schema; a hint that a row might not be a
-            patient of its own.
     """
-
-    file: Path
-    left_out: int
-    repeated_rows: int
-    training: PartSummary
-    validation: PartSummary
-    columns: tuple[ColumnSummary, ...]
-
-
-@dataclass(frozen=True)
-class _Table:
-    """A file, checked: ``cells`` holds every schema column, numbers as float64 and categories as their index."""
 
     cells: Mapping[str, NDArray[Any]]
     labels: NDArray[np.int64]
@@ -94,7 +63,11 @@ def read_table(manifest: Manifest, task: Task, *, split_key: bytes) -> tuple[Rec
     Raises:
         RecordsError: The first problem, with file, row, column and value, and how many more there are like it.
     """
-    table = _checked(manifest, task)
+    return split_table(checked_table(manifest, task), manifest, task, split_key=split_key)
+
+
+def split_table(table: Table, manifest: Manifest, task: Task, *, split_key: bytes) -> tuple[Records, Records]:
+    """Encode a checked table and cut it into training and validation part; see ``read_table``."""
     held_out = _held_out(table.ids, manifest.validation_fraction, split_key)
     inputs = _encode(table, task)
     training, validation = (_records(table, task, inputs, part) for part in (~held_out, held_out))
@@ -104,23 +77,8 @@ def read_table(manifest: Manifest, task: Task, *, split_key: bytes) -> tuple[Rec
     return training, validation
 
 
-def describe(manifest: Manifest, task: Task, *, split_key: bytes) -> Summary:
-    """Summarise a table for the hospital's own terminal; the same checks and the same errors as ``read_table``."""
-    training, validation = read_table(manifest, task, split_key=split_key)
-    table = _checked(manifest, task)
-    content = pd.DataFrame({**table.cells, "": table.labels})
-    return Summary(
-        file=manifest.file,
-        left_out=table.left_out,
-        repeated_rows=int(content.duplicated().sum()),
-        training=_summarise_part(training, task),
-        validation=_summarise_part(validation, task),
-        columns=tuple(_summarise_column(c, table) for c in check_fits(manifest, task).columns),
-    )
-
-
-def _checked(manifest: Manifest, task: Task) -> _Table:
-    """Load the file and check every cell that the task needs."""
+def checked_table(manifest: Manifest, task: Task) -> Table:
+    """Load the file and check every cell that the task needs; see ``read_table`` for what is refused."""
     schema = check_fits(manifest, task)
     frame = _load(manifest.file)
     _check_header(frame, manifest, [manifest.column(c.name) for c in schema.columns])
@@ -141,7 +99,7 @@ def _checked(manifest: Manifest, task: Task) -> _Table:
     label = Categorical(name=task.label, categories=task.classes)
     labels = _categories(frame, manifest, label, column=manifest.label)
     counts = {name: int(flags.sum()) for name, flags in missing.items()}
-    return _Table(cells, labels, _patient_ids(frame, manifest, cells, labels), counts, int(incomplete.sum()))
+    return Table(cells, labels, _patient_ids(frame, manifest, cells, labels), counts, int(incomplete.sum()))
 
 
 # the file
@@ -276,7 +234,7 @@ def _held_out(ids: list[str], fraction: float, key: bytes) -> Flags:
     return np.array([chosen[i] for i in ids], dtype=np.bool_)
 
 
-def _records(table: _Table, task: Task, inputs: NDArray[np.float32], part: Flags) -> Records:
+def _records(table: Table, task: Task, inputs: NDArray[np.float32], part: Flags) -> Records:
     """One part of the table as tensors, its patients numbered 0, 1, 2, ... as they come."""
     patients, distinct = pd.factorize(np.array(table.ids, dtype=object)[part])
     targets = torch.from_numpy(table.labels[part])
@@ -288,7 +246,7 @@ def _records(table: _Table, task: Task, inputs: NDArray[np.float32], part: Flags
     )
 
 
-def _encode(table: _Table, task: Task) -> NDArray[np.float32]:
+def _encode(table: Table, task: Task) -> NDArray[np.float32]:
     """Rows of shape ``(width,)``, as ``TableInput`` says."""
     blocks = []
     for column in task.input.columns:  # type: ignore[union-attr]  # check_fits has refused other kinds of input
@@ -300,32 +258,20 @@ def _encode(table: _Table, task: Task) -> NDArray[np.float32]:
     return np.concatenate(blocks, axis=1, dtype=np.float32)
 
 
-# checks and counts of a part
+# the parts
 
 
-def _class_counts(records: Records, task: Task) -> dict[str, int]:
+def class_counts(records: Records, task: Task) -> dict[str, int]:
+    """How many records of each class there are: true counts, for the hospital's own eyes."""
     counts = np.bincount(records.targets.numpy().astype(np.int64), minlength=len(task.classes))
     return {name: int(count) for name, count in zip(task.classes, counts, strict=True)}
 
 
 def _check_classes(manifest: Manifest, task: Task, records: Records, part: str) -> None:
     """Refuse a part without a class, unless the manifest declares that this hospital never sees it."""
-    absent = [n for n, k in _class_counts(records, task).items() if not k and n not in manifest.absent_classes]
+    absent = [n for n, k in class_counts(records, task).items() if not k and n not in manifest.absent_classes]
     if absent:
         raise RecordsError(
             f"{manifest.file}: no record of class {', '.join(map(repr, absent))} in the {part} part",
             hint="Add records, change validation_fraction, or declare absent_classes = [...] in the manifest.",
         )
-
-
-def _summarise_part(records: Records, task: Task) -> PartSummary:
-    return PartSummary(len(records), records.patient_count, _class_counts(records, task))
-
-
-def _summarise_column(column: Numeric | Categorical, table: _Table) -> ColumnSummary:
-    cells, missing = table.cells[column.name], table.missing[column.name]
-    if isinstance(column, Numeric):
-        found = (float(cells.min()), float(cells.max()))
-        return ColumnSummary(column.name, column.unit, missing, found=found, public=(column.low, column.high))
-    counts = np.bincount(cells, minlength=len(column.categories))
-    return ColumnSummary(column.name, "", missing, counts=dict(zip(column.categories, counts.tolist(), strict=True)))

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from client.dp_sgd import PatientGradients, local_steps, self_check, train, train_without_privacy
+from client.alone import train_without_privacy
+from client.dp_sgd import PatientGradients, local_steps, self_check, train
 from client.randomness import SecureRandom
 from client.records.records import Records
 from shared_models.errors import ConfigError

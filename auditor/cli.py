@@ -1,0 +1,121 @@
+"""The auditor's command, ``konsil-audit``: needs ledgers and public keys only; no network, no torch."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from shared_models import terminal
+
+if TYPE_CHECKING:
+    from auditor.recompute import BudgetReport, Figures
+    from auditor.verify import Verified
+
+app = typer.Typer(
+    help="Verify hospitals' privacy ledgers and compute again what their studies cost. Reads files, changes none.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+Ledgers = Annotated[list[Path], typer.Argument(metavar="LEDGER...", help="Ledger files (ledger.sqlite).")]
+Keys = Annotated[
+    list[Path] | None, typer.Option("--key", help="Public key file of a hospital; can be given more than once.")
+]
+
+
+@app.command()
+def verify(ledgers: Ledgers, key: Keys = None) -> None:
+    """Check chain, signatures, head file, and every charge against the plan that was approved.
+
+    Every ledger is looked at, whatever was wrong with those before. The exit status is 0 only if all hold.
+    """
+    from auditor.verify import verify_ledger
+    from shared_models.errors import FederationError, LedgerError
+    from shared_models.identity import read_public
+
+    keys = {read_public(path) for path in key or []}
+    broken = []
+    for path in ledgers:
+        try:
+            typer.echo(f"holds   {path}: {_describe(verify_ledger(path, keys))}")
+        except FederationError as error:
+            broken.append((path, error))
+            typer.echo(f"BROKEN  {path}: {error}")
+    if broken:
+        path, first = broken[0]
+        raise LedgerError(f"{len(broken)} of {len(ledgers)} ledgers do not hold: {path}: {first}", hint=first.hint)
+
+
+@app.command()
+def budget(
+    ledgers: Ledgers,
+    key: Keys = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write all figures to this file.")] = None,
+) -> None:
+    """Verify the ledgers, then compute epsilon again from the recorded mechanisms with an independent accountant."""
+    from auditor.recompute import report_budget
+    from auditor.verify import verify_ledger
+    from shared_models.errors import ConfigError
+    from shared_models.identity import read_public
+    from shared_models.privacy.ledger import read_ledger
+
+    keys = {read_public(path) for path in key or []}
+    reports = []
+    for path in ledgers:
+        verify_ledger(path, keys)
+        reports.append(report_budget(read_ledger(path)))
+        typer.echo("\n".join(_lines(reports[-1])))
+    if json_file is not None:
+        text = json.dumps({"ledgers": [report.model_dump(mode="json") for report in reports]}, indent=2)
+        try:
+            json_file.write_text(text + "\n", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"{json_file} cannot be written: {error.strerror}", hint="Choose another file.") from None
+
+
+def _describe(verified: "Verified") -> str:
+    key = "a given key" if verified.key_was_given else "the key it names itself; give --key to be sure whose it is"
+    head = (
+        "no entry missing at the end"
+        if verified.head_was_checked
+        else "no head file: entries may be missing at the end"
+    )
+    return (
+        f"{verified.hospital}, population {verified.population}, {verified.entries} entries, "
+        f"{verified.charges} charges; signed by {key} ({verified.key[:19]}…); {head}"
+    )
+
+
+def _lines(report: "BudgetReport") -> list[str]:
+    terms = report.budget
+    return [
+        f"{report.hospital}, population {report.population} (public size {terms.public_size})",
+        f"  budget   epsilon {terms.epsilon:g} at delta {terms.delta:g} per {terms.unit} ({terms.neighbouring}), "
+        f"enforced by a Renyi filter at order {terms.order}; {report.left:.4f} left by the filter",
+        f"  spent    {_figures(report.spent)}",
+        *(
+            f"  study    {study.study} ({'open' if study.open else 'closed'}, limit epsilon {study.limit_epsilon:g}): "
+            f"{_figures(study.spent)}"
+            for study in report.studies
+        ),
+    ]
+
+
+def _figures(figures: "Figures") -> str:
+    return (
+        f"{figures.charges} charges, epsilon {figures.epsilon_filter:.4f} by the filter at order {figures.order} "
+        f"(holds under adaptive choice); {figures.epsilon_pld:.4f} by PLD and {figures.epsilon_rdp:.4f} by RDP, for "
+        f"the schedule as executed, valid if it was fixed in advance; delta {figures.delta:g}, per {figures.unit}, "
+        f"{figures.neighbouring}, {figures.accountant}"
+    )
+
+
+def main() -> None:
+    """Entry point of ``konsil-audit``."""
+    terminal.run(app)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""Epsilon again, from the recorded mechanisms, by code that shares nothing with what the hospital enforced or reported.
+
+dp-accounting (Google) computes the filter's figure, RDP and PLD. The hospital used its own closed form and Opacus.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+from dp_accounting import dp_event, privacy_accountant
+from dp_accounting.pld import pld_privacy_accountant
+from dp_accounting.rdp import rdp_privacy_accountant
+
+from shared_models.errors import LedgerError
+from shared_models.plan import Frozen
+from shared_models.privacy.ledger import BudgetTerms, Entry
+from shared_models.privacy.mechanisms import GaussianRelease, PoissonGaussian
+
+PLD_INTERVAL = 1e-3  # width of a cell of the privacy loss distribution, rounded up: an upper bound
+_ADD_OR_REMOVE_ONE = privacy_accountant.NeighboringRelation.ADD_OR_REMOVE_ONE
+_RDP_ORDERS = [*rdp_privacy_accountant.DEFAULT_RDP_ORDERS]
+
+_Mechanism = PoissonGaussian | GaussianRelease
+
+
+class Figures(Frozen):
+    """What some charges cost one patient, by three accountants; never without what it holds at and for whom.
+
+    Attributes:
+        charges: How many.
+        epsilon_filter: At the order that the budget committed to: all that holds under adaptive choice.
+        epsilon_pld: For the schedule as executed, valid if it was fixed in advance; the tight one.
+        epsilon_rdp: The same by RDP, at the best of many orders; looser.
+    """
+
+    charges: int
+    epsilon_filter: float
+    epsilon_pld: float
+    epsilon_rdp: float
+    delta: float
+    order: int
+    unit: Literal["patient"] = "patient"
+    neighbouring: Literal["add or remove one patient"] = "add or remove one patient"
+    accountant: Literal["dp-accounting: PLD, RDP"] = "dp-accounting: PLD, RDP"
+
+
+class StudyReport(Frozen):
+    """One study: what it cost at its own delta, and what its plan promised."""
+
+    study: str
+    open: bool
+    limit_epsilon: float
+    spent: Figures
+
+
+class BudgetReport(Frozen):
+    """One hospital's population: what its budget was opened with, and what is spent, reserved and left.
+
+    Attributes:
+        left: Epsilon of the budget that is neither spent nor reserved, by the filter.
+    """
+
+    hospital: str
+    population: str
+    budget: BudgetTerms
+    spent: Figures
+    left: float
+    studies: tuple[StudyReport, ...]
+
+
+def recompute(mechanisms: Iterable[_Mechanism], *, delta: float, order: int) -> Figures:
+    """What mechanisms cost, at one delta."""
+    counts = Counter(mechanisms)
+    event = _event(counts)
+    rdp = rdp_privacy_accountant.RdpAccountant(_RDP_ORDERS, _ADD_OR_REMOVE_ONE).compose(event)
+    pld = pld_privacy_accountant.PLDAccountant(_ADD_OR_REMOVE_ONE, value_discretization_interval=PLD_INTERVAL)
+    return Figures(
+        charges=counts.total(),
+        epsilon_filter=_filter(event, delta=delta, order=order) if counts else 0.0,
+        epsilon_pld=float(pld.compose(event).get_epsilon(delta)) if counts else 0.0,
+        epsilon_rdp=float(rdp.get_epsilon(delta)) if counts else 0.0,
+        delta=delta,
+        order=order,
+    )
+
+
+def report_budget(entries: Sequence[Entry]) -> BudgetReport:
+    """What a ledger's entries add up to, per study and in total.
+
+    Raises:
+        LedgerError: The entries open no budget, or charge what was never approved.
+    """
+    if not entries or entries[0].budget is None or entries[0].population is None:
+        raise LedgerError("the ledger opens no budget", hint="It is empty, or not a hospital's.")
+    terms = entries[0].budget
+    approvals = {entry.study: entry for entry in entries if entry.kind == "plan-approved"}
+    closed = {entry.study for entry in entries if entry.kind == "study-closed"}
+    charged = _charged(entries)
+    if not set(charged) <= set(approvals):
+        raise LedgerError("charges of a study that was never approved", hint="Run: konsil-audit verify")
+    spent = [mechanism for mechanisms in charged.values() for mechanism in mechanisms]
+    reserved = [
+        mechanism
+        for study, approval in approvals.items()
+        if study not in closed
+        for mechanism in _left_of(approval, charged.get(study, []))
+    ]
+    return BudgetReport(
+        hospital=entries[0].hospital,
+        population=entries[0].population,
+        budget=terms,
+        spent=recompute(spent, delta=terms.delta, order=terms.order),
+        left=terms.epsilon - filter_epsilon([*spent, *reserved], delta=terms.delta, order=terms.order),
+        studies=tuple(
+            StudyReport(
+                study=study or "",
+                open=study not in closed,
+                limit_epsilon=approval.limit.epsilon,
+                spent=recompute(charged.get(study, []), delta=approval.limit.delta, order=terms.order),
+            )
+            for study, approval in approvals.items()
+            if approval.limit is not None
+        ),
+    )
+
+
+def filter_epsilon(mechanisms: Iterable[_Mechanism], *, delta: float, order: int) -> float:
+    """The Rényi filter's figure at one order, independently of ``shared_models``; 0 for no mechanisms."""
+    counts = Counter(mechanisms)
+    return _filter(_event(counts), delta=delta, order=order) if counts else 0.0
+
+
+def _filter(event: dp_event.DpEvent, *, delta: float, order: int) -> float:
+    accountant = rdp_privacy_accountant.RdpAccountant([order], _ADD_OR_REMOVE_ONE).compose(event)
+    return float(accountant.get_epsilon(delta))
+
+
+def _charged(entries: Sequence[Entry]) -> dict[str | None, list[_Mechanism]]:
+    charged: dict[str | None, list[_Mechanism]] = {}
+    for entry in entries:
+        if entry.kind == "charge" and entry.mechanism is not None:
+            charged.setdefault(entry.study, []).append(entry.mechanism)
+    return charged
+
+
+def _left_of(approval: Entry, charged: list[_Mechanism]) -> list[_Mechanism]:
+    reserved = Counter({reserved.mechanism: reserved.charges for reserved in approval.reservation or ()})
+    return list((reserved - Counter(charged)).elements())
+
+
+def _event(counts: Counter[_Mechanism]) -> dp_event.DpEvent:
+    """The recorded mechanisms in dp-accounting's words, equal ones grouped."""
+    steps: Counter[tuple[float, float]] = Counter()
+    for mechanism, times in counts.items():
+        if isinstance(mechanism, PoissonGaussian):
+            steps[mechanism.sample_rate, mechanism.noise_multiplier] += mechanism.steps * times
+        else:
+            steps[1.0, mechanism.noise_multiplier] += mechanism.releases * times
+    return dp_event.ComposedDpEvent(
+        [dp_event.SelfComposedDpEvent(_step(q, sigma), times) for (q, sigma), times in sorted(steps.items())]
+    )
+
+
+def _step(sample_rate: float, noise_multiplier: float) -> dp_event.DpEvent:
+    noise = dp_event.GaussianDpEvent(noise_multiplier)
+    return noise if sample_rate == 1 else dp_event.PoissonSampledDpEvent(sample_rate, noise)

@@ -1,0 +1,103 @@
+"""What ``check-data`` prints: the records as a study would read them. True counts; nothing of it ever leaves."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from rich.console import Group
+from rich.table import Table as Grid
+from rich.text import Text
+
+from client.records.manifest import check_fits, read_manifest
+from client.records.records import Records
+from client.records.tabular import Table, checked_table, class_counts, split_table
+from shared_models.tasks import Categorical, Numeric, Task, find_task
+
+
+@dataclass(frozen=True)
+class ColumnSummary:
+    """One column as it was read.
+
+    Attributes:
+        missing: Cells without a value.
+        found: The range found, or how often each category occurs.
+        public: The task's public range, with its unit; empty for categories.
+    """
+
+    name: str
+    missing: int
+    found: str
+    public: str
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A table as it was read.
+
+    Attributes:
+        left_out: Rows with a missing value, where the manifest leaves such rows out.
+        repeated_rows: Rows equal to an earlier one in every column of the schema. Where no patient column is named, a
+            hint that such a row might not be a patient of its own.
+        parts: Training and validation part: records, patients and records of each class.
+    """
+
+    file: Path
+    left_out: int
+    repeated_rows: int
+    parts: dict[str, tuple[int, int, dict[str, int]]]
+    columns: tuple[ColumnSummary, ...]
+
+
+def summarise(folder: Path, *, split_key: bytes = bytes(32)) -> Summary:
+    """Read a records folder as a study would, and count.
+
+    Args:
+        folder: Folder with ``manifest.toml``.
+        split_key: The hospital's own key shows its own split; any other key shows one of the same proportions.
+
+    Raises:
+        RecordsError, ConfigError: Whatever would keep a study from reading the records.
+    """
+    manifest = read_manifest(folder)
+    task = find_task(manifest.task)
+    table = checked_table(manifest, task)
+    training, validation = split_table(table, manifest, task, split_key=split_key)
+    content = pd.DataFrame({**table.cells, "": table.labels})
+    return Summary(
+        file=manifest.file,
+        left_out=table.left_out,
+        repeated_rows=int(content.duplicated().sum()),
+        parts={"training": _part(training, task), "validation": _part(validation, task)},
+        columns=tuple(_column(column, table) for column in check_fits(manifest, task).columns),
+    )
+
+
+def describe(folder: Path, *, split_key: bytes = bytes(32)) -> Group:
+    """``summarise`` for a terminal."""
+    summary = summarise(folder, split_key=split_key)
+    lines = [f"{summary.file}: fit for training"]
+    for name, (records, patients, classes) in summary.parts.items():
+        counts = ", ".join(f"{n} {label}" for label, n in classes.items())
+        lines.append(f"{name}: {records} records of {patients} patients ({counts})")
+    lines.append(
+        f"left out for a missing value: {summary.left_out} rows; equal to an earlier row: {summary.repeated_rows}"
+    )
+    grid = Grid("column", "missing", "found", "public range")
+    for column in summary.columns:
+        grid.add_row(*(Text(cell) for cell in (column.name, str(column.missing), column.found, column.public)))
+    return Group(*(Text(line) for line in lines), grid)
+
+
+def _part(records: Records, task: Task) -> tuple[int, int, dict[str, int]]:
+    return len(records), records.patient_count, class_counts(records, task)
+
+
+def _column(column: Numeric | Categorical, table: Table) -> ColumnSummary:
+    cells, missing = table.cells[column.name], table.missing[column.name]
+    if isinstance(column, Numeric):
+        public = f"{column.low:g} to {column.high:g} {column.unit}"
+        return ColumnSummary(column.name, missing, f"{cells.min():g} to {cells.max():g}", public)
+    counts = np.bincount(cells, minlength=len(column.categories))
+    found = ", ".join(f"{n} {category}" for category, n in zip(column.categories, counts, strict=True))
+    return ColumnSummary(column.name, missing, found, "")
