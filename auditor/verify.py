@@ -85,7 +85,7 @@ def _key(first: Entry, trusted: Collection[bytes]) -> bytes:
         raise LedgerError("ledger entry 1: it names no key", hint="A ledger starts with the opening of a budget.")
     if trusted and key not in trusted:
         raise LedgerError(
-            f"ledger entry 1: the ledger of {first.hospital} has another key ({fingerprint(key)[:19]}…) than those given",
+            f"ledger entry 1: {first.hospital}'s ledger has another key ({fingerprint(key)[:19]}…) than those given",
             hint="It is another hospital's ledger, or a forgery. Ask the consortium for the right key.",
         )
     return key

@@ -31,6 +31,7 @@ os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app.user_config import UserConfig
 from flwr.common.constant import (
     ISOLATION_MODE_PROCESS,
     NOOP_ACCOUNT_NAME,
@@ -384,7 +385,8 @@ def run_study(settings: Settings, plan_file: Path, folder: Path) -> None:
     from server.app import app  # noqa: PLC0415 - torch is only needed once a study really starts
 
     with SuperLink(settings) as link, link.run() as grid:
-        config = {"plan": str(plan_file), "folder": str(folder)}
-        identities = {hospital.name: str(hospital.identity) for hospital in settings.hospitals}
-        state = RecordDict({"identities": ConfigRecord(identities)})
+        config: UserConfig = {"plan": str(plan_file), "folder": str(folder)}
+        identities = ConfigRecord()
+        identities.update({hospital.name: str(hospital.identity) for hospital in settings.hospitals})
+        state = RecordDict({"identities": identities})
         app(grid, Context(grid.run.run_id, SUPERLINK_NODE_ID, {}, state, config))

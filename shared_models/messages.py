@@ -17,11 +17,11 @@ from shared_models.errors import FederationError, ProtocolError
 from shared_models.plan import Frozen, Name, explain
 
 WIRE_VERSION = 1
-VECTOR_DTYPES = {"<f4": np.dtype("<f4"), "<f8": np.dtype("<f8")}
+VECTOR_DTYPES: dict[str, np.dtype[Any]] = {"<f4": np.dtype("<f4"), "<f8": np.dtype("<f8")}
 MAXIMUM_BODY_BYTES = 1_000_000
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Vector = NDArray[np.float32] | NDArray[np.float64]
+Vector = NDArray[Any]  # float32 or float64, as the message's ``dtype`` says
 
 _BODY, _VECTOR = "konsil", "vector"
 

@@ -6,11 +6,13 @@ Tests look at these bytes, change them, lose them, or send their own.
 
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tomli_w
 from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app.user_config import UserConfig
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
@@ -18,8 +20,10 @@ from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_conte
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
+import client.app
 from client.app import app as client_app
 from client.app import close_hospitals
+from client.books import LEDGER
 from client.settings import Settings, read_settings
 from server.app import app as server_app
 from server.demo import hospital_settings, plan_text
@@ -27,6 +31,7 @@ from server.examples import Example, write_example
 from server.journal import read_events
 from server.pki import create_hospital_keys
 from shared_models.plan import StudyPlan
+from shared_models.privacy.ledger import Entry, read_ledger
 
 COORDINATOR_NODE, FIRST_NODE, RUN = 1, 100, 7
 
@@ -42,65 +47,39 @@ def travel(message: Message) -> tuple[Message, bytes]:
     return inflated, wire
 
 
-@dataclass
-class Federation(Grid):
-    """A coordinator and its hospitals in one process; a Flower Grid to the ServerApp.
+Tamper = Callable[[str, Message], Message | None]
+
+
+class Wire(Grid):
+    """Flower's Grid over nothing but function calls.
 
     Attributes:
-        folder: Where everything lies.
-        example: The data, laid out as hospitals have it.
-        plan: What is run.
         offline: Hospitals that do not answer.
         tamper: Looks at, changes or loses a hospital's reply on its way: (hospital, reply) -> reply or None.
-        wire: Every byte that crossed, by direction: (from, to, bytes).
+        on_request: Looks at a request before its hospital does: (hospital, request).
+        trace: Every byte that crossed, by direction: (from, to, bytes).
     """
 
-    folder: Path
-    example: Example
-    plan: StudyPlan
-    offline: set[str] = field(default_factory=set)
-    tamper: Callable[[str, Message], Message | None] = lambda _name, reply: reply
-    on_request: Callable[[str, Message], None] = lambda _name, _request: None
-    wire: list[tuple[str, str, bytes]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = RUN, RUN, COORDINATOR_NODE
-        self.names = [hospital.name for hospital in self.example.hospitals]
-        self._node_of = {name: FIRST_NODE + i for i, name in enumerate(self.names)}
+    def __init__(self, settings_files: dict[str, Path]) -> None:
+        self.offline: set[str] = set()
+        self.tamper: Tamper = lambda _hospital, reply: reply
+        self.on_request: Callable[[str, Message], None] = lambda _hospital, _request: None
+        self.trace: list[tuple[str, str, bytes]] = []
+        self._settings_files = settings_files
+        self._node_of = {name: FIRST_NODE + i for i, name in enumerate(settings_files)}
         self._replies: dict[str, Message] = {}
 
-    def settings_file(self, hospital: str) -> Path:
-        """Where a hospital's settings lie."""
-        return self.folder / "hospitals" / hospital / "hospital.toml"
-
-    def settings(self, hospital: str) -> Settings:
-        """A hospital's settings."""
-        return read_settings(self.settings_file(hospital))
-
-    def run(self, study_folder: str = "study") -> Path:
-        """Run the ServerApp to its end, as the coordinator does. Returns the study's folder."""
-        folder = self.folder / study_folder
-        plan_file = self.folder / f"{study_folder}.toml"
-        plan_file.write_text(plan_text(self.plan), encoding="utf-8")
-        identities = {name: str(self.folder / "public" / f"{name}.identity.pub") for name in self.names}
-        state = RecordDict({"identities": ConfigRecord(identities)})
-        server_app(self, Context(RUN, COORDINATOR_NODE, {}, state, {"plan": str(plan_file), "folder": str(folder)}))
-        return folder
-
-    def events(self, kind: str, study_folder: str = "study") -> list[dict[str, object]]:
-        """The journal's events of one kind."""
-        return [e for e in read_events(self.folder / study_folder / "events.jsonl")[0] if e["event"] == kind]
-
-    # What Flower's Grid is asked for
+    @property
+    def run(self) -> Run:
+        """There is one run, and nobody asks for it."""
+        raise AssertionError("not called")
 
     def set_run(self, run: Run) -> None:
-        """Flower calls this; there is one run."""
-
-    @property
-    def run_info(self) -> None:
         """There is one run."""
 
-    def create_message(self, *_args: object, **_named: object) -> Message:
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
         """Deprecated in Flower, and never called."""
         raise AssertionError("not called")
 
@@ -117,23 +96,24 @@ class Federation(Grid):
         ids = []
         for number, message in enumerate(messages):
             name = next(n for n, i in self._node_of.items() if i == message.metadata.dst_node_id)
-            ids.append(f"{len(self.wire)}-{number}")
-            answer = self._deliver(name, message)
+            ids.append(f"{len(self.trace)}-{number}")
+            answer = self.deliver(name, message)
             if answer is not None:
                 self._replies[ids[-1]] = answer
         return ids
 
-    def _deliver(self, name: str, message: Message) -> Message | None:
+    def deliver(self, name: str, message: Message) -> Message | None:
+        """One request to one hospital, and its answer; both as bytes on the way."""
         request, wire = travel(message)
-        self.wire.append(("coordinator", name, wire))
+        self.trace.append(("coordinator", name, wire))
         self.on_request(name, request)
-        node_config = {"settings": str(self.settings_file(name))}
+        node_config: UserConfig = {"settings": str(self._settings_files[name])}
         answer = client_app(request, Context(RUN, self._node_of[name], node_config, RecordDict(), {}))
         tampered = self.tamper(name, answer)
         if tampered is None or name in self.offline:
             return None
         reply, wire = travel(tampered)
-        self.wire.append((name, "coordinator", wire))
+        self.trace.append((name, "coordinator", wire))
         return reply
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
@@ -143,6 +123,58 @@ class Federation(Grid):
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """Not used: answers are gathered as they come."""
         raise AssertionError("not called")
+
+
+@dataclass
+class Federation:
+    """A coordinator and its hospitals in one process.
+
+    Attributes:
+        folder: Where everything lies.
+        example: The data, laid out as hospitals have it.
+        plan: What is run.
+    """
+
+    folder: Path
+    example: Example
+    plan: StudyPlan
+
+    def __post_init__(self) -> None:
+        TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = RUN, RUN, COORDINATOR_NODE
+        self.names = [hospital.name for hospital in self.example.hospitals]
+        self.wire = Wire({name: self.settings_file(name) for name in self.names})
+
+    def settings_file(self, hospital: str) -> Path:
+        """Where a hospital's settings lie."""
+        return self.folder / "hospitals" / hospital / "hospital.toml"
+
+    def settings(self, hospital: str) -> Settings:
+        """A hospital's settings."""
+        return read_settings(self.settings_file(hospital))
+
+    def ledger(self, hospital: str) -> list[Entry]:
+        """A hospital's ledger as it is on disk."""
+        return read_ledger(self.settings(hospital).state / LEDGER)
+
+    def charges(self, hospital: str) -> list[tuple[int | None, int | None]]:
+        """What a hospital has paid for: (round, attempt) of each charge, oldest first."""
+        return [(entry.round, entry.attempt) for entry in self.ledger(hospital) if entry.kind == "charge"]
+
+    def run(self, name: str = "study") -> Path:
+        """Run the ServerApp to its end, as the coordinator does. Returns the study's folder."""
+        folder = self.folder / name
+        plan_file = self.folder / f"{name}.toml"
+        plan_file.write_text(plan_text(self.plan), encoding="utf-8")
+        identities = ConfigRecord()
+        identities.update({name: str(self.folder / "public" / f"{name}.identity.pub") for name in self.names})
+        config: UserConfig = {"plan": str(plan_file), "folder": str(folder)}
+        context = Context(RUN, COORDINATOR_NODE, {}, RecordDict({"identities": identities}), config)
+        server_app(self.wire, context)
+        return folder
+
+    def events(self, kind: str, name: str = "study") -> list[dict[str, Any]]:
+        """The journal's events of one kind."""
+        return [e for e in read_events(self.folder / name / "events.jsonl")[0] if e["event"] == kind]
 
 
 def make_federation(
@@ -175,3 +207,8 @@ def changed(plan: StudyPlan, **changes: object) -> StudyPlan:
 def restart_hospitals() -> None:
     """Forget every hospital that this process holds open, as if their processes had ended."""
     close_hospitals()
+
+
+def restart(federation: Federation, hospital: str) -> None:
+    """Forget one hospital, as if its process had ended."""
+    client.app._hospitals.pop(str(federation.settings_file(hospital))).close()

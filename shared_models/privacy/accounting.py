@@ -24,11 +24,13 @@ from pydantic import Field
 
 from shared_models.errors import ConfigError
 from shared_models.plan import Frozen
-from shared_models.privacy.mechanisms import GaussianRelease, PoissonGaussian
+from shared_models.privacy.mechanisms import GaussianRelease, PoissonGaussian, total_divergence
 
 _History = list[tuple[float, float, int]]  # (noise multiplier, sample rate, times), as Opacus's accountants keep it
 
 _PRV_MEMORY = 2 * 2**30  # bytes; a grid that needs more would take longer than anybody waits
+# At order 2. Beyond it epsilon means nothing, and Opacus's series for orders between integers stop converging.
+_LARGEST_DIVERGENCE = 1e6
 # Opacus's own orders, and larger ones for little-noised or rarely sampled runs.
 _RDP_ORDERS = [*RDPAccountant.DEFAULT_ALPHAS, 64, 128, 256, 512, 1024]
 
@@ -65,8 +67,11 @@ def reported_epsilon(
     """
     if not 0 < delta < 1:
         raise ConfigError(f"delta must be between 0 and 1, not {delta:g}", hint="At most 1 / (10 * public size).")
+    mechanisms = list(mechanisms)
     history = _history(mechanisms)
     prv = f"PRV (Opacus {opacus.__version__})"
+    if not total_divergence(mechanisms, 2) < _LARGEST_DIVERGENCE:
+        raise ConfigError("no finite epsilon describes these mechanisms", hint="Their noise multiplier is too small.")
     if not history:
         return ReportedEpsilon(epsilon=0.0, delta=delta, accountant=prv)
     epsilon, problem = _prv_within(history, delta, seconds)
@@ -146,7 +151,4 @@ def _rdp(history: _History, delta: float) -> float:
     accountant.history = list(history)
     with np.errstate(all="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the best order is the first or last one: loose, still a bound
-        epsilon = float(accountant.get_epsilon(delta, alphas=_RDP_ORDERS))
-    if not epsilon < math.inf:
-        raise ConfigError("no finite epsilon describes these mechanisms", hint="Their noise multiplier is too small.")
-    return max(0.0, epsilon)
+        return max(0.0, float(accountant.get_epsilon(delta, alphas=_RDP_ORDERS)))

@@ -245,6 +245,8 @@ class Ledger:
         try:
             with _explained(self.path):
                 self._database.execute("BEGIN IMMEDIATE")
+                # To begin is not enough: SQLite quietly begins a read-only transaction on a read-only file.
+                self._database.execute("UPDATE about SET value = value")
                 self._database.execute("ROLLBACK")
             # A process that was killed between the two files has left a head that is one entry behind.
             write_head(self._head_path, self._key, seq=len(self._entries), entry_hash=self.head)
@@ -464,8 +466,10 @@ def _parse(body: bytes, signature: bytes) -> Entry:
 
 def _read_row(row: tuple[Any, Any, Any]) -> Entry:
     seq, body, signature = row
+    if not (isinstance(body, bytes) and isinstance(signature, bytes)):
+        raise _wrong(seq, "it is not stored as bytes")
     try:
-        entry = _parse(bytes(body), bytes(signature))
+        entry = _parse(body, signature)
     except (ValueError, TypeError, RecursionError):
         raise _wrong(seq, "it cannot be read") from None
     if entry.canonical != body:
@@ -528,10 +532,10 @@ def _reading(path: Path) -> Iterator[sqlite3.Connection]:
 
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
-    """SQLite's errors, and the disk's, as ours."""
+    """SQLite's errors, and the disk's, as ours. On a damaged file Python's own reading of a text or a length can fail."""
     try:
         yield
-    except (sqlite3.Error, OSError) as error:
+    except (sqlite3.Error, OSError, ValueError, OverflowError, MemoryError) as error:
         raise LedgerError(
             f"the ledger {path} cannot be used: {error}",
             hint="Check that the folder is writable, the disk has space and the file is intact.",

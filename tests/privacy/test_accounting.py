@@ -28,7 +28,7 @@ GOLDEN = steps(0.05, 1.0, 400)
 
 
 def test_the_golden_figure() -> None:
-    """q .05, 400 steps, sigma 1, delta 1e-5: epsilon 6.70, by PRV and by PLD; the filter is dearer, and sound."""
+    """Rate .05, 400 steps, sigma 1, delta 1e-5: epsilon 6.70, by PRV and by PLD; the filter is dearer."""
     reported = reported_epsilon([GOLDEN], DELTA, seconds=60)
     order = best_order([GOLDEN], DELTA)
 
@@ -104,7 +104,7 @@ def test_the_child_holds_no_file_of_its_parent() -> None:
     """Above all not the ledger's lock: a child that outlived its hospital would keep the next one out."""
     reader, writer = os.pipe()
     child_would_keep_it = os.dup(writer)
-    os.set_inheritable(child_would_keep_it, True)  # noqa: FBT003 - the call's own order
+    os.set_inheritable(child_would_keep_it, True)
     try:
         reported_epsilon([steps(0.001, 1.0, 1_000_000)] * 3, DELTA, seconds=0.3)
     finally:

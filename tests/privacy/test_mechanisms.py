@@ -97,7 +97,7 @@ def test_the_filter_equals_dp_accounting(q: float, sigma: float, delta: float) -
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_release_is_the_plain_gaussian(order: int) -> None:
-    """order / (2 sigma^2) each; and sampling everybody is no sampling."""
+    """It costs order / (2 sigma^2) each; and sampling everybody is no sampling."""
     assert renyi_divergence(release(2.0, 3), order) == pytest.approx(3 * order / 8, rel=1e-12)
     assert renyi_divergence(steps(1.0, 2.0, 3), order) == renyi_divergence(release(2.0, 3), order)
     assert renyi_divergence(steps(1 - 1e-12, 2.0), order) == pytest.approx(order / 8, rel=1e-9)
@@ -148,7 +148,7 @@ def test_limit_and_epsilon_are_inverse(epsilon: float, order: int, delta: float)
 
 
 def test_the_limit_is_the_one_of_the_design() -> None:
-    """epsilon - ln(1 - 1/alpha) + ln(alpha delta) / (alpha - 1), by hand for epsilon 1, order 10, delta 1e-5."""
+    """The limit epsilon - ln(1 - 1/alpha) + ln(alpha delta) / (alpha - 1), by hand."""
     assert filter_limit(1.0, order=10, delta=1e-5) == pytest.approx(1 - math.log(0.9) + math.log(1e-4) / 9)
 
 
