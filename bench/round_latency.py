@@ -50,7 +50,7 @@ STOCK_PROJECT = {
         }
     },
 }
-STOCK_SERVER = '''
+STOCK_SERVER = """
 import time
 from pathlib import Path
 
@@ -75,8 +75,8 @@ def main(grid, context):
             replies = list(grid.send_and_receive(requests))
             assert len(replies) == len(nodes) and not any(reply.has_error() for reply in replies)
             print(time.monotonic() - started, file=figures, flush=True)
-'''
-STOCK_CLIENT = '''
+"""
+STOCK_CLIENT = """
 from flwr.app import Message
 from flwr.clientapp import ClientApp
 
@@ -86,7 +86,7 @@ app = ClientApp()
 @app.train()
 def train(message, context):
     return Message(message.content, reply_to=message)
-'''
+"""
 
 
 class Figures(NamedTuple):

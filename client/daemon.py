@@ -16,9 +16,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import httpx
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ec import SECP384R1, EllipticCurvePrivateKey
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
-from cryptography.x509 import load_pem_x509_certificate
+from cryptography.x509 import Certificate, load_pem_x509_certificate, load_pem_x509_certificates
 
 # Flower phones home unless told not to, before it is imported.
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
@@ -250,9 +251,13 @@ def _node_key(path: Path) -> EllipticCurvePrivateKey:
 
 
 def _tls(settings: Settings) -> ssl.SSLContext:
-    """TLS 1.3 with our certificate, trusting the consortium's authority and nobody else."""
+    """TLS 1.3 with our certificate, trusting the consortium's authority and nobody else.
+
+    A coordinator that rejects a certificate just hangs up, so what can be wrong with ours is looked for here.
+    """
     files = settings.tls
     try:
+        authorities = load_pem_x509_certificates(files.ca.read_bytes())
         certificate = load_pem_x509_certificate(files.certificate.read_bytes())
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.minimum_version = ssl.TLSVersion.TLSv1_3
@@ -266,7 +271,20 @@ def _tls(settings: Settings) -> ssl.SSLContext:
             f"to {certificate.not_valid_after_utc:%Y-%m-%d}, not today",
             hint="Have it renewed by the consortium, or mend this machine's clock.",
         )
+    if not any(_issued_by(authority, certificate) for authority in authorities):
+        raise IdentityError(
+            f"certificate {files.certificate} was not issued by the authority in {files.ca}",
+            hint="The coordinator would hang up. Have a certificate issued by the consortium's authority.",
+        )
     return context
+
+
+def _issued_by(authority: Certificate, certificate: Certificate) -> bool:
+    try:
+        certificate.verify_directly_issued_by(authority)
+    except (ValueError, TypeError, InvalidSignature):
+        return False
+    return True
 
 
 def _rejected(error: httpx.HTTPStatusError) -> FederationError:
@@ -285,9 +303,7 @@ def _unreachable(error: Exception) -> FederationError:
             f"the coordinator's certificate is not trusted: {text}",
             hint="It expired, belongs to another host, or was signed by a foreign authority. Call the coordinator.",
         )
-    if ("ALERT" in text.upper() and "CERTIFICATE" in text.upper()) or "UNKNOWN_CA" in text.upper():
-        return IdentityError(
-            f"the coordinator does not accept this hospital's certificate: {text}",
-            hint="It expired, was revoked, or was signed by a foreign authority. Have it renewed.",
-        )
-    return ConnectionLostError(text or type(error).__name__, hint="Check the address and the network.")
+    return ConnectionLostError(
+        text or type(error).__name__,
+        hint="Check the address and the network. A coordinator that revoked this hospital's certificate hangs up too.",
+    )

@@ -177,9 +177,7 @@ class Federation:
         return [e for e in read_events(self.folder / name / "events.jsonl")[0] if e["event"] == kind]
 
 
-def make_federation(
-    folder: Path, plan: StudyPlan | None = None, *, hospitals: int = 4, **changes: object
-) -> Federation:
+def make_federation(folder: Path, plan: StudyPlan | None = None, *, hospitals: int = 4, **changes: Any) -> Federation:
     """Lay out a federation on the breast-cancer example: keys, settings, data, ledgers of its own.
 
     ``changes`` are fields of the plan to replace; those of ``privacy`` and ``training`` by a nested dictionary.
@@ -196,7 +194,7 @@ def make_federation(
     return Federation(folder, example, plan)
 
 
-def changed(plan: StudyPlan, **changes: object) -> StudyPlan:
+def changed(plan: StudyPlan, **changes: Any) -> StudyPlan:
     """A plan with some fields replaced, validated again."""
     fields = plan.model_dump(mode="json")
     for name, value in changes.items():

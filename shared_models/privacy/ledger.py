@@ -532,7 +532,7 @@ def _reading(path: Path) -> Iterator[sqlite3.Connection]:
 
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
-    """SQLite's errors, and the disk's, as ours. On a damaged file Python's own reading of a text or a length can fail."""
+    """SQLite's errors, and the disk's, as ours. On a damaged file even reading a text or a length can fail."""
     try:
         yield
     except (sqlite3.Error, OSError, ValueError, OverflowError, MemoryError) as error:

@@ -378,7 +378,7 @@ def test_check_data_shows_counts_ranges_and_missing_values(tmp_path: Path) -> No
 
 def test_check_data_prints_every_column(tmp_path: Path) -> None:
     """The terminal's version has one line per column of the schema."""
-    console = Console(width=200, record=True, file=None, quiet=False)
+    console = Console(width=200)
     with console.capture() as capture:
         console.print(describe(heart_records(tmp_path)))
 

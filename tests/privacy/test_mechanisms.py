@@ -6,6 +6,7 @@ import subprocess
 import sys
 from decimal import Decimal, localcontext
 from math import comb
+from random import Random
 
 import pytest
 from dp_accounting import dp_event, privacy_accountant
@@ -165,7 +166,7 @@ def test_nothing_spent_costs_nothing() -> None:
 def test_the_sum_does_not_depend_on_order_or_grouping(
     parts: list[tuple[float, float, int]],
     order: int,
-    random: "st.random.Random",  # type: ignore[name-defined]  # hypothesis's
+    random: Random,
 ) -> None:
     """To the last bit: a study that charges round by round must end exactly at what was reserved."""
     mechanisms = [steps(q, sigma, 5) for q, sigma, count in parts for _ in range(count)]

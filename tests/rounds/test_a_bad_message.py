@@ -7,7 +7,7 @@ import pytest
 from flwr.app import Array, ArrayRecord, Message
 
 from shared_models.errors import ProtocolError
-from shared_models.messages import Update, decode, encode
+from shared_models.messages import StudyEnd, Update, decode, encode
 from tests.federation import Federation
 
 BAD = "hospital-2"
@@ -123,8 +123,8 @@ def test_it_is_left_out_and_the_round_goes_on(
 
 
 def test_a_vector_and_its_message_belong_together() -> None:
-    """Our own side refuses to send an update without its vector: a mistake here must not look like a peer's."""
-    body = Update.model_construct()
+    """Our own side refuses to send a vector where none belongs: a mistake here must not look like a peer's."""
+    body = StudyEnd(study="a-study", plan_digest="0" * 64)
 
     with pytest.raises(ProtocolError, match="do not belong together"):
-        encode(body, None)
+        encode(body, np.zeros(3, dtype=np.float32))

@@ -3,6 +3,7 @@
 import json
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -162,7 +163,7 @@ def test_without_noise_and_clipping_it_is_plain_fedavg(
 ) -> None:
     """Message passing, weighting, bounding and averaging add nothing of their own: equal to 1e-5."""
     # The clip only sets how long an update may be; with privacy off it must not bind.
-    changes: dict[str, object] = {"training": {"learning_rate": 0.05}, "privacy": {"clip": 10.0}}
+    changes: dict[str, Any] = {"training": {"learning_rate": 0.05}, "privacy": {"clip": 10.0}}
     federation = make_federation(tmp_path, rounds=3, network=network, **changes)
     monkeypatch.setattr(client.round, "train", _without_privacy)
     for name in federation.names:

@@ -1,0 +1,97 @@
+"""A real SuperLink on loopback with real keys and certificates, and real connections to it, for tests of both sides."""
+
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+
+import tomli_w
+from flwr.app import Context, Message
+
+from client.daemon import serve
+from client.settings import Settings as HospitalSettings
+from client.settings import read_settings as read_hospital
+from server.demo import coordinator_settings, hospital_settings
+from server.examples import example_plan
+from server.pki import Authority, create_hospital_keys
+from server.settings import Settings as CoordinatorSettings
+from server.settings import read_settings as read_coordinator
+
+Handler = Callable[[Message, Context], Message]
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass
+class Keys:
+    """A folder with an authority, a coordinator and hospitals, as the demo lays them out."""
+
+    folder: Path
+    names: tuple[str, ...] = ("north", "south", "east")
+    port: int = field(default_factory=free_port)
+
+    def __post_init__(self) -> None:
+        self.authority = Authority(self.folder / "authority")
+        self.coordinator_certificate(self.authority)
+        for name in self.names:
+            self.add_hospital(name)
+        settings = coordinator_settings(list(self.names), self.port, self.authority.certificate)
+        (self.folder / "coordinator" / "coordinator.toml").write_text(tomli_w.dumps(settings), encoding="utf-8")
+
+    def coordinator_certificate(self, authority: Authority) -> None:
+        """Make, or make anew, the coordinator's TLS key and certificate."""
+        for file in (self.folder / "coordinator").glob("tls.*"):
+            file.unlink()
+        authority.issue(self.folder / "coordinator", "coordinator", hosts=["127.0.0.1"])
+
+    def hospital_certificate(self, name: str, authority: Authority) -> None:
+        """Make, or make anew, a hospital's TLS key and certificate."""
+        for file in (self.folder / name / "keys").glob("tls.*"):
+            file.unlink()
+        authority.issue(self.folder / name / "keys", name)
+
+    def add_hospital(self, name: str, *, public: str = "coordinator/hospitals") -> None:
+        """A hospital's keys and settings; ``public`` is where the public halves go."""
+        create_hospital_keys(self.folder / name / "keys", self.folder / public, name)
+        self.authority.issue(self.folder / name / "keys", name)
+        records = self.folder / name / "records"
+        settings = hospital_settings(
+            name, records, 100, example_plan("breast-cancer", 3), self.port, self.authority.certificate
+        )
+        self.hospital_file(name).write_text(tomli_w.dumps(settings), encoding="utf-8")
+
+    def hospital_file(self, name: str) -> Path:
+        """Where a hospital's settings lie."""
+        return self.folder / name / "hospital.toml"
+
+    def hospital(self, name: str) -> HospitalSettings:
+        """A hospital's settings."""
+        return read_hospital(self.hospital_file(name))
+
+    def coordinator(self) -> CoordinatorSettings:
+        """The coordinator's settings."""
+        return read_coordinator(self.folder / "coordinator" / "coordinator.toml")
+
+    def expired(self, name: str) -> Authority:
+        """An authority whose certificates ran out half an hour ago."""
+        return Authority(self.folder / name, valid_for=timedelta(minutes=30))
+
+    @contextmanager
+    def connected(self, name: str, handler: Handler) -> Iterator[threading.Thread]:
+        """A hospital's daemon loop in a thread of this process, with a handler of the test's."""
+        over = threading.Event()
+        arguments = (self.hospital(name), self.hospital_file(name), handler)
+        thread = threading.Thread(target=serve, args=arguments, kwargs={"until": over}, daemon=True)
+        thread.start()
+        try:
+            yield thread
+        finally:
+            over.set()

@@ -1,0 +1,196 @@
+"""The SuperLink inside our process: who gets in, what is served, how soon a hospital is back."""
+
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from flwr.app import Context, Message
+from flwr.proto.control_pb2 import RegisterNodeRequest, StartRunRequest
+from flwr.proto.fleet_pb2 import ActivateNodeRequest, RegisterNodeFleetRequest
+
+from client.daemon import FleetConnection, _tls
+from server.coordinator import FLEET_CALLS, SuperLink
+from server.gather import Gather
+from shared_models.errors import ConfigError, IdentityError
+from shared_models.messages import Enrolment, Proposal, reply
+from tests.link import Keys
+
+PROTOBUF = {"content-type": "application/protobuf", "accept": "application/protobuf"}
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Keys:
+    """Keys, certificates and settings of a coordinator and three hospitals."""
+    return Keys(tmp_path)
+
+
+@pytest.fixture
+def link(keys: Keys) -> Iterator[SuperLink]:
+    """The SuperLink, listening."""
+    with SuperLink(keys.coordinator()) as link:
+        yield link
+
+
+def answering(message: Message, _context: Context) -> Message:
+    """A hospital that enrols in anything."""
+    return reply(Enrolment(plan_digest="0" * 64, public_size=10, software_digest="0" * 64), None, message)
+
+
+def post(keys: Keys, path: str, body: bytes = b"", **headers: str) -> int:
+    """One request with a hospital's TLS certificate but no node signature; the status that comes back."""
+    context = _tls(keys.hospital("north"))
+    with httpx.Client(verify=context) as client:
+        url = f"https://127.0.0.1:{keys.port}{path}"
+        return client.post(url, content=body, headers={**PROTOBUF, **headers}).status_code
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/control/start-run", StartRunRequest().SerializeToString()),
+        ("/v1/control/register-node", RegisterNodeRequest(public_key=b"x").SerializeToString()),
+        ("/v1/fleet/register-node", RegisterNodeFleetRequest(public_key=b"x").SerializeToString()),
+        ("/v1/fleet/unregister-node", b""),
+        ("/v1/fleet/get-fab", b""),
+        ("/v1/fleet/get-run", b""),
+        ("/v1/runtime/acquire-task", b""),
+        ("/v1/runtime/pull-task-input", b""),
+        ("/docs", b""),
+        ("/openapi.json", b""),
+        ("/v1/fleet/pull-messages/", b""),
+        ("/v1/fleet/../control/start-run", b""),
+    ],
+)
+@pytest.mark.usefixtures("link")
+def test_whatever_is_no_fleet_call_of_a_node_is_refused(keys: Keys, path: str, body: bytes) -> None:
+    """Control, Runtime, registration, bundles and documentation are not served, not even to a hospital."""
+    assert post(keys, path, body) == 403
+
+
+@pytest.mark.parametrize("path", ["/docs", "/openapi.json", "/", "/health", *sorted(FLEET_CALLS)])
+@pytest.mark.usefixtures("link")
+def test_nothing_can_be_read_with_get(keys: Keys, path: str) -> None:
+    """Only POST, and only to the Fleet calls."""
+    with httpx.Client(verify=_tls(keys.hospital("north"))) as client:
+        assert client.get(f"https://127.0.0.1:{keys.port}{path}").status_code == 403
+
+
+@pytest.mark.parametrize("call", sorted(FLEET_CALLS))
+@pytest.mark.usefixtures("link")
+def test_a_fleet_call_without_a_node_signature_is_refused(keys: Keys, call: str) -> None:
+    """A TLS certificate alone is no node: Flower's own authentication stays on behind the admission layer."""
+    assert post(keys, call, ActivateNodeRequest(public_key=b"x", heartbeat_interval=30).SerializeToString()) in (
+        400,
+        401,
+    )
+
+
+@pytest.mark.usefixtures("link")
+def test_without_a_client_certificate_there_is_no_connection(keys: Keys) -> None:
+    """An anonymous peer gets a TLS failure and not one byte of HTTP."""
+    context = ssl.create_default_context(cafile=keys.authority.certificate)
+
+    with httpx.Client(verify=context) as client, pytest.raises(httpx.TransportError):
+        client.post(f"https://127.0.0.1:{keys.port}/v1/fleet/activate-node")
+
+
+def test_a_message_reaches_a_hospital_and_comes_back(keys: Keys, link: SuperLink) -> None:
+    """The contract with Flower's internals: register, activate, push, pull, answer, all through the real thing."""
+    with keys.connected("north", answering), link.run() as grid:
+        gather = Gather(grid, frozenset({"north"}))
+        _wait_for(gather.online, 10)
+
+        (answer,) = gather.ask({"north": (Proposal(plan={}), None)}, group="1", deadline_s=10)
+
+    assert isinstance(answer.body, Enrolment)
+
+
+def test_an_exchange_does_not_wait_for_a_poll(keys: Keys, link: SuperLink) -> None:
+    """Ten exchanges one after the other: the held pull and the whole reply leave no second-long pause in any of them.
+
+    Stock Flower pauses at least a second in each. The limit is for a loaded machine; benchmarks measure the time.
+    """
+    with keys.connected("north", answering), link.run() as grid:
+        gather = Gather(grid, frozenset({"north"}))
+        _wait_for(gather.online, 10)
+
+        started = time.monotonic()
+        for number in range(10):
+            (answer,) = gather.ask({"north": (Proposal(plan={}), None)}, group=str(number), deadline_s=20)
+            assert isinstance(answer.body, Enrolment)
+
+    assert time.monotonic() - started < 9
+
+
+def test_a_killed_hospital_is_back_at_once(keys: Keys, link: SuperLink) -> None:
+    """A second activation by the same key ends the stale lease; stock Flower refuses it until the lease has run out."""
+    first = FleetConnection(keys.hospital("north"))
+    first.__enter__()
+    first._over.set()  # it dies without saying goodbye: no deactivation, no more heartbeats
+    first._client.close()
+    assert link.online() == {"north"}
+
+    started = time.monotonic()
+    with FleetConnection(keys.hospital("north")):
+        elapsed = time.monotonic() - started
+
+    assert elapsed < 5
+
+
+def test_a_node_of_another_key_is_not_admitted(keys: Keys, link: SuperLink) -> None:
+    """A valid certificate with a node key that nobody registered gets an error that says what to do."""
+    assert link.online() == set()
+    keys.add_hospital("stranger", public="elsewhere")
+
+    with pytest.raises(IdentityError, match="does not accept this hospital's node key") as caught:
+        FleetConnection(keys.hospital("stranger")).__enter__()
+
+    assert "register" in caught.value.hint
+
+
+def test_a_port_in_use_is_said_so(keys: Keys, link: SuperLink) -> None:
+    """The second coordinator names the address and leaves the first one alone."""
+    with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1:{keys.port}"):
+        SuperLink(keys.coordinator()).__enter__()
+
+    assert link.online() == set()
+
+
+def test_an_expired_certificate_of_the_coordinator_is_refused_at_start(keys: Keys) -> None:
+    """It says from when to when it was valid, before it listens."""
+    keys.coordinator_certificate(keys.expired("old-authority"))
+
+    with pytest.raises(IdentityError, match="is valid from"):
+        SuperLink(keys.coordinator())
+
+
+def test_a_node_key_that_is_none_is_refused_at_start(keys: Keys) -> None:
+    """The hospital and the file are named."""
+    key = keys.coordinator().hospitals[0].node_key
+    key.write_text("ssh-ed25519 AAAA nobody", encoding="ascii")
+
+    with pytest.raises(IdentityError, match=r"the node key of north"):
+        SuperLink(keys.coordinator())
+
+
+def test_memory_is_given_back_when_answers_have_been_pulled(keys: Keys, link: SuperLink) -> None:
+    """Flower's store holds nothing of an exchange once its answers are here."""
+    with keys.connected("north", answering), link.run() as grid:
+        gather = Gather(grid, frozenset({"north"}))
+        _wait_for(gather.online, 10)
+        list(gather.ask({"north": (Proposal(plan={}), None)}, group="1", deadline_s=10))
+
+        assert link.state.num_message_ins() == 0
+        assert link.state.num_message_res() == 0
+        assert len(link.state.object_store) == 0
+
+
+def _wait_for(condition: Callable[[], object], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never happened"
+        threading.Event().wait(0.02)
