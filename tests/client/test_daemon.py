@@ -200,7 +200,12 @@ def _send(grid: InProcessGrid, link: SuperLink, kind: str) -> Message:
     content = RecordDict({"code": ConfigRecord({"code": "import os; os.system('true')"})})
     (message_id,) = grid.push_messages([Message(content, dst_node_id=link.node_ids["north"], message_type=kind)])
     answers: list[Message] = []
-    _wait_for(lambda: [answers.append(answer) for answer in grid.pull_messages([message_id])], 20)
+
+    def arrived() -> bool:
+        answers.extend(grid.pull_messages([message_id]))
+        return bool(answers)
+
+    _wait_for(arrived, 20)
     return answers[0]
 
 
