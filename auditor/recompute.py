@@ -18,7 +18,8 @@ from shared_models.privacy.mechanisms import GaussianRelease, PoissonGaussian
 
 PLD_INTERVAL = 1e-3  # width of a cell of the privacy loss distribution, rounded up: an upper bound
 _ADD_OR_REMOVE_ONE = privacy_accountant.NeighboringRelation.ADD_OR_REMOVE_ONE
-_RDP_ORDERS = [*rdp_privacy_accountant.DEFAULT_RDP_ORDERS]
+# Integer orders only: the series for fractional ones does not converge at large sample rates.
+_RDP_ORDERS = [order for order in rdp_privacy_accountant.DEFAULT_RDP_ORDERS if order >= 2 and order == int(order)]
 
 _Mechanism = PoissonGaussian | GaussianRelease
 
@@ -30,7 +31,7 @@ class Figures(Frozen):
         charges: How many.
         epsilon_filter: At the order that the budget committed to: all that holds under adaptive choice.
         epsilon_pld: For the schedule as executed, valid if it was fixed in advance; the tight one.
-        epsilon_rdp: The same by RDP, at the best of many orders; looser.
+        epsilon_rdp: The same by RDP, at the best of many integer orders; looser.
     """
 
     charges: int

@@ -4,6 +4,7 @@ Only what is registered here can ever run, and it is this installed file: the da
 """
 
 import logging
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,7 +13,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from client.round import Hospital
-from shared_models.errors import FederationError
+from shared_models.errors import FederationError, RecordsError
 from shared_models.messages import (
     Body,
     EvaluateRequest,
@@ -49,17 +50,26 @@ def close_hospitals() -> None:
 
 
 def _answer(message: Message, context: Context, expected: type[BodyType], station: Station) -> Message:
-    """Run one station of the round. Whatever goes wrong, only a code leaves the hospital; the text stays in its log."""
+    """Run one station of the round. Whatever goes wrong, only a code leaves the hospital."""
     try:
         hospital = hospital_at(str(context.node_config["settings"]))
         body, vector = decode(message.content, expected)
         return reply(*station(hospital, body, vector), to=message)
+    except RecordsError as error:  # its text names a cell: for the steward's terminal, not for a log
+        log.warning("refused %s: the records do not fit; run konsil-hospital check-data", expected.__name__)
+        return refuse(error, to=message)
     except FederationError as error:
         log.warning("refused %s: %s (%s)", expected.__name__, error, error.hint)
         return refuse(error, to=message)
-    except Exception as error:  # the last resort before the wire: a text could hold a patient's values
-        log.exception("failed at %s", expected.__name__)
+    except Exception as error:  # the last resort before the wire
+        what = (expected.__name__, type(error).__name__, _where(error))
+        log.error("failed at %s: %s\n%s", *what)  # noqa: TRY400 - logging.exception would write the text
         return refuse(error, to=message)
+
+
+def _where(error: Exception) -> str:
+    """The traceback without the exception's text, which could hold a patient's values."""
+    return "".join(traceback.format_tb(error.__traceback__))
 
 
 @app.query("propose")

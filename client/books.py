@@ -6,10 +6,10 @@ from typing import Any
 
 from client.budget import Budget
 from client.settings import Settings
-from shared_models.identity import load_key
+from shared_models.identity import load_key, public_bytes
 from shared_models.messages import PrivacyStatement
 from shared_models.privacy.accounting import reported_epsilon
-from shared_models.privacy.ledger import Entry, Ledger, read_ledger
+from shared_models.privacy.ledger import Entry, Ledger, read_ledger, verify_entries
 from shared_models.privacy.mechanisms import NEIGHBOURING, UNIT
 
 LEDGER = "ledger.sqlite"
@@ -59,6 +59,17 @@ class Books:
             "round-done", study=charge.study, plan_digest=charge.plan_digest, round=charge.round, attempt=charge.attempt
         )
 
+    def released(self, charge: Entry) -> None:
+        """Note that statistics were released, paid for by this charge."""
+        self.ledger.append(
+            "release",
+            study=charge.study,
+            plan_digest=charge.plan_digest,
+            round=charge.round,
+            attempt=charge.attempt,
+            mechanism=charge.mechanism,
+        )
+
     def statement(self, study: str, delta: float) -> PrivacyStatement:
         """What a study has cost one patient here, for the coordinator and the model card; computed from the ledger."""
         spent, terms = self.budget.spent(study), self.budget.terms
@@ -80,17 +91,19 @@ class Books:
 class _ReadOnly(Ledger):
     """A ledger somebody else may be appending to; it can be looked at and nothing else."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, public_key: bytes) -> None:
         self._entries = read_ledger(path)
+        verify_entries(self._entries, public_key)
 
 
 def report(settings: Settings) -> dict[str, Any]:
     """What the budget has paid for and what is left, read without locking the ledger: also while the daemon runs.
 
     Raises:
-        LedgerError: There is no ledger yet, or it cannot be read.
+        LedgerError: There is no ledger yet, it cannot be read, or its chain is broken.
     """
-    budget = Budget(_ReadOnly(settings.state / LEDGER))
+    key = load_key(settings.keys.identity)
+    budget = Budget(_ReadOnly(settings.state / LEDGER, public_bytes(key)))
     studies = []
     for name, delta in budget.studies().items():
         reported = reported_epsilon(budget.spent(name), delta)

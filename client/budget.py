@@ -311,7 +311,7 @@ class Budget:
                 f"study {plan.study} does not fit: population {self.population} has epsilon {price.left_before:.4g} of "
                 f"{terms.epsilon:.4g} left, and {price.left_after:.4g} after it (delta {terms.delta:g}, "
                 f"filter at order {terms.order})",
-                hint="Plan a cheaper study, or finish one that still holds a reservation.",
+                hint="Plan a cheaper study, or withdraw from one that still holds a reservation.",
             )
 
     def _refuse_unreserved(self, study: str, known: _Study, mechanism: _Mechanism) -> None:

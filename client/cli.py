@@ -55,6 +55,7 @@ def check_data(
     """Read the records as a study would, and print counts, missing values and ranges. Nothing leaves this machine."""
     from rich.console import Console
 
+    from client.keys import split_key
     from client.records.report import describe
     from client.settings import read_settings
     from shared_models.errors import ConfigError
@@ -63,8 +64,11 @@ def check_data(
         raise ConfigError(
             "check-data needs a settings file or --records", hint="konsil-hospital check-data hospital.toml"
         )
-    folder = records or read_settings(settings_file).records  # type: ignore[arg-type]  # one of the two is there
-    Console().print(describe(folder))
+    if settings_file is not None:
+        settings = read_settings(settings_file)
+        Console().print(describe(settings.records, split_key=split_key(settings.state)))
+    elif records is not None:
+        Console().print(describe(records))
 
 
 @app.command()
@@ -82,6 +86,26 @@ def budget(
         return
     for line in _budget_lines(found):
         typer.echo(line)
+
+
+@app.command()
+def withdraw(
+    settings_file: SettingsFile, study: Annotated[str, typer.Argument(help="Name of the approved study.")]
+) -> None:
+    """Leave a study for good: what it reserved and never charged is free again. The daemon must be stopped.
+
+    What was charged stays charged, and the study's name cannot be approved here again.
+    """
+    from client.books import Books
+    from client.settings import read_settings
+
+    settings = read_settings(settings_file)
+    books = Books.open(settings)
+    try:
+        books.budget.finish(study)
+        typer.echo(f"study {study} is closed; epsilon {books.budget.left():.4f} is neither spent nor reserved")
+    finally:
+        books.close()
 
 
 @app.command("train-alone")

@@ -305,5 +305,5 @@ def _unreachable(error: Exception) -> FederationError:
         )
     return ConnectionLostError(
         text or type(error).__name__,
-        hint="Check the address and the network. A coordinator that revoked this hospital's certificate hangs up too.",
+        hint="Check the address and the network. A coordinator that does not accept this hospital hangs up too.",
     )

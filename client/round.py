@@ -3,6 +3,7 @@
 Each line of ``Hospital.train`` is one file of this folder. Everything that leaves the hospital is a return value here.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,8 @@ from shared_models.update import (
     vector_digest,
     vector_to_parameters,
 )
+
+log = logging.getLogger("konsil.hospital")
 
 UploadType = TypeVar("UploadType", bound=Upload)
 
@@ -132,6 +135,7 @@ class Hospital:
         study = self._prepare(plan)
         self.books.budget.approve(plan)
         self._studies[plan.study] = study
+        log.info("study %s approved: plan %s", plan.study, study.digest)
         return Enrolment(
             plan_digest=study.digest,
             public_size=self.settings.population.public_size,
@@ -151,7 +155,7 @@ class Hospital:
         study = self._allow(request, parameters)
         mechanism = training_mechanism(study.plan, self.settings.population.public_size)
         charge = self._charge(request, mechanism)
-        records = study.training  # only now: the charge is on the disk
+        records = study.training  # from here on records are used: the charge is on the disk
         vector_to_parameters(parameters, study.model)
         train(
             study.model,
@@ -166,6 +170,7 @@ class Hospital:
         )
         update = self._bounded(study, parameters, mechanism.expected_batch)
         self.books.round_done(charge)
+        self._log(request, "trained")
         return self._signed(Update, request, charge), update
 
     def evaluate(self, request: EvaluateRequest, parameters: Vector) -> tuple[ReleasedStatistics, Vector]:
@@ -185,6 +190,8 @@ class Hospital:
             random=self._random(),
             allow_test_random=self._allow_test_random,
         )
+        self.books.released(charge)
+        self._log(request, "released statistics")
         return self._signed(ReleasedStatistics, request, charge), released
 
     def finish(self, request: StudyEnd) -> PrivacyStatement:
@@ -192,7 +199,13 @@ class Hospital:
         study = self._known(request)
         self.books.budget.finish(request.study)
         del self._studies[request.study]
+        log.info("study %s is over", request.study)
         return self.books.statement(request.study, study.plan.privacy.delta)
+
+    def _log(self, request: RoundRequest, what: str) -> None:
+        spent = self.books.budget.filter_spent(request.study)
+        text = "study %s, round %d, attempt %d: %s; epsilon %.4f so far (enforced)"
+        log.info(text, request.study, request.round, request.attempt, what, spent)
 
     def _charge(self, request: RoundRequest, mechanism: PoissonGaussian | GaussianRelease) -> "Entry":
         """Pay for one computation; when this returns, the charge is on the disk."""

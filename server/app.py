@@ -7,8 +7,9 @@ from flwr.serverapp import Grid, ServerApp
 
 from server.card import write_card
 from server.gather import Gather
-from server.round import Study, run_study
+from server.round import Study, close_study, run_study
 from shared_models.errors import ConfigError, FederationError
+from shared_models.identity import read_public
 from shared_models.plan import read_plan
 
 app = ServerApp()
@@ -26,7 +27,7 @@ def main(grid: Grid, context: Context) -> None:
     plan = read_plan(Path(str(context.run_config["plan"])))
     folder = Path(str(context.run_config["folder"]))
     identities = context.state.config_records["identities"]
-    hospitals = {name: _public_key(Path(str(path))) for name, path in identities.items()}
+    hospitals = {name: read_public(Path(str(path))) for name, path in identities.items()}
     if (folder / "events.jsonl").exists():
         raise ConfigError(
             f"study {plan.study} has run here before",
@@ -39,6 +40,7 @@ def main(grid: Grid, context: Context) -> None:
         card = write_card(folder, plan, study.enrolled, statements)
     except FederationError as error:
         study.journal.write("failed", error=str(error), hint=error.hint)
+        close_study(study)
         raise
     study.journal.write(
         "finished",
@@ -46,14 +48,3 @@ def main(grid: Grid, context: Context) -> None:
         card=str(card),
         hospitals={name: statement.model_dump(mode="json") for name, statement in statements.items()},
     )
-
-
-def _public_key(path: Path) -> bytes:
-    """A hospital's Ed25519 identity key, 32 bytes in hexadecimal."""
-    try:
-        key = bytes.fromhex(path.read_text(encoding="ascii").strip())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"identity key {path} cannot be read: {error}", hint="Check [[hospitals]].") from None
-    if len(key) != 32:
-        raise ConfigError(f"identity key {path} is not 32 bytes", hint="Check [[hospitals]].")
-    return key

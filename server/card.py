@@ -111,6 +111,10 @@ def _markdown(
         f"| {s.delta:g} | {s.accountant} |"
         for name, s in sorted(statements.items())
     ]
+    absent = sorted(set(card["public_sizes"]) - set(statements))
+    costs += [
+        f"| {name} | {card['public_sizes'][name]} | not stated: offline at the end | | | | | |" for name in absent
+    ]
     return _TEMPLATE.format(
         plan=plan,
         description=card["description"],

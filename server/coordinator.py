@@ -256,7 +256,8 @@ class SuperLink:
             self._socket = socket.create_server((host, port), reuse_port=False)
         except OSError as error:
             raise ConfigError(
-                f"cannot listen on {host}:{port}: {error.strerror}", hint="Stop what uses the port, or choose another."
+                f"cannot listen on {host}:{port}: {os.strerror(error.errno or 0)}",
+                hint="Stop what uses the port, or choose another.",
             ) from None
         self._thread.start()
         while not self._server.started:

@@ -231,7 +231,7 @@ def train(children: Children, folder: Path, example: Example, plan: StudyPlan, c
                 if event["event"] == "round" and meter.stdin is not None:
                     print(event["checkpoint"], file=meter.stdin, flush=True)
                 if event["event"] == "round" and not console.is_terminal:
-                    console.print(_plain(progress), highlight=False)
+                    console.print(_plain(progress), highlight=False, soft_wrap=True)
             while not figures.empty():
                 progress.metrics = json.loads(figures.get())
             live.update(_view(progress) if console.is_terminal else "")

@@ -120,7 +120,7 @@ class ReleasedStatistics(Upload):
     """Additive validation statistics, clipped per patient and noised."""
 
     action: ClassVar[str] = "evaluate.round"
-    dtype: ClassVar[str | None] = "<f8"
+    dtype: ClassVar[str | None] = "<f4"  # noise is added in float64; rounding after it hides the low bits
 
 
 class StudyEnd(Body):

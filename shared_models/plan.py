@@ -99,7 +99,7 @@ class PrivacyPlan(Frozen):
     sample_rate: Probability
     epsilon: Positive
     delta: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
-    spare_charges: Annotated[int, Field(ge=0, le=1000)] = 0
+    spare_charges: Annotated[int, Field(ge=0, le=999)] = 0
 
 
 class EvaluationPlan(Frozen):

@@ -38,7 +38,9 @@ def test_released_statistics_are_charged_at_sample_rate_one(tmp_path: Path) -> N
 
     released = [event["metrics_released"] for event in federation.events("round")]
     assert [figures is not None for figures in released] == [False, True, False, True]
-    mechanisms = [entry.mechanism for entry in federation.ledger("hospital-1") if entry.mechanism]
+    entries = federation.ledger("hospital-1")
+    mechanisms = [entry.mechanism for entry in entries if entry.kind == "charge" and entry.mechanism]
+    assert [entry.round for entry in entries if entry.kind == "release"] == [2, 4]
     assert mechanisms.count(GaussianRelease(noise_multiplier=40.0, clip=1.0)) == 2
     terms = federation.settings("hospital-1").population
     rho = total_divergence(mechanisms, terms.order)
