@@ -1,0 +1,87 @@
+"""SIGKILL, for real: a hospital's daemon dies in the middle of a study and comes back."""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from server.demo import lay_out
+from server.examples import write_example
+from server.journal import read_events
+from server.processes import Children
+from shared_models.identity import read_public
+from shared_models.privacy.ledger import read_ledger, verify_entries
+from tests.federation import changed
+from tests.link import free_port
+
+
+def test_a_killed_hospital_rejoins_and_its_ledger_holds(tmp_path: Path) -> None:
+    """Killed with SIGKILL and started again, it takes part again; every update that left was charged, once."""
+    example = write_example("breast-cancer", tmp_path / "data", hospitals=4, seed=0)
+    plan = changed(example.plan, rounds=40, privacy={"noise_multiplier": 40.0}, deadline_s=30.0)
+    lay_out(tmp_path, example, plan, free_port())
+    names = [hospital.name for hospital in example.hospitals]
+    victim, journal = names[0], tmp_path / "study" / "events.jsonl"
+
+    with Children(tmp_path / "logs") as children:
+        coordinator = children.start("coordinator", "konsil-coordinator", *_coordinator(tmp_path))
+        hospitals = {name: children.start(name, "konsil-hospital", *_hospital(tmp_path, name)) for name in names}
+        _wait_for(lambda: _rounds(journal) >= 2)
+        os.kill(hospitals[victim].pid, signal.SIGKILL)
+        hospitals[victim].wait()
+        again = children.start(f"{victim}-again", "konsil-hospital", *_hospital(tmp_path, victim))
+        _wait_for(lambda: coordinator.poll() is not None or _answers(journal, victim) > _killed_at(journal, victim) + 2)
+        assert again.poll() is None
+        coordinator.wait(timeout=120)
+
+    events, _ = read_events(journal)
+    assert events[-1]["event"] == "finished"
+    rounds = [event for event in events if event["event"] == "round"]
+    assert len(rounds) == plan.rounds
+    assert any(victim in event["missing"] for event in rounds)
+    assert victim in rounds[-1]["answered"]
+    for name in names:
+        entries = read_ledger(tmp_path / "hospitals" / name / "state" / "ledger.sqlite")
+        verify_entries(entries, read_public(tmp_path / "coordinator" / "hospitals" / f"{name}.identity.pub"))
+        charged = [(entry.round, entry.attempt) for entry in entries if entry.kind == "charge"]
+        answered = [(event["round"], 1) for event in rounds if name in event["answered"]]
+        assert len(set(charged)) == len(charged)
+        assert set(answered) <= set(charged)
+        assert len(charged) <= len(answered) + 1
+
+
+def _coordinator(folder: Path) -> tuple[str, ...]:
+    settings = folder / "coordinator" / "coordinator.toml"
+    study = ("--settings", str(settings), "--folder", str(folder / "study"))
+    return ("run", str(folder / "plan.toml"), *study)
+
+
+def _hospital(folder: Path, name: str) -> tuple[str, ...]:
+    return ("start", str(folder / "hospitals" / name / "hospital.toml"))
+
+
+def _rounds(journal: Path) -> int:
+    return sum(event["event"] == "round" for event in read_events(journal)[0])
+
+
+def _answers(journal: Path, name: str) -> int:
+    return sum(event["event"] == "round" and name in event["answered"] for event in read_events(journal)[0])
+
+
+def _killed_at(journal: Path, name: str) -> int:
+    """How often it had answered when it was first missing; beyond any count until then."""
+    count = 0
+    for event in read_events(journal)[0]:
+        if event["event"] == "round" and name in event["missing"]:
+            return count
+        count += event["event"] == "round"
+    return sys.maxsize - 2
+
+
+def _wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never happened"
+        time.sleep(0.05)

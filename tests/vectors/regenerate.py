@@ -1,0 +1,98 @@
+"""Regenerate the known answers: ``python -m tests.vectors.regenerate``.
+
+A change here is a change of the wire, of the accounting or of the ledger. Everything is computed from fixed inputs by
+the project's own code; a difference to the committed file means that older peers, older ledgers or an auditor with
+another version would no longer agree.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from client.randomness import SecureRandom
+from server.examples import example_plan
+from shared_models.identity import public_bytes, sign
+from shared_models.messages import EvaluateRequest, Proposal, Receipt, TrainRequest, Update, encode, receipt_payload
+from shared_models.metrics import compute_metrics, record_statistics
+from shared_models.privacy.mechanisms import (
+    GaussianRelease,
+    PoissonGaussian,
+    calibrate_noise,
+    filter_epsilon,
+    renyi_divergence,
+)
+from shared_models.update import vector_digest
+
+FILE = Path(__file__).with_name("known_answers.json")
+KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
+ROUND: dict[str, Any] = {
+    "study": "a-study",
+    "plan_digest": "a" * 64,
+    "round": 2,
+    "attempt": 1,
+    "parameters_digest": "b" * 64,
+}
+
+
+def known_answers() -> dict[str, Any]:
+    """Every vector, by name."""
+    vector = np.arange(5, dtype=np.float32) / 4
+    step = PoissonGaussian(sample_rate=0.05, noise_multiplier=1.0, steps=400, clip=1.0, expected_batch=5.0)
+    release = GaussianRelease(noise_multiplier=10.0, clip=1.0)
+    receipt = Receipt(
+        entry_hash="c" * 64,
+        chain_head="d" * 64,
+        mechanism=step.model_dump(mode="json"),
+        charges=2,
+        epsilon_filter=0.5,
+        signature="0" * 128,
+    )
+    update = Update(study="a-study", round=2, attempt=1, receipt=receipt)
+    random = SecureRandom.for_tests(bytes(range(32)))
+    scores, labels = np.array([0.1, 0.4, 0.6, 0.9]), np.array([0, 1, 0, 1])
+    return {
+        "plan_digest": {name: example_plan(name, 4).digest() for name in ("breast-cancer", "heart-disease")},
+        "vector_digest": vector_digest(vector),
+        "records": {
+            "proposal": _records(encode(Proposal(plan={"a": 1}))),
+            "train_request": _records(encode(TrainRequest(**ROUND), vector)),
+            "evaluate_request": _records(encode(EvaluateRequest(**ROUND), vector)),
+            "update": _records(encode(update, vector)),
+        },
+        "receipt": {
+            "payload": receipt_payload(update).hex(),
+            "public_key": public_bytes(KEY).hex(),
+            "signature": sign(KEY, "receipt", receipt_payload(update)).hex(),
+        },
+        "random": {"uniform": random.uniform(3).tolist(), "gaussian": random.gaussian(3).tolist()},
+        "renyi_divergence": {
+            "sampled, order 4": renyi_divergence(step, 4),
+            "sampled, order 32": renyi_divergence(step, 32),
+            "release, order 8": renyi_divergence(release, 8),
+        },
+        "filter_epsilon": filter_epsilon(renyi_divergence(step, 4), order=4, delta=1e-5),
+        "calibrate_noise": calibrate_noise(sample_rate=0.5, steps=208, epsilon=1.0, delta=3e-4),
+        "metrics": compute_metrics(2, record_statistics(2, scores, labels, bins=20).sum(axis=0), bins=20),
+    }
+
+
+def _records(records: Any) -> dict[str, Any]:
+    """Flower's records as plain values: keys, texts and bytes are the wire format."""
+    config = records.config_records["konsil"]
+    found = {"type": config["type"], "json": config["json"]}
+    for array in records.array_records.values():
+        inner = array["vector"]
+        found["vector"] = {
+            "dtype": inner.dtype,
+            "shape": list(inner.shape),
+            "stype": inner.stype,
+            "data": inner.data.hex(),
+        }
+    return found
+
+
+if __name__ == "__main__":
+    FILE.write_text(json.dumps(known_answers(), indent=1) + "\n", encoding="utf-8")
