@@ -39,7 +39,7 @@ ROUND: dict[str, Any] = {
 
 def known_answers() -> dict[str, Any]:
     """Every vector, by name."""
-    vector = np.arange(5, dtype=np.float32) / 4
+    vector = np.linspace(0, 1, 5, dtype=np.float32)
     step = PoissonGaussian(sample_rate=0.05, noise_multiplier=1.0, steps=400, clip=1.0, expected_batch=5.0)
     release = GaussianRelease(noise_multiplier=10.0, clip=1.0)
     receipt = Receipt(
