@@ -43,6 +43,19 @@ def run(
 
 
 @app.command()
+def example(
+    study: Annotated[str, typer.Argument(help="breast-cancer, or heart-disease (needs KONSIL_DATA).")],
+    folder: Annotated[Path, typer.Argument(help="Where to write; made if missing.")],
+    hospitals: Annotated[int, typer.Option(min=2, max=20, help="Hospitals; heart-disease has four.")] = 4,
+    seed: Annotated[int, typer.Option(min=0, help="Of the artificial split into hospitals.")] = 0,
+) -> None:
+    """Write an example study's data: a records folder per hospital, one with all of it, and one for testing."""
+    from server.examples import write_example
+
+    typer.echo(write_example(study, folder.absolute(), hospitals=hospitals, seed=seed).split)
+
+
+@app.command()
 def demo(
     study: Annotated[str, typer.Option(help="breast-cancer, or heart-disease (needs KONSIL_DATA).")] = "breast-cancer",
     rounds: Annotated[int | None, typer.Option(min=1, max=1000, help="Rounds; the noise is fitted to them.")] = None,

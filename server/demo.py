@@ -6,6 +6,7 @@ itself. It computes no update and sees no record that a hospital holds.
 
 import json
 import queue
+import shutil
 import socket
 import subprocess
 import threading
@@ -24,7 +25,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from server.card import read_statements, write_card
-from server.examples import Example, write_example
+from server.examples import Example, check_study, read_example
 from server.journal import read_events
 from server.pki import Authority, create_hospital_keys
 from server.processes import Children, MemoryMeter
@@ -95,14 +96,20 @@ def run_demo(options: Options, console: Console) -> None:
         FederationError: Something failed; every child process has been ended.
     """
     started = time.monotonic()
+    check_study(options.study)
     folder = _fresh_folder(options.folder)
-    example = write_example(options.study, folder / "data", hospitals=options.hospitals, seed=options.seed)
-    plan = fit_plan(example, options.rounds)
-    console.print(f"[bold]{plan.study}[/]: {example.split}.")
+    try:
+        example = _prepare(folder, options)
+        plan = fit_plan(example, options.rounds)
+        lay_out(folder, example, plan, options.port or _free_port())
+    except BaseException:
+        shutil.rmtree(folder)  # nothing has run: leave nothing half-done
+        raise
+    console.print(f"[bold]{plan.study}[/]: {example.split}.", soft_wrap=True)
     console.print(
-        f"{len(example.hospitals)} hospitals, {plan.rounds} rounds, everything under {folder}\n", highlight=False
+        f"{len(example.hospitals)} hospitals, {plan.rounds} rounds, everything under {folder}.", soft_wrap=True
     )
-    lay_out(folder, example, plan, options.port or _free_port())
+    console.print("Epsilon is the enforced one; most of it is the filter's own price, paid with the first round.\n")
     with MemoryMeter() as memory, Children(folder / "logs") as children:
         progress = train(children, folder, example, plan, console)
         children.stop()
@@ -114,6 +121,14 @@ def run_demo(options: Options, console: Console) -> None:
     _print_comparison(console, report, example)
     if options.json_file is not None:
         options.json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def _prepare(folder: Path, options: Options) -> Example:
+    """Have the data written by a process of its own: what reads it takes a hundred megabytes and is needed once."""
+    choice = ("--hospitals", str(options.hospitals), "--seed", str(options.seed))
+    with Children(folder / "logs") as children:
+        children.run("data", "konsil-coordinator", "example", options.study, str(folder / "data"), *choice)
+    return read_example(folder / "data")
 
 
 def fit_plan(example: Example, rounds: int | None) -> StudyPlan:

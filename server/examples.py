@@ -11,7 +11,7 @@ has is fixed by a rule, not by a seed.
 import csv
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import tomli_w
 from numpy.typing import NDArray
 
 from shared_models.errors import ConfigError
-from shared_models.plan import StudyPlan, read_plan
+from shared_models.plan import Frozen, StudyPlan, read_plan
 from shared_models.tasks import find_task
 
 PLANS = Path(__file__).parent / "plans"
@@ -67,8 +67,7 @@ class Table:
         return Table(self.header, tuple(self.rows[i] for i in indices), self.labels[indices])
 
 
-@dataclass(frozen=True)
-class ExampleHospital:
+class ExampleHospital(Frozen):
     """One hospital's folder, and the size that its steward would declare."""
 
     name: str
@@ -76,9 +75,8 @@ class ExampleHospital:
     public_size: int
 
 
-@dataclass(frozen=True)
-class Example:
-    """An example study on disk.
+class Example(Frozen):
+    """An example study on disk; ``example.json`` in its folder says the same.
 
     Attributes:
         plan: The study's plan, as in ``server/plans``, fitted to the number of hospitals.
@@ -94,7 +92,7 @@ class Example:
     pooled: Path
     test: Path
     split: str
-    tests: Mapping[str, Path] = field(default_factory=dict)
+    tests: Mapping[str, Path] = {}
 
 
 def write_example(study: str, root: Path, *, hospitals: int, seed: int) -> Example:
@@ -109,9 +107,25 @@ def write_example(study: str, root: Path, *, hospitals: int, seed: int) -> Examp
     Raises:
         ConfigError: No such study, a number of hospitals that it cannot have, or its data is absent.
     """
+    check_study(study)
+    example = _WRITERS[study](root, hospitals, seed)
+    (root / "example.json").write_text(example.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    return example
+
+
+def read_example(root: Path) -> Example:
+    """What ``write_example`` wrote there, perhaps in another process."""
+    return Example.model_validate_json((root / "example.json").read_text(encoding="utf-8"))
+
+
+def check_study(study: str) -> None:
+    """Refuse a study that there is no example of.
+
+    Raises:
+        ConfigError: With the ones there are.
+    """
     if study not in _WRITERS:
         raise ConfigError(f"there is no example study {study!r}", hint=f"Choose one of {', '.join(sorted(_WRITERS))}.")
-    return _WRITERS[study](root, hospitals, seed)
 
 
 def example_plan(study: str, hospitals: int) -> StudyPlan:
@@ -153,7 +167,10 @@ def _write_breast_cancer(root: Path, hospitals: int, seed: int) -> Example:
         _write_folder(root / name, rows, manifest)
     return Example(
         plan=example_plan("breast-cancer", hospitals),
-        hospitals=tuple(ExampleHospital(n, root / n, declared_size(len(p))) for n, p in zip(names, parts, strict=True)),
+        hospitals=tuple(
+            ExampleHospital(name=n, folder=root / n, public_size=declared_size(len(p)))
+            for n, p in zip(names, parts, strict=True)
+        ),
         pooled=root / "pooled",
         test=root / "test",
         split=(
@@ -230,7 +247,10 @@ def _write_heart_disease(root: Path, hospitals: int, _seed: int) -> Example:
         _write_folder(root / name, rows, manifest)
     return Example(
         plan=example_plan("heart-disease", hospitals),
-        hospitals=tuple(ExampleHospital(n, root / n, declared_size(len(t.rows))) for n, (t, _) in cuts.items()),
+        hospitals=tuple(
+            ExampleHospital(name=n, folder=root / n, public_size=declared_size(len(t.rows)))
+            for n, (t, _) in cuts.items()
+        ),
         pooled=root / "pooled",
         test=root / "test",
         split="UCI heart disease, 740 real patients at four real hospitals; FLamby's training and test parts",
