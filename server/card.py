@@ -1,11 +1,11 @@
 """The model card: what the model is, what it was trained on, what it cost whom. Markdown for people, JSON for tools."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from shared_models.durable import replace_file
 from shared_models.messages import PrivacyStatement
 from shared_models.plan import StudyPlan
 from shared_models.software import software_digest
@@ -52,8 +52,8 @@ def write_card(
         "secure_aggregation": {"enabled": False},
         "metrics": metrics,
     }
-    _write(folder / "card.json", json.dumps(card, indent=2) + "\n")
-    _write(folder / "card.md", _markdown(plan, card, statements, metrics or {}))
+    replace_file(folder / "card.json", json.dumps(card, indent=2).encode() + b"\n")
+    replace_file(folder / "card.md", _markdown(plan, card, statements, metrics or {}).encode())
     return folder / "card.md"
 
 
@@ -137,13 +137,3 @@ def _metrics_table(metrics: Mapping[str, Metrics]) -> str:
         cells = [f"{figures[name]:.3f}" if name in figures else "" for name in names]
         rows.append(f"| {model} | " + " | ".join(cells) + " |")
     return "\n".join([*rows, ""])
-
-
-def _write(path: Path, text: str) -> None:
-    """Replace a file whole."""
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

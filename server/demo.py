@@ -105,11 +105,9 @@ def run_demo(options: Options, console: Console) -> None:
     except BaseException:
         shutil.rmtree(folder)  # nothing has run: leave nothing half-done
         raise
-    console.print(f"[bold]{plan.study}[/]: {example.split}.", soft_wrap=True)
-    console.print(
-        f"{len(example.hospitals)} hospitals, {plan.rounds} rounds, everything under {folder}.", soft_wrap=True
-    )
-    console.print("Epsilon is the enforced one; most of it is the filter's own price, paid with the first round.\n")
+    _say(console, f"{plan.study}: {example.split}.")
+    _say(console, f"{len(example.hospitals)} hospitals, {plan.rounds} rounds, everything under {folder}.")
+    _say(console, "The epsilon shown is the enforced one; the first round pays the filter's own price.\n")
     with MemoryMeter() as memory, Children(folder / "logs") as children:
         progress = train(children, folder, example, plan, console)
         children.stop()
@@ -246,7 +244,7 @@ def train(children: Children, folder: Path, example: Example, plan: StudyPlan, c
                 if event["event"] == "round" and meter.stdin is not None:
                     print(event["checkpoint"], file=meter.stdin, flush=True)
                 if event["event"] == "round" and not console.is_terminal:
-                    console.print(_plain(progress), highlight=False, soft_wrap=True)
+                    _say(console, _plain(progress))
             while not figures.empty():
                 progress.metrics = json.loads(figures.get())
             live.update(_view(progress) if console.is_terminal else "")
@@ -373,7 +371,8 @@ def _view(progress: Progress) -> Group:
     for name in progress.hospitals:
         spent = f"{progress.epsilon[name]:.3f}" if name in progress.epsilon else "0"
         table.add_row(name, progress.status.get(name, "starting"), spent)
-    bar = ProgressBar(total=progress.rounds, completed=progress.round, width=40)
+    bar = Table.grid()  # a bar by itself does not end its line
+    bar.add_row(ProgressBar(total=progress.rounds, completed=progress.round, width=40))
     return Group(_plain(progress), bar, table)
 
 
@@ -424,7 +423,7 @@ def _print_comparison(console: Console, report: Mapping[str, Any], example: Exam
         f"{report['rounds_completed']} rounds, {report['seconds']:.0f} s in all; all processes together took at most "
         f"{report['peak_memory_mb']:.0f} MB.",
     ]
-    console.print("\n".join(lines), highlight=False, soft_wrap=True)
+    _say(console, "\n".join(lines))
 
 
 _SHOWN = {"auroc": "AUROC", "accuracy": "accuracy", "sensitivity": "sensitivity", "specificity": "specificity"}
@@ -432,6 +431,11 @@ _SHOWN = {"auroc": "AUROC", "accuracy": "accuracy", "sensitivity": "sensitivity"
 
 def _cells(figures: Mapping[str, float]) -> list[str]:
     return [f"{figures[name]:.3f}" if name in figures else "-" for name in _SHOWN]
+
+
+def _say(console: Console, text: str) -> None:
+    """Print plain text: wrapped at words on a terminal, line by line where a program may read it."""
+    console.print(text, highlight=False, markup=False, soft_wrap=not console.is_terminal)
 
 
 def _table(title: str, first: str, others: Iterable[str]) -> Table:

@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
+from shared_models.durable import sync_folder
 from shared_models.errors import IdentityError
 
 # Signed bytes start with this, so that nothing that another program signs with the same key can pass for ours.
@@ -46,7 +47,7 @@ def create_key(path: Path) -> Ed25519PrivateKey:
             stream.write(text)
             stream.flush()
             os.fsync(file)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         with suppress(OSError):
             path.unlink()  # half a key is no key
@@ -146,11 +147,3 @@ def _signed_bytes(kind: str, payload: bytes) -> bytes:
 
 def _unwritable(path: Path, error: OSError) -> IdentityError:
     return IdentityError(f"{path} cannot be written: {error.strerror}", hint="Check the folder and the space left.")
-
-
-def _sync_folder(folder: Path) -> None:
-    file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)

@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from shared_models.durable import replace_file
 from shared_models.errors import ConfigError, ProtocolError
 from shared_models.plan import PrivacyPlan, TrainingPlan
 
@@ -135,17 +135,9 @@ def save_model(path: Path, model: nn.Module, metadata: Mapping[str, str]) -> Non
     """
     tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in model.named_parameters()}
     content = _serialize(tensors, metadata)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.writelines(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        _sync_folder(path.parent)
+        replace_file(path, *content)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         hint = "Check the folder, its permissions and free space."
         raise ConfigError(f"model {path} cannot be written: {error.strerror}", hint=hint) from None
 
@@ -158,15 +150,6 @@ def _serialize(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> tuple
     header = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)  # the format wants the data aligned
     return len(header).to_bytes(8, "little") + header, memoryview(content)[data:]
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename durable: the folder's own entry must reach the disk too."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def load_model(path: Path, model: nn.Module) -> dict[str, str]:

@@ -23,6 +23,7 @@ import rfc8785
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import Field, ValidationError, model_validator
 
+from shared_models.durable import replace_file, sync_folder
 from shared_models.errors import IdentityError, LedgerError
 from shared_models.identity import fingerprint, public_bytes, sign, verify
 from shared_models.plan import Count, Frozen, Name, Positive, explain
@@ -198,7 +199,8 @@ class Ledger:
         try:
             with _explained(path), closing(_connect(path)) as database:
                 _make_tables(database, hospital)
-            _sync_folder(path.parent)
+            with _explained(path):
+                sync_folder(path.parent)
             write_head(head, key, seq=0, entry_hash=GENESIS)
         except BaseException:
             os.close(lock)
@@ -434,14 +436,8 @@ def write_head(path: Path, key: Ed25519PrivateKey, *, seq: int, entry_hash: str)
     """
     signature = sign(key, "ledger-head", _head_statement(seq, entry_hash)).hex()
     text = _canonical({"seq": seq, "hash": entry_hash, "signature": signature})
-    new = path.with_name(path.name + ".new")
     try:
-        with new.open("wb") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        new.replace(path)
-        _sync_folder(path.parent)
+        replace_file(path, text)
     except OSError as error:
         raise LedgerError(
             f"the head file {path} cannot be written: {error.strerror}", hint="Check the folder and the space left."
@@ -562,16 +558,3 @@ def _lock(path: Path) -> int:
             f"the ledger {path} is in use by another process", hint="A hospital runs one process; stop the other."
         ) from None
     return lock
-
-
-def _sync_folder(folder: Path) -> None:
-    try:
-        file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(file)
-        finally:
-            os.close(file)
-    except OSError as error:
-        raise LedgerError(
-            f"the folder {folder} cannot be made durable: {error.strerror}", hint="Check the disk."
-        ) from None

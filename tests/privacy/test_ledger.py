@@ -543,6 +543,7 @@ WRITER = """
 import os, signal, sys
 from pathlib import Path
 from shared_models.identity import load_key
+from shared_models import durable
 from shared_models.privacy import ledger as module
 from shared_models.privacy.ledger import Ledger
 from tests.privacy.test_ledger import charge
@@ -572,7 +573,7 @@ match sys.argv[3]:
     case "before the head file is in place":
         Path.replace = die
     case "before the folder is durable":
-        module._sync_folder = die
+        durable.sync_folder = die
 charge(ledger, number + 2)
 """
 

@@ -1,0 +1,42 @@
+"""Files that survive a crash or a power cut: whole, and on the disk when the call returns."""
+
+import contextlib
+import os
+from pathlib import Path
+
+
+def replace_file(path: Path, *content: bytes | memoryview) -> None:
+    """Write a file anew, from one part or several. One writer per path: what a crash leaves beside it is overwritten.
+
+    Guarantees:
+        * At every moment the path holds the old file whole, or the new one whole.
+        * When this returns, the new file is on the disk. When it raises, no temporary file is left behind.
+
+    Raises:
+        OSError: It could not be written.
+    """
+    temporary = path.with_name(f"{path.name}.new")
+    try:
+        with temporary.open("wb") as file:
+            file.writelines(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync_folder(path.parent)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a folder's own entries durable: a new name must reach the disk too.
+
+    Raises:
+        OSError: The disk does not take it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
