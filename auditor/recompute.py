@@ -11,8 +11,8 @@ from dp_accounting import dp_event, privacy_accountant
 from dp_accounting.pld import pld_privacy_accountant
 from dp_accounting.rdp import rdp_privacy_accountant
 
+from shared_models.config import Frozen
 from shared_models.errors import LedgerError
-from shared_models.plan import Frozen
 from shared_models.privacy.ledger import BudgetTerms, Entry
 from shared_models.privacy.mechanisms import GaussianRelease, PoissonGaussian
 

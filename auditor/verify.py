@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from auditor.recompute import filter_epsilon
+from shared_models.config import Frozen
 from shared_models.errors import LedgerError
 from shared_models.identity import fingerprint
-from shared_models.plan import Frozen
 from shared_models.privacy.ledger import Entry, head_path, read_head, read_ledger, verify_entries, verify_head
 from shared_models.privacy.mechanisms import GaussianRelease, PoissonGaussian
 

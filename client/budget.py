@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from pydantic import ValidationError
 
+from shared_models.config import Frozen, explain
 from shared_models.errors import (
     BudgetExhaustedError,
     ConfigError,
@@ -19,7 +20,7 @@ from shared_models.errors import (
     PolicyError,
     ProtocolError,
 )
-from shared_models.plan import Frozen, StudyPlan, explain
+from shared_models.plan import StudyPlan
 from shared_models.privacy.ledger import BudgetTerms, Entry, Ledger, Reserved, StudyLimit
 from shared_models.privacy.mechanisms import (
     GaussianRelease,

@@ -9,8 +9,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from shared_models.config import Count, Frozen, Name, Positive
 from shared_models.errors import PolicyError
-from shared_models.plan import Count, Frozen, Name, Positive, StudyPlan
+from shared_models.plan import StudyPlan
 
 NetworkName = Literal["logistic-regression", "mlp", "cnn", "lstm", "transformer"]
 

@@ -4,21 +4,14 @@ Secrets enter as file paths only. All paths are relative to the folder of the se
 moved as one.
 """
 
-import json
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, ValidationError, ValidationInfo
+from pydantic import AfterValidator, Field
 
 from client.policy import Policy, Population
-from shared_models.errors import ConfigError
-from shared_models.plan import Frozen, Name, explain, read_toml
-
-
-def _beside_the_settings(path: Path, info: ValidationInfo) -> Path:
-    """Read a path as relative to the settings file's folder, which ``read_settings`` passes as the context."""
-    folder: Path = info.context["folder"] if info.context else Path()
-    return folder / path
+from shared_models import config
+from shared_models.config import Frozen, LocalPath, Name
 
 
 def _host_and_port(address: str) -> str:
@@ -32,7 +25,6 @@ def _host_and_port(address: str) -> str:
     return address
 
 
-LocalPath = Annotated[Path, AfterValidator(_beside_the_settings)]
 Address = Annotated[str, AfterValidator(_host_and_port)]
 
 
@@ -78,15 +70,8 @@ class Settings(Frozen):
 def read_settings(path: Path) -> Settings:
     """Read and validate ``hospital.toml``, every error at once.
 
-    Goes through JSON so that TOML's lists and texts fit the strict model's tuples and paths.
-
     Raises:
         ConfigError: The file is missing, or a key is unknown, missing or out of range; delta is above
             1 / (10 * public size).
     """
-    fields = read_toml(path, "settings file")
-    try:
-        return Settings.model_validate_json(json.dumps(fields), context={"folder": path.absolute().parent})
-    except (ValidationError, TypeError, ValueError) as error:
-        text = explain(error) if isinstance(error, ValidationError) else str(error)
-        raise ConfigError(f"{path}: {text}", hint="See docs/hospital.md for every key and its range.") from None
+    return config.read_settings(path, Settings, described_in="docs/hospital.md")

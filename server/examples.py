@@ -19,8 +19,9 @@ import numpy as np
 import tomli_w
 from numpy.typing import NDArray
 
+from shared_models.config import Frozen
 from shared_models.errors import ConfigError
-from shared_models.plan import Frozen, StudyPlan, read_plan
+from shared_models.plan import StudyPlan, read_plan
 from shared_models.tasks import find_task
 
 PLANS = Path(__file__).parent / "plans"

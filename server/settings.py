@@ -1,22 +1,12 @@
 """The coordinator's own settings, ``coordinator.toml``: where it listens, whom it knows, where it keeps its state."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator, Field, ValidationError, ValidationInfo, model_validator
+from pydantic import Field, model_validator
 
-from shared_models.errors import ConfigError
-from shared_models.plan import Frozen, Name, explain, read_toml
-
-
-def _beside_the_settings(path: Path, info: ValidationInfo) -> Path:
-    """Read a path as relative to the settings file's folder, which ``read_settings`` passes as the context."""
-    folder: Path = info.context["folder"] if info.context else Path()
-    return folder / path
-
-
-LocalPath = Annotated[Path, AfterValidator(_beside_the_settings)]
+from shared_models import config
+from shared_models.config import Frozen, LocalPath, Name
 
 
 class RegisteredHospital(Frozen):
@@ -62,9 +52,4 @@ def read_settings(path: Path) -> Settings:
     Raises:
         ConfigError: The file is missing, or a key is unknown, missing or out of range.
     """
-    fields = read_toml(path, "settings file")
-    try:
-        return Settings.model_validate_json(json.dumps(fields), context={"folder": path.absolute().parent})
-    except (ValidationError, TypeError, ValueError) as error:
-        text = explain(error) if isinstance(error, ValidationError) else str(error)
-        raise ConfigError(f"{path}: {text}", hint="See docs/coordinator.md for every key and its range.") from None
+    return config.read_settings(path, Settings, described_in="docs/coordinator.md")

@@ -13,8 +13,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDic
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
+from shared_models.config import Frozen, Name, explain
 from shared_models.errors import FederationError, ProtocolError
-from shared_models.plan import Frozen, Name, explain
 
 WIRE_VERSION = 1
 VECTOR_DTYPES: dict[str, np.dtype[Any]] = {"<f4": np.dtype("<f4"), "<f8": np.dtype("<f8")}

@@ -6,26 +6,15 @@ The stricter of plan and hospital policy wins.
 
 import hashlib
 import json
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import rfc8785
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from shared_models.config import Count, Frozen, Name, Positive, Probability, explain, read_toml
 from shared_models.errors import ConfigError
-
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,63}$")]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Probability = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1, le=1_000_000)]
-
-
-class Frozen(BaseModel):
-    """Immutable, and a typo in a key is an error: ``noise_multipler`` must not mean "default noise"."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class LogisticRegression(Frozen):
@@ -161,32 +150,6 @@ class StudyPlan(Frozen):
     def canonical(self) -> bytes:
         """The plan as canonical JSON (RFC 8785): what is sent, signed and hashed."""
         return rfc8785.dumps(self.model_dump(mode="json"))
-
-
-def explain(error: ValidationError, prefix: str = "") -> str:
-    """All that is wrong with a file, on one line: every key with what it should be."""
-    problems = []
-    for problem in error.errors(include_url=False, include_input=False):
-        where = ".".join(str(part) for part in problem["loc"]) or "the file"
-        text = "unknown key" if problem["type"] == "extra_forbidden" else problem["msg"]
-        problems.append(f"{prefix}{where}: {text}")
-    return "; ".join(problems)
-
-
-def read_toml(path: Path, what: str) -> dict[str, Any]:
-    """Read a TOML file that a person wrote.
-
-    Raises:
-        ConfigError: The file is missing, unreadable or not TOML; the message names it.
-    """
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{what} {path} does not exist", hint="Check the path, or write the file first.") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(
-            f"{what} {path} cannot be read: {error}", hint="Mend the file; it must be UTF-8 TOML."
-        ) from None
 
 
 def parse_plan(fields: Mapping[str, Any], source: str = "plan") -> StudyPlan:

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
+from shared_models.config import Frozen
 from shared_models.errors import ConfigError
-from shared_models.plan import Frozen
 
 
 class Numeric(Frozen):

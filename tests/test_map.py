@@ -20,7 +20,8 @@ from client.settings import read_settings
 from server.demo import lay_out
 from server.examples import write_example
 from server.settings import Settings as CoordinatorSettings
-from shared_models.plan import Frozen, StudyPlan
+from shared_models.config import Frozen
+from shared_models.plan import StudyPlan
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("server", "client", "shared_models", "auditor")

@@ -23,8 +23,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, ValidationError, ValidationInfo, model_validator
 
+from shared_models.config import Frozen, Name, explain, read_toml
 from shared_models.errors import ConfigError, RecordsError
-from shared_models.plan import Frozen, Name, explain, read_toml
 from shared_models.tasks import TableInput, Task
 
 MANIFEST = "manifest.toml"

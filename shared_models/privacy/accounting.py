@@ -22,8 +22,8 @@ import opacus
 from opacus.accountants import PRVAccountant, RDPAccountant
 from pydantic import Field
 
+from shared_models.config import Frozen
 from shared_models.errors import ConfigError
-from shared_models.plan import Frozen
 from shared_models.privacy.mechanisms import GaussianRelease, PoissonGaussian, total_divergence
 
 _History = list[tuple[float, float, int]]  # (noise multiplier, sample rate, times), as Opacus's accountants keep it

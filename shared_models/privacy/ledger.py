@@ -23,10 +23,10 @@ import rfc8785
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import Field, ValidationError, model_validator
 
+from shared_models.config import Count, Frozen, Name, Positive, explain
 from shared_models.durable import replace_file, sync_folder
 from shared_models.errors import IdentityError, LedgerError
 from shared_models.identity import fingerprint, public_bytes, sign, verify
-from shared_models.plan import Count, Frozen, Name, Positive, explain
 from shared_models.privacy.mechanisms import LARGEST_ORDER, Mechanism
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]

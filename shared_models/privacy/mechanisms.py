@@ -12,8 +12,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from shared_models.config import Count, Frozen, Positive, Probability
 from shared_models.errors import ConfigError
-from shared_models.plan import Count, Frozen, Positive, Probability, StudyPlan
+from shared_models.plan import StudyPlan
 
 UNIT = "patient"
 NEIGHBOURING = "add or remove one patient"

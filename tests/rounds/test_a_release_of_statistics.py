@@ -4,7 +4,7 @@ from pathlib import Path
 
 import tomli_w
 
-from shared_models.plan import read_toml
+from shared_models.config import read_toml
 from shared_models.privacy.mechanisms import GaussianRelease, filter_epsilon, total_divergence
 from tests.federation import Federation, make_federation
 

@@ -1,0 +1,77 @@
+"""Configuration as frozen models: what a person writes in TOML is validated whole, and every error is said at once."""
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo
+
+from shared_models.errors import ConfigError
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,63}$")]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Probability = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
+
+
+class Frozen(BaseModel):
+    """Immutable, and a typo in a key is an error: ``noise_multipler`` must not mean "default noise"."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def _beside_the_file(path: Path, info: ValidationInfo) -> Path:
+    folder: Path = info.context["folder"] if info.context else Path()
+    return folder / path
+
+
+LocalPath = Annotated[Path, AfterValidator(_beside_the_file)]  # relative to the settings file that names it
+Settings = TypeVar("Settings", bound=Frozen)
+
+
+def read_settings(path: Path, model: type[Settings], *, described_in: str) -> Settings:
+    """Read and validate a settings file, every error at once.
+
+    Goes through JSON so that TOML's lists and texts fit the strict model's tuples and paths.
+
+    Args:
+        path: The TOML file; the model's ``LocalPath`` fields are relative to its folder.
+        model: What it must hold.
+        described_in: The document that explains every key.
+
+    Raises:
+        ConfigError: The file is missing, or a key is unknown, missing or out of range.
+    """
+    fields = read_toml(path, "settings file")
+    try:
+        return model.model_validate_json(json.dumps(fields), context={"folder": path.absolute().parent})
+    except (ValidationError, TypeError, ValueError) as error:
+        text = explain(error) if isinstance(error, ValidationError) else str(error)
+        raise ConfigError(f"{path}: {text}", hint=f"See {described_in} for every key and its range.") from None
+
+
+def explain(error: ValidationError, prefix: str = "") -> str:
+    """All that is wrong with a file, on one line: every key with what it should be."""
+    problems = []
+    for problem in error.errors(include_url=False, include_input=False):
+        where = ".".join(str(part) for part in problem["loc"]) or "the file"
+        text = "unknown key" if problem["type"] == "extra_forbidden" else problem["msg"]
+        problems.append(f"{prefix}{where}: {text}")
+    return "; ".join(problems)
+
+
+def read_toml(path: Path, what: str) -> dict[str, Any]:
+    """Read a TOML file that a person wrote.
+
+    Raises:
+        ConfigError: The file is missing, unreadable or not TOML; the message names it.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{what} {path} does not exist", hint="Check the path, or write the file first.") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(
+            f"{what} {path} cannot be read: {error}", hint="Mend the file; it must be UTF-8 TOML."
+        ) from None
