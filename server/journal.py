@@ -2,7 +2,6 @@
 
 import json
 import os
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -35,12 +34,3 @@ def read_events(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]
         data = file.read()
     end = data.rfind(b"\n") + 1
     return [json.loads(line) for line in data[:end].splitlines()], offset + end
-
-
-def last_event(path: Path, event: str) -> dict[str, Any] | None:
-    """The newest event of one kind, or None."""
-    return next((found for found in _backwards(path) if found["event"] == event), None)
-
-
-def _backwards(path: Path) -> Iterator[dict[str, Any]]:
-    return reversed(read_events(path)[0])
