@@ -24,7 +24,7 @@ import tomli_w
 
 from server.demo import fit_plan, lay_out
 from server.examples import write_example
-from server.journal import last_event, read_events
+from server.journal import read_events
 from server.pki import Authority, create_hospital_keys
 from server.processes import Children, find_command
 from shared_models.errors import FederationError
@@ -152,9 +152,10 @@ def measure_ours(folder: Path, hospitals: int, rounds: int) -> list[float]:
             time.sleep(LOOK_EVERY_S)
             if time.monotonic() > deadline:
                 raise FederationError(f"{rounds + 1} rounds took longer than {OURS_S:g} s")
-    if last_event(journal, "finished") is None:
+    events, _ = read_events(journal)
+    if not any(event["event"] == "finished" for event in events):
         raise FederationError("the coordinator ended before the study did")
-    found = [event for event in read_events(journal)[0] if event["event"] == "round"]
+    found = [event for event in events if event["event"] == "round"]
     if any(event["missing"] for event in found):
         raise FederationError("a hospital missed a round: its time says nothing")
     return [event["seconds"] for event in found[1:]]

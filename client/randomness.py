@@ -33,7 +33,7 @@ class SecureRandom:
         * Mitigated, not proven: Mironov's attack (CCS 2012; for Gaussians arXiv:2112.05307) reads the low-order bits
           of a noised float64. Here only float32 parameters leave, rounded *after* noise was added in float64: 29 of
           the 53 bits that the attack needs are gone. No theorem of ours bounds what is left; a discrete Gaussian would.
-        * Not covered: the time that a logarithm or cosine takes. Reply times are rounded up by the caller.
+        * Not covered: the time that a logarithm or cosine takes; reply times are not rounded yet.
 
     Source:
         Box and Muller, Annals of Mathematical Statistics 29(2), 1958.

@@ -192,7 +192,7 @@ class Hospital:
         )
         self.books.released(charge)
         self._log(request, "released statistics")
-        return self._signed(ReleasedStatistics, request, charge), released
+        return self._signed(ReleasedStatistics, request, charge), released.astype(np.float32)
 
     def finish(self, request: StudyEnd) -> PrivacyStatement:
         """The study is over: release what was reserved and never charged, and state what it cost."""

@@ -1,7 +1,7 @@
 """Typed messages between coordinator and hospitals; the only file that knows Flower's records and their keys.
 
 Every message is one JSON body (validated by a frozen model, unknown keys refused) and at most one flat vector of
-little-endian float32 or float64. Nothing here is ever unpickled, and a vector's size is checked before it is read.
+little-endian float32. Nothing here is ever unpickled, and a vector's size is checked before it is read.
 """
 
 import json
@@ -17,11 +17,11 @@ from shared_models.config import Frozen, Name, explain
 from shared_models.errors import FederationError, ProtocolError
 
 WIRE_VERSION = 1
-VECTOR_DTYPES: dict[str, np.dtype[Any]] = {"<f4": np.dtype("<f4"), "<f8": np.dtype("<f8")}
+VECTOR_DTYPE = "<f4"  # float32 only: noise is added in float64, and rounding after it hides the low bits
 MAXIMUM_BODY_BYTES = 1_000_000
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Vector = NDArray[Any]  # float32 or float64, as the message's ``dtype`` says
+Vector = NDArray[np.float32]
 
 _BODY, _VECTOR = "konsil", "vector"
 
@@ -30,7 +30,7 @@ class Body(Frozen):
     """What every message has. ``action`` is Flower's message type: it routes the message at the hospital."""
 
     action: ClassVar[str]
-    dtype: ClassVar[str | None] = None  # of the vector that travels along; None where there is none
+    has_vector: ClassVar[bool] = False
 
     version: Literal[1] = 1
 
@@ -54,7 +54,7 @@ class Enrolment(Body):
 class RoundRequest(Body):
     """What train and evaluate requests share: which study, round and attempt, and the digest of the parameters sent."""
 
-    dtype: ClassVar[str | None] = "<f4"
+    has_vector: ClassVar[bool] = True
     study: Name
     plan_digest: Digest
     round: Annotated[int, Field(ge=1, le=1_000_000)]
@@ -113,14 +113,14 @@ class Update(Upload):
     """Local minus global parameters, noised and bounded."""
 
     action: ClassVar[str] = "train.round"
-    dtype: ClassVar[str | None] = "<f4"
+    has_vector: ClassVar[bool] = True
 
 
 class ReleasedStatistics(Upload):
     """Additive validation statistics, clipped per patient and noised."""
 
     action: ClassVar[str] = "evaluate.round"
-    dtype: ClassVar[str | None] = "<f4"  # noise is added in float64; rounding after it hides the low bits
+    has_vector: ClassVar[bool] = True
 
 
 class StudyEnd(Body):
@@ -170,14 +170,14 @@ BodyType = TypeVar("BodyType", bound=Body)
 
 def encode(body: Body, vector: Vector | None = None) -> RecordDict:
     """Put a message into Flower's records."""
-    if (vector is None) != (body.dtype is None):
+    if body.has_vector != (vector is not None):
         raise ProtocolError(f"{type(body).__name__} and its vector do not belong together")
     records = RecordDict()
     fields = body.model_dump(mode="json")
     records[_BODY] = ConfigRecord({"type": type(body).__name__, "json": json.dumps(fields, allow_nan=False)})
-    if vector is not None and body.dtype is not None:
-        data = np.ascontiguousarray(vector, dtype=VECTOR_DTYPES[body.dtype]).tobytes()
-        array = Array(dtype=body.dtype, shape=(len(vector),), stype="raw", data=data)
+    if vector is not None:
+        data = np.ascontiguousarray(vector, dtype=VECTOR_DTYPE).tobytes()
+        array = Array(dtype=VECTOR_DTYPE, shape=(len(vector),), stype="raw", data=data)
         records[_VECTOR] = ArrayRecord({_VECTOR: array})
     return records
 
@@ -189,7 +189,7 @@ def decode(records: RecordDict, expected: type[BodyType]) -> tuple[BodyType, Vec
         ProtocolError: A record is missing, extra, too large, of another type, or does not validate; or the vector's
             declared shape, dtype and bytes disagree, or it holds NaN or infinity.
     """
-    wanted = {_BODY} if expected.dtype is None else {_BODY, _VECTOR}
+    wanted = {_BODY, _VECTOR} if expected.has_vector else {_BODY}
     if set(records) != wanted:
         raise ProtocolError(f"{expected.__name__} came with other records than it has", hint=_PEER_HINT)
     config = records.config_records.get(_BODY)
@@ -202,23 +202,22 @@ def decode(records: RecordDict, expected: type[BodyType]) -> tuple[BodyType, Vec
         body = expected.model_validate_json(text)
     except ValidationError as error:
         raise ProtocolError(f"{expected.__name__} is malformed: {explain(error)}", hint=_PEER_HINT) from None
-    return body, None if expected.dtype is None else _decode_vector(records, expected.dtype)
+    return body, _decode_vector(records) if expected.has_vector else None
 
 
 _PEER_HINT = "The peer runs another version, or is hostile; its message was dropped."
 
 
-def _decode_vector(records: RecordDict, dtype: str) -> Vector:
+def _decode_vector(records: RecordDict) -> Vector:
     arrays = records.array_records.get(_VECTOR)
     if arrays is None or set(arrays) != {_VECTOR}:
         raise ProtocolError("the vector of a message is missing", hint=_PEER_HINT)
     array = arrays[_VECTOR]
-    size = VECTOR_DTYPES[dtype].itemsize
-    if array.dtype != dtype or array.stype != "raw" or len(array.shape) != 1:
+    if array.dtype != VECTOR_DTYPE or array.stype != "raw" or len(array.shape) != 1:
         raise ProtocolError("a vector has the wrong dtype or shape", hint=_PEER_HINT)
-    if len(array.data) != array.shape[0] * size:
+    if len(array.data) != array.shape[0] * np.dtype(VECTOR_DTYPE).itemsize:
         raise ProtocolError("a vector's length and its bytes disagree", hint=_PEER_HINT)
-    vector: Vector = np.frombuffer(array.data, dtype=VECTOR_DTYPES[dtype])
+    vector: Vector = np.frombuffer(array.data, dtype=VECTOR_DTYPE)
     if not np.isfinite(vector).all():
         raise ProtocolError("a vector holds NaN or infinity", hint="The sender's training diverged, or it is hostile.")
     return vector
