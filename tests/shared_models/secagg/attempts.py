@@ -1,4 +1,4 @@
-"""One attempt, driven by hand: hospitals and a coordinator in memory, stage by stage, with drop-outs wherever wanted."""
+"""One attempt, driven by hand: hospitals and a coordinator in memory, stage by stage, and drop-outs where wanted."""
 
 from collections.abc import Collection, Mapping
 from functools import cache
@@ -39,7 +39,7 @@ def roster(members: Collection[str]) -> Roster:
     return Roster(ROSTER, {name: public_bytes(identity(name)) for name in members})
 
 
-def announcement(invited: Collection[str], **changes: Any) -> Announcement:
+def announcement(members: Collection[str], /, **changes: Any) -> Announcement:
     fields: dict[str, Any] = {
         "purpose": "train",
         "study": "a-study",
@@ -48,8 +48,8 @@ def announcement(invited: Collection[str], **changes: Any) -> Announcement:
         "round": 1,
         "attempt": 1,
         "parameters_digest": PARAMETERS,
-        "invited": tuple(invited),
-        "threshold": smallest_threshold(len(invited)),
+        "invited": tuple(members),
+        "threshold": smallest_threshold(len(members)),
     }
     return Announcement(**fields | changes)
 
@@ -81,12 +81,15 @@ class Attempt:
         self.unmasking: Unmasking
 
     def hospital(self, name: str, **options: Any) -> Hospital:
+        """A hospital that has taken part in nothing yet."""
         return Hospital(name, identity(name), roster=self.roster, **{"positions": Positions()} | options)
 
     def others(self, victim: str) -> list[str]:
+        """All names but one."""
         return [name for name in self.names if name != victim]
 
     def advertise(self, silent: Collection[str] = ()) -> Cohort:
+        """Stage 1."""
         for name in self._speaking(self.names, silent):
             keys = self.hospitals[name].advertise(self.announcement, plan_digest=PLAN)
             self.coordinator.receive_advertisement(name, keys)
@@ -94,12 +97,14 @@ class Attempt:
         return self.cohort
 
     def share(self, silent: Collection[str] = ()) -> dict[str, Delivery]:
+        """Stage 2."""
         for name in self._speaking([member.hospital for member in self.cohort.members], silent):
             self.coordinator.receive_dealing(name, self.hospitals[name].share(self.cohort))
         self.deliveries = self.coordinator.deliveries()
         return self.deliveries
 
     def upload(self, silent: Collection[str] = ()) -> Survivors:
+        """Stage 3."""
         for name in self._speaking(self.deliveries, silent):
             assert self.hospitals[name].accept(self.deliveries[name], parameters_digest=PARAMETERS) is None
             charge = f"{name} {self.announcement.context0.hex()}"
@@ -109,12 +114,14 @@ class Attempt:
         return self.survivors
 
     def agree(self, silent: Collection[str] = ()) -> Unmasking:
+        """Stage 4."""
         for name in self._speaking(self.survivors.uploaders, silent):
             self.coordinator.receive_agreement(name, self.hospitals[name].agree(self.survivors))
         self.unmasking = self.coordinator.unmasking()
         return self.unmasking
 
     def unmask(self, silent: Collection[str] = ()) -> NDArray[np.uint32]:
+        """Stage 5, and the sum."""
         for name in self._speaking([agreement.hospital for agreement in self.unmasking.agreements], silent):
             self.coordinator.receive_revealed(name, self.hospitals[name].unmask(self.unmasking))
         return self.coordinator.total()

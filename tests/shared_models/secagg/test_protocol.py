@@ -8,12 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from scipy.stats import chisquare
+from scipy.stats import chisquare  # type: ignore[import-untyped]  # scipy ships no types
 
 from shared_models.errors import TooFewLeftError
 from shared_models.secagg.protocol import (
-    Coordinator,
-    Dealing,
+    Delivery,
     Transcript,
     smallest_threshold,
     tolerated_colluders,
@@ -96,9 +95,7 @@ def test_the_decoded_mean_is_within_the_stated_error() -> None:
     updates = {name: random.normal(size=length) / 20 for name in attempt.names}
     weights = dict(zip(attempt.names, (0.2, 0.5, 1.0, 0.7, 0.9), strict=True))
     for name, update in updates.items():
-        attempt.encoded[name] = quantize(
-            update, weight=weights[name], bound=bound, scale=scale, uniform=random.random
-        )
+        attempt.encoded[name] = quantize(update, weight=weights[name], bound=bound, scale=scale, uniform=random.random)
     left = attempt.names[1:]
 
     total = attempt.run({attempt.names[0]: 3})
@@ -127,7 +124,7 @@ def an_upload(length: int) -> tuple[NDArray[np.float64], NDArray[np.uint32], NDA
     update /= np.linalg.norm(update)
     scale = quantization_scale(bound=1.0, hospitals=3)
     encoded = quantize(update, weight=1.0, bound=1.0, scale=scale, uniform=random.random)
-    attempt.encoded = {name: encoded for name in attempt.names}
+    attempt.encoded = dict.fromkeys(attempt.names, encoded)
     attempt.upload()
     return update, encoded, attempt.uploads[attempt.names[0]]
 
@@ -149,7 +146,7 @@ def test_two_hospitals_with_the_same_update_send_unrelated_vectors() -> None:
     hospitals = None
     for number in (1, 2):
         attempt = Attempt(3, len(encoded), hospitals, attempt=number).up_to(3)
-        attempt.encoded = {name: encoded for name in attempt.names}
+        attempt.encoded = dict.fromkeys(attempt.names, encoded)
         attempt.upload()
         sent += list(attempt.uploads.values())
         hospitals = attempt.hospitals
@@ -214,13 +211,11 @@ def test_everybody_has_the_same_transcript() -> None:
 
 
 def test_messages_survive_json() -> None:
-    """Bytes become base64 and come back; a hundred hospitals' stage 3 stays below the wire's limit of 1 MB."""
+    """Bytes become base64 and come back."""
     attempt = Attempt(4).up_to(3)
     delivery = attempt.deliveries[attempt.names[0]]
 
-    assert type(delivery).model_validate_json(delivery.model_dump_json()) == delivery
-    dealing = attempt.hospitals[attempt.names[0]]
-    assert dealing is not None
+    assert Delivery.model_validate_json(delivery.model_dump_json()) == delivery
 
 
 def test_nothing_secret_is_shown_or_kept() -> None:
@@ -253,5 +248,3 @@ def test_messages_of_a_hundred_hospitals_fit_the_wire() -> None:
     largest = max(len(delivery.model_dump_json()) for delivery in attempt.deliveries.values())
 
     assert largest < 1_000_000
-    assert isinstance(attempt.coordinator, Coordinator)
-    assert issubclass(Dealing, object)
