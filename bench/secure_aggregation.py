@@ -1,9 +1,10 @@
 """Time and memory of secure aggregation at a hospital and at the coordinator, beside Flower's SecAgg+ and plain AES.
 
 All in one process and one run, one thread, no network. A hospital's work is to agree on its masks' keys, to encode its
-update (float32, stochastic rounding from a generator keyed by the system), and to add all masks; Flower's is the same by
-its own primitives, in the order of its ``secaggplus_mod``, on the same vector, with every hospital a neighbour of every
-other. Set-up is stages 1 and 2 of one hospital: ours checks every signature and signs commitments, Flower's does not.
+update (float32, stochastic rounding from a generator keyed by the system), and to add all masks; Flower's is the same
+by its own primitives, in the order of its ``secaggplus_mod``, on the same vector, with every hospital a neighbour of
+every other. Set-up is stages 1 and 2 of one hospital: ours checks every signature and signs commitments, Flower's does
+neither. The fraction of the AES rate counts all keystream used: the masks' and 8 bytes per entry for rounding's coins.
 Times are the least of several runs; memory is the peak that Python and numpy allocate beyond the update itself.
 """
 

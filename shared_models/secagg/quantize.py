@@ -14,6 +14,7 @@ SMALLEST_SCALE = 1 << 16
 # Uniform numbers in [0, 1) that nobody can predict; at a hospital, ``SecureRandom.uniform``.
 Uniform = Callable[[int], NDArray[np.float64]]
 
+_CLIP_SLACK = 1e-9  # of the norm: the clip's own rounding
 _CHUNK = 1 << 13  # entries; a chunk and its temporaries stay in the L2 cache
 
 
@@ -85,7 +86,7 @@ def quantize(
 
     Raises:
         ConfigError: The weight is not in (0, 1].
-        EncodingError: An entry is NaN, infinite or beyond the bound. The message holds no values.
+        EncodingError: An entry is NaN or infinite, or the norm is beyond the bound. The message holds no values.
         VectorTooLongError: There is no memory for the result.
     """
     if not 0 < weight <= 1:
@@ -97,17 +98,20 @@ def quantize(
     cells = _allocate(len(update))
     signed = cells.view(np.int32)
     largest = math.ceil(bound * scale)
+    norm, limit = 0.0, (weight * bound * scale * (1 + _CLIP_SLACK)) ** 2  # squared
     values = np.empty(min(_CHUNK, len(update)), np.float64)
     for first in range(0, len(update), _CHUNK):
         part = update[first : first + _CHUNK]
         moved = values[: len(part)]
         np.multiply(part, weight * scale, out=moved, dtype=np.float64)
-        # NaN passes through max and min, and fails every comparison; one step of slack is for the clip's own rounding.
-        if not (moved.max() < largest + 1 and moved.min() > -largest - 1):
+        square = float(moved @ moved)
+        norm += square
+        if not norm <= limit:  # NaN fails every comparison
             raise EncodingError("the update holds NaN or is beyond its bound", hint="Clip it first; see bound_update.")
         moved += uniform(len(part))  # floor(v + u) is v's upper neighbour with probability v - floor(v)
         np.floor(moved, out=moved)
-        np.clip(moved, -largest, largest, out=moved)
+        if square >= (largest - 1) ** 2:  # else no entry comes near it
+            np.clip(moved, -largest, largest, out=moved)
         signed[first : first + len(part)] = moved
     return cells
 

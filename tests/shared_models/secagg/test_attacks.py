@@ -428,7 +428,9 @@ def test_a_changed_list_of_dealers_is_refused() -> None:
         {"sealed": {**delivery.sealed, THIRD: delivery.sealed[OTHER]}},
     ]
 
-    for error, changes in [*refused, *((errors.CommitmentError, changes) for changes in forged)]:
+    refused += [(errors.CommitmentError, changes) for changes in forged]
+
+    for error, changes in refused:
         with pytest.raises(error):
             attempt.hospitals[VICTIM].accept(change_delivery(attempt, **changes), parameters_digest=PARAMETERS)
 

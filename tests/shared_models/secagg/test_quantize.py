@@ -95,12 +95,22 @@ def test_chunks_do_not_show(kind: type) -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1.001, -1.001])
 def test_a_broken_update_is_refused_wherever_it_breaks(bad: float) -> None:
-    """NaN, infinity, or an entry beyond the bound that it was said to be clipped to."""
+    """NaN, infinity, or a norm beyond the bound that it was said to be clipped to."""
     update = np.zeros(20_000)
     update[19_999] = bad
 
     with pytest.raises(EncodingError, match="beyond its bound"):
         quantize(update, weight=1.0, bound=1.0, scale=2**20, uniform=coins(0))
+
+
+def test_the_whole_norm_counts() -> None:
+    """Also spread over many chunks, where no single entry stands out."""
+    update = np.full(40_000, 1.01 / 200)
+
+    with pytest.raises(EncodingError, match="beyond its bound"):
+        quantize(update, weight=0.5, bound=1.0, scale=2**20, uniform=coins(0))
+
+    assert len(quantize(update / 1.01, weight=0.5, bound=1.0, scale=2**20, uniform=coins(0))) == 40_000
 
 
 @pytest.mark.parametrize("update", [np.zeros((2, 2)), np.zeros(3, np.int64), np.zeros(3, np.float16)])
