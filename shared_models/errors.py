@@ -77,3 +77,246 @@ class NotEnrolledError(FederationError):
     """A round of a study that this hospital's process has not approved; the coordinator may propose it (again)."""
 
     code = "not-enrolled"
+
+
+# Secure aggregation. One class per refusal, so that a log says what was tried; see secagg/protocol.py.
+
+
+class SecureAggregationError(ProtocolError):
+    """A message of secure aggregation that is refused."""
+
+    code = "secagg"
+
+
+class EncodingError(FederationError):
+    """The hospital's own update cannot be encoded: NaN, infinite, or longer than the bound it was clipped to."""
+
+    code = "encoding"
+
+
+class ScaleTooSmallError(ConfigError):
+    """So many hospitals with so large a bound leave less than 2**16 steps per unit."""
+
+    code = "scale-too-small"
+
+
+class VectorTooLongError(ConfigError):
+    """There is no memory for a vector of this length."""
+
+    code = "vector-too-long"
+
+
+class TooFewHospitalsError(PolicyError):
+    """Fewer hospitals than the protocol, or this hospital's policy, allows."""
+
+    code = "too-few-hospitals"
+
+
+class TooManyHospitalsError(PolicyError):
+    """More hospitals than one round takes; a larger federation samples a cohort."""
+
+    code = "too-many-hospitals"
+
+
+class ThresholdError(PolicyError):
+    """A threshold outside the rule, or below this hospital's policy."""
+
+    code = "threshold"
+
+
+class PlanNotApprovedError(PolicyError):
+    """An announcement for another plan than the one that was approved."""
+
+    code = "plan-not-approved"
+
+
+class RosterMismatchError(SecureAggregationError):
+    """An announcement over another roster than the pinned one."""
+
+    code = "roster-mismatch"
+
+
+class NotInvitedError(SecureAggregationError):
+    """An announcement that does not invite its receiver."""
+
+    code = "not-invited"
+
+
+class StaleAttemptError(SecureAggregationError):
+    """A round and attempt that is not later than the last one: replayed, or older."""
+
+    code = "stale-attempt"
+
+
+class UnknownContextError(SecureAggregationError):
+    """A message of an attempt that this process did not begin."""
+
+    code = "unknown-context"
+
+
+class RepeatedStageError(SecureAggregationError):
+    """A stage that was answered already: there is one reply per stage and context, ever."""
+
+    code = "repeated-stage"
+
+
+class SkippedStageError(SecureAggregationError):
+    """A stage whose predecessor was not answered."""
+
+    code = "skipped-stage"
+
+
+class AttemptEndedError(SecureAggregationError):
+    """A message of an attempt that was given up; its secrets are gone."""
+
+    code = "attempt-ended"
+
+
+class UnknownHospitalError(SecureAggregationError):
+    """A hospital that is not on the roster, or was not invited."""
+
+    code = "unknown-hospital"
+
+
+class RepeatedHospitalError(SecureAggregationError):
+    """One hospital twice in a list that names each once."""
+
+    code = "repeated-hospital"
+
+
+class KeySignatureError(SecureAggregationError):
+    """Advertised keys without a valid signature by the hospital they are said to belong to."""
+
+    code = "key-signature"
+
+
+class RepeatedKeyError(SecureAggregationError):
+    """One advertised key twice, in one attempt or in two."""
+
+    code = "repeated-key"
+
+
+class WeakKeyError(SecureAggregationError):
+    """An advertised key with which every agreement has the same known result."""
+
+    code = "weak-key"
+
+
+class OwnKeyError(SecureAggregationError):
+    """The receiver's own keys are missing from the cohort, or are others than it advertised."""
+
+    code = "own-key"
+
+
+class TooFewLeftError(DropoutError):
+    """Fewer hospitals left than the threshold: nothing is unmasked."""
+
+    code = "too-few-left"
+
+
+class CohortGrownError(SecureAggregationError):
+    """A later stage names a hospital that was not in the one before."""
+
+    code = "cohort-grown"
+
+
+class LeftOutError(SecureAggregationError):
+    """A hospital is asked to go on in a stage whose list it is not in."""
+
+    code = "left-out"
+
+
+class CommitmentError(SecureAggregationError):
+    """A dealer's commitment that is missing, of the wrong size, or not signed by it."""
+
+    code = "commitment"
+
+
+class TamperedShareError(SecureAggregationError):
+    """A share that is not what its dealer signed: it was changed on the way, which is not the dealer's fault."""
+
+    code = "tampered-share"
+
+
+class BadShareError(SecureAggregationError):
+    """A share, as its dealer signed it, that does not decrypt or does not match its commitment."""
+
+    code = "bad-share"
+
+
+class ComplaintError(SecureAggregationError):
+    """A complaint that is not signed by its sender, or accuses nobody of the attempt."""
+
+    code = "complaint"
+
+
+class ParametersMismatchError(SecureAggregationError):
+    """Other global parameters than were announced."""
+
+    code = "parameters-mismatch"
+
+
+class RepeatedUpdateError(SecureAggregationError):
+    """An update whose charge was uploaded already: an update is uploaded once, ever."""
+
+    code = "repeated-update"
+
+
+class MalformedVectorError(SecureAggregationError):
+    """A masked vector of the wrong type or length."""
+
+    code = "malformed-vector"
+
+
+class ForkedSurvivorsError(SecureAggregationError):
+    """Another list of uploaders than the one that this hospital signed."""
+
+    code = "forked-survivors"
+
+
+class SurvivorSignatureError(SecureAggregationError):
+    """A signature on the list of uploaders that is not valid."""
+
+    code = "survivor-signature"
+
+
+class ForeignSignatureError(SecureAggregationError):
+    """A signature on the list of uploaders by somebody who is not on it."""
+
+    code = "foreign-signature"
+
+
+class RepeatedSignatureError(SecureAggregationError):
+    """Two signatures on the list of uploaders by one hospital."""
+
+    code = "repeated-signature"
+
+
+class TooFewSignaturesError(SecureAggregationError):
+    """Fewer signatures on the list of uploaders than the threshold."""
+
+    code = "too-few-signatures"
+
+
+class WrongSharesError(SecureAggregationError):
+    """An unmasking reply with other shares than exactly one of the right kind per peer."""
+
+    code = "wrong-shares"
+
+
+class RevealedShareError(SecureAggregationError):
+    """A revealed share that does not match its commitment; the sender's whole reply is discarded."""
+
+    code = "revealed-share"
+
+
+class InconsistentDealerError(SecureAggregationError):
+    """A dealer whose reconstructed secret does not match its key or commitment."""
+
+    code = "inconsistent-dealer"
+
+
+class RepeatedReplyError(SecureAggregationError):
+    """A hospital's second reply in one stage."""
+
+    code = "repeated-reply"
