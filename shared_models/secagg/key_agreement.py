@@ -17,9 +17,9 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from pydantic import ConfigDict, Field
 
+from shared_models.config import Frozen, Name
 from shared_models.errors import IdentityError, KeySignatureError, UnknownHospitalError, WeakKeyError
 from shared_models.identity import sign, verify
-from shared_models.plan import Frozen, Name
 
 PROTOCOL: Literal["secure-aggregation/v1"] = "secure-aggregation/v1"
 KEYS_KIND = "secagg-keys"

@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from numpy.typing import NDArray
 
+from shared_models.config import Name
 from shared_models.errors import (
     AttemptEndedError,
     BadShareError,
@@ -61,7 +62,6 @@ from shared_models.errors import (
     WrongSharesError,
 )
 from shared_models.identity import public_bytes, sign, verify
-from shared_models.plan import Name
 from shared_models.secagg.key_agreement import (
     Advertisement,
     Announcement,

@@ -15,9 +15,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from pydantic import Field
 
+from shared_models.config import Name
 from shared_models.errors import BadShareError, CommitmentError, IdentityError, TamperedShareError, WrongSharesError
 from shared_models.identity import sign, verify
-from shared_models.plan import Name
 from shared_models.secagg.key_agreement import Bytes32, Bytes64, Entropy, SecAggMessage, join
 
 PRIME = 2**256 + 297  # the smallest above 2**256, so that every 32-byte secret is one field element
