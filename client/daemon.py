@@ -267,8 +267,8 @@ def _tls(settings: Settings) -> ssl.SSLContext:
         raise IdentityError(f"the TLS files cannot be used: {error}", hint="Check [tls] in the settings.") from None
     if not certificate.not_valid_before_utc <= datetime.now(UTC) < certificate.not_valid_after_utc:
         raise IdentityError(
-            f"certificate {files.certificate} is valid from {certificate.not_valid_before_utc:%Y-%m-%d} "
-            f"to {certificate.not_valid_after_utc:%Y-%m-%d}, not today",
+            f"certificate {files.certificate} is valid from {certificate.not_valid_before_utc:%Y-%m-%d %H:%M} "
+            f"to {certificate.not_valid_after_utc:%Y-%m-%d %H:%M} UTC, not now",
             hint="Have it renewed by the consortium, or mend this machine's clock.",
         )
     if not any(_issued_by(authority, certificate) for authority in authorities):

@@ -370,8 +370,8 @@ def _valid_certificate(path: Path) -> Path:
     now = datetime.now(UTC)
     if not certificate.not_valid_before_utc <= now < certificate.not_valid_after_utc:
         raise IdentityError(
-            f"certificate {path} is valid from {certificate.not_valid_before_utc:%Y-%m-%d} to "
-            f"{certificate.not_valid_after_utc:%Y-%m-%d}, and today is {now:%Y-%m-%d}",
+            f"certificate {path} is valid from {certificate.not_valid_before_utc:%Y-%m-%d %H:%M} to "
+            f"{certificate.not_valid_after_utc:%Y-%m-%d %H:%M} UTC, and now it is {now:%Y-%m-%d %H:%M}",
             hint="Have it renewed by the authority that hospitals trust, or mend this machine's clock.",
         )
     return path

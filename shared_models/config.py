@@ -56,7 +56,7 @@ def explain(error: ValidationError, prefix: str = "") -> str:
     problems = []
     for problem in error.errors(include_url=False, include_input=False):
         where = ".".join(str(part) for part in problem["loc"]) or "the file"
-        text = "unknown key" if problem["type"] == "extra_forbidden" else problem["msg"]
+        text = "unknown key" if problem["type"] == "extra_forbidden" else problem["msg"].removeprefix("Value error, ")
         problems.append(f"{prefix}{where}: {text}")
     return "; ".join(problems)
 

@@ -75,7 +75,7 @@ def test_an_expired_certificate_of_the_hospital_is_noticed_before_it_connects(ke
     """The dates are in the message."""
     keys.hospital_certificate("north", keys.expired("old-authority"))
 
-    with pytest.raises(IdentityError, match=r"is valid from .*, not today"):
+    with pytest.raises(IdentityError, match=r"is valid from .* UTC, not now"):
         FleetConnection(keys.hospital("north"))
 
 
