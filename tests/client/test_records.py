@@ -303,8 +303,8 @@ def _in_training(folder: Path, patient: str) -> bool:
     ("changes", "words"),
     [
         ({"patient": None}, 'name the patient column (patient = "...") or declare one_row_per_patient = true'),
-        ({"file": "../data.csv"}, "file: Value error, must be a relative path to a file inside"),
-        ({"file": "/etc/passwd.csv"}, "file: Value error, must be a relative path to a file inside"),
+        ({"file": "../data.csv"}, "file: must be a relative path to a file inside"),
+        ({"file": "/etc/passwd.csv"}, "file: must be a relative path to a file inside"),
         ({"file": "data.xlsx"}, "must end in .csv or .parquet"),
         ({"file": None}, "file: Field required"),
         ({"validation_fraction": 0.95}, "validation_fraction: "),
