@@ -22,7 +22,7 @@ from typing import NamedTuple
 import psutil
 import tomli_w
 
-from server.demo import fit_plan, lay_out
+from server.demo import fit_plan, lay_out, start_coordinator, start_hospital
 from server.examples import write_example
 from server.journal import read_events
 from server.pki import Authority, create_hospital_keys
@@ -134,19 +134,9 @@ def measure_ours(folder: Path, hospitals: int, rounds: int) -> list[float]:
     lay_out(folder, example, fit_plan(example, rounds + 1), _free_ports(1)[0])
     journal = folder / "study" / "events.jsonl"
     with Children(folder / "logs") as children:
-        children.start(
-            "coordinator",
-            "konsil-coordinator",
-            "run",
-            str(folder / "plan.toml"),
-            "--settings",
-            str(folder / "coordinator" / "coordinator.toml"),
-            "--folder",
-            str(folder / "study"),
-        )
+        start_coordinator(children, folder)
         for hospital in example.hospitals:
-            settings = folder / "hospitals" / hospital.name / "hospital.toml"
-            children.start(hospital.name, "konsil-hospital", "start", str(settings))
+            start_hospital(children, folder, hospital.name)
         deadline = time.monotonic() + OURS_S
         while children.check("coordinator"):
             time.sleep(LOOK_EVERY_S)

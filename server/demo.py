@@ -212,23 +212,25 @@ def hospital_settings(
     }
 
 
+def start_coordinator(children: Children, folder: Path) -> "subprocess.Popen[str]":
+    """Start the coordinator that ``lay_out`` made, with its plan."""
+    settings = folder / "coordinator" / "coordinator.toml"
+    study = ("--settings", str(settings), "--folder", str(folder / "study"))
+    return children.start("coordinator", "konsil-coordinator", "run", str(folder / "plan.toml"), *study)
+
+
+def start_hospital(children: Children, folder: Path, name: str, *, log: str | None = None) -> "subprocess.Popen[str]":
+    """Start a hospital's daemon that ``lay_out`` made; ``log`` names it, and its log, otherwise than the hospital."""
+    return children.start(log or name, "konsil-hospital", "start", str(folder / "hospitals" / name / "hospital.toml"))
+
+
 def train(children: Children, folder: Path, example: Example, plan: StudyPlan, console: Console) -> Progress:
     """Start everybody, feed each new checkpoint to a measuring process, and watch until the study is over."""
     meter = children.start("measure", "konsil-hospital", "evaluate", "--records", str(example.test), talk=True)
-    home = folder / "coordinator"
-    children.start(
-        "coordinator",
-        "konsil-coordinator",
-        "run",
-        str(folder / "plan.toml"),
-        "--settings",
-        str(home / "coordinator.toml"),
-        "--folder",
-        str(folder / "study"),
-    )
+    start_coordinator(children, folder)
     names = tuple(hospital.name for hospital in example.hospitals)
     for name in names:
-        children.start(name, "konsil-hospital", "start", str(folder / "hospitals" / name / "hospital.toml"))
+        start_hospital(children, folder, name)
     progress = Progress(plan.study, plan.rounds, names)
     figures = _lines_of(meter)
     offset = 0

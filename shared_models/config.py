@@ -51,13 +51,13 @@ def read_settings(path: Path, model: type[Settings], *, described_in: str) -> Se
         raise ConfigError(f"{path}: {text}", hint=f"See {described_in} for every key and its range.") from None
 
 
-def explain(error: ValidationError, prefix: str = "") -> str:
+def explain(error: ValidationError) -> str:
     """All that is wrong with a file, on one line: every key with what it should be."""
     problems = []
     for problem in error.errors(include_url=False, include_input=False):
         where = ".".join(str(part) for part in problem["loc"]) or "the file"
         text = "unknown key" if problem["type"] == "extra_forbidden" else problem["msg"].removeprefix("Value error, ")
-        problems.append(f"{prefix}{where}: {text}")
+        problems.append(f"{where}: {text}")
     return "; ".join(problems)
 
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from server.demo import lay_out
+from server.demo import lay_out, start_coordinator, start_hospital
 from server.examples import write_example
 from server.journal import read_events
 from server.processes import Children
@@ -26,12 +26,12 @@ def test_a_killed_hospital_rejoins_and_its_ledger_holds(tmp_path: Path) -> None:
     victim, journal = names[0], tmp_path / "study" / "events.jsonl"
 
     with Children(tmp_path / "logs") as children:
-        coordinator = children.start("coordinator", "konsil-coordinator", *_coordinator(tmp_path))
-        hospitals = {name: children.start(name, "konsil-hospital", *_hospital(tmp_path, name)) for name in names}
+        coordinator = start_coordinator(children, tmp_path)
+        hospitals = {name: start_hospital(children, tmp_path, name) for name in names}
         _wait_for(lambda: _rounds(journal) >= 2)
         os.kill(hospitals[victim].pid, signal.SIGKILL)
         hospitals[victim].wait()
-        again = children.start(f"{victim}-again", "konsil-hospital", *_hospital(tmp_path, victim))
+        again = start_hospital(children, tmp_path, victim, log=f"{victim}-again")
         _wait_for(lambda: coordinator.poll() is not None or _answers(journal, victim) > _killed_at(journal, victim) + 2)
         assert again.poll() is None
         coordinator.wait(timeout=120)
@@ -50,16 +50,6 @@ def test_a_killed_hospital_rejoins_and_its_ledger_holds(tmp_path: Path) -> None:
         assert len(set(charged)) == len(charged)
         assert set(answered) <= set(charged)
         assert len(charged) <= len(answered) + 1
-
-
-def _coordinator(folder: Path) -> tuple[str, ...]:
-    settings = folder / "coordinator" / "coordinator.toml"
-    study = ("--settings", str(settings), "--folder", str(folder / "study"))
-    return ("run", str(folder / "plan.toml"), *study)
-
-
-def _hospital(folder: Path, name: str) -> tuple[str, ...]:
-    return ("start", str(folder / "hospitals" / name / "hospital.toml"))
 
 
 def _rounds(journal: Path) -> int:
