@@ -15,12 +15,16 @@ from flwr.clientapp import ClientApp
 from client.round import Hospital
 from shared_models.errors import FederationError, RecordsError
 from shared_models.messages import (
+    AdvertiseRequest,
+    AgreeRequest,
     Body,
     EvaluateRequest,
+    Lanes,
     Proposal,
+    ShareRequest,
     StudyEnd,
     TrainRequest,
-    Vector,
+    UnmaskRequest,
     decode,
     refuse,
     reply,
@@ -31,7 +35,7 @@ log = logging.getLogger("konsil.hospital")
 app = ClientApp()
 
 BodyType = TypeVar("BodyType", bound=Body)
-Station = Callable[[Hospital, Any, Any], tuple[Body, Vector | None]]
+Station = Callable[[Hospital, Any, Any], tuple[Body, Lanes | None]]
 
 _hospitals: dict[str, Hospital] = {}
 
@@ -78,16 +82,40 @@ def propose(message: Message, context: Context) -> Message:
     return _answer(message, context, Proposal, lambda hospital, body, _: (hospital.enrol(body), None))
 
 
+@app.query("advertise")
+def advertise(message: Message, context: Context) -> Message:
+    """Stage 1 of a sum."""
+    return _answer(message, context, AdvertiseRequest, lambda hospital, body, _: (hospital.advertise(body), None))
+
+
+@app.query("share")
+def share(message: Message, context: Context) -> Message:
+    """Stage 2 of a sum."""
+    return _answer(message, context, ShareRequest, lambda hospital, body, _: (hospital.share(body), None))
+
+
 @app.train("round")
 def train(message: Message, context: Context) -> Message:
-    """A round asks for an update."""
+    """Stage 3 of a sum of updates."""
     return _answer(message, context, TrainRequest, Hospital.train)
 
 
 @app.evaluate("round")
 def evaluate(message: Message, context: Context) -> Message:
-    """A round asks for validation statistics."""
+    """Stage 3 of a sum of validation statistics."""
     return _answer(message, context, EvaluateRequest, Hospital.evaluate)
+
+
+@app.query("agree")
+def agree(message: Message, context: Context) -> Message:
+    """Stage 4 of a sum."""
+    return _answer(message, context, AgreeRequest, lambda hospital, body, _: (hospital.agree(body), None))
+
+
+@app.query("unmask")
+def unmask(message: Message, context: Context) -> Message:
+    """Stage 5 of a sum."""
+    return _answer(message, context, UnmaskRequest, lambda hospital, body, _: (hospital.unmask(body), None))
 
 
 @app.query("finish")

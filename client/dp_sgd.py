@@ -61,6 +61,7 @@ def train(
     random: SecureRandom,
     device: str | torch.device = "cpu",
     micro_batch: int = 256,
+    null: NDArray[np.float64] | None = None,
     allow_test_random: bool = False,
 ) -> TrainingReport:
     """Train in place for the steps of one round, under the plan's mechanism.
@@ -82,6 +83,8 @@ def train(
         random: Source of sampling and noise, fresh for every charge.
         device: Where gradients are computed.
         micro_batch: Most records at once on the device; bounds memory, changes no result beyond rounding.
+        null: Further coordinates, moved in place, whose gradient is zero for every patient: the same noise as the
+            parameters', and nothing else.
         allow_test_random: Accept a repeatable generator. Tests only.
 
     Returns:
@@ -104,6 +107,7 @@ def train(
         random=random,
         device=device,
         micro_batch=micro_batch,
+        null=null,
     )
 
 
@@ -121,6 +125,7 @@ def local_steps(
     random: SecureRandom,
     device: str | torch.device = "cpu",
     micro_batch: int = 256,
+    null: NDArray[np.float64] | None = None,
 ) -> TrainingReport:
     """The steps that ``train`` takes, with every number of the mechanism in the open.
 
@@ -144,6 +149,8 @@ def local_steps(
             total = gradients.clipped_sum(patients, clip=clip)
             noisy = add_noise(total, standard_deviation=standard_deviation, random=random)
             gradients.descend(noisy / expected_batch, learning_rate=learning_rate)
+            if null is not None and standard_deviation:
+                null -= learning_rate * standard_deviation / expected_batch * random.gaussian(len(null))
         clipped, not_finite = gradients.counts()
     return TrainingReport(steps=steps, drawn=drawn, clipped=clipped, not_finite=not_finite)
 

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from shared_models.config import Count, Frozen, Name, Positive
 from shared_models.errors import PolicyError
-from shared_models.plan import StudyPlan
+from shared_models.plan import LARGEST_COHORT, SMALLEST_COHORT, StudyPlan
 
 NetworkName = Literal["logistic-regression", "mlp", "cnn", "lstm", "transformer"]
 
@@ -55,7 +55,8 @@ class Policy(Frozen):
         networks: Networks that may be trained here, by name.
         minimum_noise_multiplier: Least sigma of a training step and of a release.
         maximum_epsilon_per_study: Most that one study may cost a patient.
-        minimum_hospitals: Fewest hospitals whose updates may be averaged.
+        minimum_hospitals: Fewest hospitals whose updates may be averaged: those invited, and the threshold of each sum.
+        maximum_attempts: Most attempts at one round, failed ones included.
         maximum_rounds: Most training runs of one study: its rounds and its spare charges together.
         standing_approval: Approve whatever this policy and the budget permit, without asking the steward.
         release_validation: Whether noised validation statistics may leave at all.
@@ -65,7 +66,8 @@ class Policy(Frozen):
     networks: Annotated[tuple[NetworkName, ...], Field(min_length=1)]
     minimum_noise_multiplier: Positive
     maximum_epsilon_per_study: Positive
-    minimum_hospitals: Annotated[int, Field(ge=1, le=100)]
+    minimum_hospitals: Annotated[int, Field(ge=SMALLEST_COHORT, le=LARGEST_COHORT)]
+    maximum_attempts: Count
     maximum_rounds: Count
     standing_approval: bool
     release_validation: bool = False

@@ -1,4 +1,4 @@
-"""One round at a hospital: allow, charge, load, train, bound, answer.
+"""One round at a hospital: agree on keys, allow, charge, load, train, encode, mask, answer; sign who uploaded, unmask.
 
 Each line of ``Hospital.train`` is one file of this folder. Everything that leaves the hospital is a return value here.
 """
@@ -11,28 +11,41 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from client.books import Books
 from client.dp_sgd import self_check, train
 from client.evaluate import released_statistics
 from client.keys import split_key
 from client.policy import admit
+from client.positions import open_positions
 from client.randomness import SecureRandom
 from client.records.manifest import read_manifest
 from client.records.tabular import read_table
-from client.settings import Settings, read_settings
-from shared_models.errors import ConfigError, NotEnrolledError, PolicyError, ProtocolError
+from client.settings import Settings, read_roster, read_settings
+from shared_models.encoding import NULL_COORDINATES, Encoding, encoding, public_weight
+from shared_models.errors import ConfigError, NotEnrolledError, PolicyError, ProtocolError, ThresholdError
 from shared_models.identity import load_key, sign
 from shared_models.messages import (
+    Advertised,
+    AdvertiseRequest,
+    Agreed,
+    AgreeRequest,
+    Complained,
+    Dealt,
     Enrolment,
     EvaluateRequest,
+    Lanes,
     PrivacyStatement,
     Proposal,
     Receipt,
     ReleasedStatistics,
-    RoundRequest,
+    ShareRequest,
     StudyEnd,
+    SumRequest,
     TrainRequest,
+    Unmasked,
+    UnmaskRequest,
     Update,
     Upload,
     Vector,
@@ -41,18 +54,15 @@ from shared_models.messages import (
 from shared_models.nets.build import build_network
 from shared_models.plan import StudyPlan, parse_plan
 from shared_models.privacy.mechanisms import GaussianRelease, PoissonGaussian, release_mechanism, training_mechanism
+from shared_models.secagg import protocol
+from shared_models.secagg.key_agreement import Announcement, Purpose
 from shared_models.software import software_digest
 from shared_models.tasks import Task, find_task
-from shared_models.update import (
-    bound_update,
-    check_vector,
-    parameters_to_vector,
-    update_bound,
-    vector_digest,
-    vector_to_parameters,
-)
+from shared_models.update import check_vector, parameters_to_vector, vector_digest, vector_to_parameters
 
 log = logging.getLogger("konsil.hospital")
+
+TRANSCRIPTS = "transcripts.jsonl"
 
 UploadType = TypeVar("UploadType", bound=Upload)
 
@@ -81,6 +91,11 @@ class Study:
         """Validation part of the records."""
         return self.read()[1]
 
+    @property
+    def parameters(self) -> int:
+        """Parameters of the network."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
 
 class Hospital:
     """One hospital's side of every round; holds the lock on its ledger while it lives.
@@ -102,6 +117,14 @@ class Hospital:
         self._random = test_random or SecureRandom.from_system
         self._allow_test_random = test_random is not None
         self._studies: dict[str, Study] = {}
+        least = settings.policy.minimum_hospitals
+        self._party = protocol.Hospital(
+            settings.name,
+            self._identity,
+            roster=read_roster(settings.roster),
+            policy=protocol.CohortPolicy(minimum_hospitals=least, minimum_threshold=least),
+            positions=open_positions(settings.state),
+        )
 
     @classmethod
     def open(cls, settings_file: Path) -> "Hospital":
@@ -150,13 +173,44 @@ class Hospital:
         self_check(model, task, clip=plan.privacy.clip)
         return Study(plan, plan.digest(), task, model, lambda: parts)
 
-    def train(self, request: TrainRequest, parameters: Vector) -> tuple[Update, Vector]:
-        """One round: allow, charge, load, train, bound, answer."""
-        study = self._allow(request, parameters)
+    def advertise(self, request: AdvertiseRequest) -> Advertised:
+        """Stage 1: allow the round before it begins, and make fresh keys for this attempt at it."""
+        announcement = request.announcement
+        study = self._known(announcement)
+        admit(study.plan, self.settings.policy, self.settings.population)
+        if announcement.round > study.plan.rounds:
+            raise ProtocolError(
+                f"round {announcement.round} of {study.plan.rounds}", hint="The approved plan has fewer."
+            )
+        if announcement.attempt > self.settings.policy.maximum_attempts:
+            raise PolicyError(
+                f"attempt {announcement.attempt} at round {announcement.round}: policy permits no more than "
+                f"{self.settings.policy.maximum_attempts}",
+                hint="See maximum_attempts in the hospital's settings.",
+            )
+        if announcement.threshold < study.plan.minimum_hospitals:
+            raise ThresholdError(
+                f"threshold {announcement.threshold} is below the plan's {study.plan.minimum_hospitals} hospitals",
+                hint="The coordinator is broken or lies.",
+            )
+        self._encoding(study, announcement)  # what could not be encoded is refused before anything is computed
+        return Advertised(advertisement=self._party.advertise(announcement, plan_digest=study.digest))
+
+    def share(self, request: ShareRequest) -> Dealt:
+        """Stage 2: check everybody's keys against the pinned roster, and deal shares of this attempt's secrets."""
+        return Dealt(dealing=self._party.share(request.cohort))
+
+    def train(self, request: TrainRequest, parameters: Vector) -> tuple[Update | Complained, Lanes | None]:
+        """Stage 3 of a round: accept, charge, load, train, encode, mask, answer."""
+        study, complaint = self._accept(request, parameters, "train")
+        if complaint is not None:
+            return complaint, None
         mechanism = training_mechanism(study.plan, self.settings.population.public_size)
-        charge = self._charge(request, mechanism)
+        charge = self._charge(mechanism)
         records = study.training  # from here on records are used: the charge is on the disk
         vector_to_parameters(parameters, study.model)
+        null = np.zeros(NULL_COORDINATES)
+        random = self._random()
         train(
             study.model,
             records,
@@ -164,35 +218,53 @@ class Hospital:
             training=study.plan.training,
             privacy=study.plan.privacy,
             expected_batch=mechanism.expected_batch,
-            random=self._random(),
+            random=random,
             device=self.device,
+            null=null,
             allow_test_random=self._allow_test_random,
         )
-        update = self._bounded(study, parameters, mechanism.expected_batch)
+        update = np.concatenate([parameters_to_vector(study.model).astype(np.float64) - parameters, null])
+        weight = public_weight(self.settings.population.public_size, study.plan.weight_cap)
+        masked = self._masked(study, update, weight, charge, random)
         self.books.round_done(charge)
-        self._log(request, "trained")
-        return self._signed(Update, request, charge), update
+        self._log("trained")
+        return self._signed(Update, charge), masked
 
-    def evaluate(self, request: EvaluateRequest, parameters: Vector) -> tuple[ReleasedStatistics, Vector]:
-        """One release of validation statistics: allow, charge, load, evaluate with noise, answer."""
-        study = self._allow(request, parameters)
+    def evaluate(
+        self, request: EvaluateRequest, parameters: Vector
+    ) -> tuple[ReleasedStatistics | Complained, Lanes | None]:
+        """Stage 3 of a release of validation statistics: accept, charge, load, evaluate with noise, mask, answer."""
+        study, complaint = self._accept(request, parameters, "evaluate")
+        if complaint is not None:
+            return complaint, None
         evaluation = study.plan.evaluation
         if evaluation is None:
-            raise ProtocolError(f"study {request.study} releases no statistics", hint="Its plan has no [evaluation].")
-        mechanism = release_mechanism(study.plan)
-        charge = self._charge(request, mechanism)
+            raise ProtocolError(f"study {study.plan.study} releases no statistics", hint="See [evaluation].")
+        charge = self._charge(release_mechanism(study.plan))
         vector_to_parameters(parameters, study.model)
+        random = self._random()
         released = released_statistics(
             study.model,
             study.validation,
             study.task,
             plan=evaluation,
-            random=self._random(),
+            random=random,
             allow_test_random=self._allow_test_random,
         )
+        masked = self._masked(study, released, 1.0, charge, random)
         self.books.released(charge)
-        self._log(request, "released statistics")
-        return self._signed(ReleasedStatistics, request, charge), released.astype(np.float32)
+        self._log("released statistics")
+        return self._signed(ReleasedStatistics, charge), masked
+
+    def agree(self, request: AgreeRequest) -> Agreed:
+        """Stage 4: sign the list of those who uploaded; one list per attempt, ever."""
+        return Agreed(agreement=self._party.agree(request.survivors))
+
+    def unmask(self, request: UnmaskRequest) -> Unmasked:
+        """Stage 5: once enough have signed that list, reveal one share per peer, and forget this attempt's secrets."""
+        revealed = self._party.unmask(request.unmasking)
+        self._keep_transcript()
+        return Unmasked(revealed=revealed)
 
     def finish(self, request: StudyEnd) -> PrivacyStatement:
         """The study is over: release what was reserved and never charged, and state what it cost."""
@@ -202,61 +274,80 @@ class Hospital:
         log.info("study %s is over", request.study)
         return self.books.statement(request.study, study.plan.privacy.delta)
 
-    def _log(self, request: RoundRequest, what: str) -> None:
-        spent = self.books.budget.filter_spent(request.study)
+    def _log(self, what: str) -> None:
+        now = self._party.announcement
+        spent = self.books.budget.filter_spent(now.study)
         text = "study %s, round %d, attempt %d: %s; epsilon %.4f so far (enforced)"
-        log.info(text, request.study, request.round, request.attempt, what, spent)
+        log.info(text, now.study, now.round, now.attempt, what, spent)
 
-    def _charge(self, request: RoundRequest, mechanism: PoissonGaussian | GaussianRelease) -> "Entry":
-        """Pay for one computation; when this returns, the charge is on the disk."""
-        return self.books.budget.charge(
-            request.study,
-            request.plan_digest,
-            round=request.round,
-            attempt=request.attempt,
-            mechanism=mechanism,
-            parameters_digest=request.parameters_digest,
-        )
+    def _keep_transcript(self) -> None:
+        """Append what this hospital saw of an attempt to its evidence; it holds no secret."""
+        transcript = self._party.transcript()
+        if transcript is not None:
+            with (self.settings.state / TRANSCRIPTS).open("a", encoding="utf-8") as file:
+                file.write(transcript.model_dump_json() + "\n")
 
-    def _known(self, request: RoundRequest | StudyEnd) -> Study:
+    def _known(self, request: Announcement | StudyEnd) -> Study:
         study = self._studies.get(request.study)
         if study is None or study.digest != request.plan_digest:
             raise NotEnrolledError(f"study {request.study} with this plan is not enrolled here", hint="Propose it.")
         return study
 
-    def _allow(self, request: RoundRequest, parameters: Vector) -> Study:
-        """Check a round against what was approved, before anything is charged."""
-        study = self._known(request)
-        admit(study.plan, self.settings.policy, self.settings.population)
-        if request.round > study.plan.rounds:
-            raise ProtocolError(f"round {request.round} of {study.plan.rounds}", hint="The approved plan has fewer.")
-        check_vector(parameters, sum(p.numel() for p in study.model.parameters()))
-        if vector_digest(parameters) != request.parameters_digest:
-            raise ProtocolError("the parameters are not the announced ones", hint="The coordinator is broken or lies.")
-        return study
+    def _accept(self, request: SumRequest, parameters: Vector, purpose: Purpose) -> tuple[Study, Complained | None]:
+        """Check everything that stage 3 brings, before anything is charged."""
+        announcement = self._party.announcement
+        study = self._known(announcement)
+        if announcement.purpose != purpose:
+            raise ProtocolError(f"a request to {purpose} in an attempt to {announcement.purpose}")
+        check_vector(parameters, study.parameters)
+        complaint = self._party.accept(request.delivery, parameters_digest=vector_digest(parameters))
+        if complaint is None:
+            return study, None
+        self._keep_transcript()
+        log.warning("study %s: %s dealt a bad share; the attempt is over", announcement.study, complaint.accused)
+        return study, Complained(complaint=complaint)
 
-    def _bounded(self, study: Study, parameters: Vector, expected_batch: float) -> Vector:
-        """Local minus global parameters, within the norm that every honest update has. Never fails: it was charged."""
-        update = parameters_to_vector(study.model).astype(np.float64) - parameters
-        limit = update_bound(
-            training=study.plan.training,
-            privacy=study.plan.privacy,
-            parameters=len(update),
-            expected_batch=expected_batch,
-        )
-        return bound_update(np.nan_to_num(update, nan=0.0, posinf=0.0, neginf=0.0), limit).astype(np.float32)
+    def _charge(self, mechanism: PoissonGaussian | GaussianRelease) -> "Entry":
+        """Pay for one computation; when this returns, the charge is on the disk. Refused, the attempt is over here."""
+        now = self._party.announcement
+        try:
+            return self.books.budget.charge(
+                now.study,
+                now.plan_digest,
+                round=now.round,
+                attempt=now.attempt,
+                mechanism=mechanism,
+                parameters_digest=now.parameters_digest,
+            )
+        except BaseException:
+            self._party.abandon()
+            raise
 
-    def _signed(self, kind: type[UploadType], request: RoundRequest, charge: "Entry") -> UploadType:
+    def _encoding(self, study: Study, announcement: Announcement) -> Encoding:
+        hospitals = len(announcement.invited)
+        return encoding(study.plan, announcement.purpose, parameters=study.parameters, hospitals=hospitals)
+
+    def _masked(
+        self, study: Study, vector: NDArray[np.float64], weight: float, charge: "Entry", random: SecureRandom
+    ) -> Lanes:
+        """Weigh, bound, quantize and mask. Never fails over what training gave: it was charged."""
+        finite = np.nan_to_num(vector, nan=0.0, posinf=0.0, neginf=0.0)
+        encoded = self._encoding(study, self._party.announcement).encode(finite, weight, uniform=random.uniform)
+        return self._party.upload(encoded, charge=charge.hash)
+
+    def _signed(self, kind: type[UploadType], charge: "Entry") -> UploadType:
         """An upload's body with the receipt that its charge is in the ledger."""
+        now = self._party.announcement
         receipt = Receipt(
             entry_hash=charge.hash,
             chain_head=self.books.ledger.head,
             mechanism=charge.mechanism.model_dump(mode="json") if charge.mechanism else {},
-            charges=len(self.books.budget.spent(request.study)),
-            epsilon_filter=self.books.budget.filter_spent(request.study),
+            charges=len(self.books.budget.spent(now.study)),
+            epsilon_filter=self.books.budget.filter_spent(now.study),
             signature="0" * 128,
         )
-        body = kind(study=request.study, round=request.round, attempt=request.attempt, receipt=receipt)
+        context = self._party.context.hex()
+        body = kind(study=now.study, round=now.round, attempt=now.attempt, context=context, receipt=receipt)
         signature = sign(self._identity, "receipt", receipt_payload(body)).hex()
         return body.model_copy(update={"receipt": receipt.model_copy(update={"signature": signature})})
 

@@ -7,11 +7,13 @@ moved as one.
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from client.policy import Policy, Population
 from shared_models import config
-from shared_models.config import Frozen, LocalPath, Name
+from shared_models.config import Frozen, LocalPath, Name, explain
+from shared_models.errors import ConfigError
+from shared_models.secagg.key_agreement import Roster
 
 
 def _host_and_port(address: str) -> str:
@@ -25,6 +27,7 @@ def _host_and_port(address: str) -> str:
     return address
 
 
+IdentityKey = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Address = Annotated[str, AfterValidator(_host_and_port)]
 
 
@@ -51,6 +54,7 @@ class Settings(Frozen):
         coordinator: Address of the coordinator, ``host:port``.
         records: Folder with ``manifest.toml`` and the file that it names.
         state: Folder for the ledger, its head file and the logs; must outlive the process.
+        roster: File with every hospital's name and identity key, as this hospital has checked them.
         device: ``auto`` takes CUDA when it is there, else the CPU.
         threads: Threads that torch may use.
     """
@@ -59,12 +63,29 @@ class Settings(Frozen):
     coordinator: Address
     records: LocalPath
     state: LocalPath
+    roster: LocalPath
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: Annotated[int, Field(ge=1, le=1024)] = 1
     tls: Tls
     keys: Keys
     population: Population
     policy: Policy
+
+
+def read_roster(path: Path) -> Roster:
+    """Read the pinned roster: JSON, from each hospital's name to its identity key in hexadecimal.
+
+    Raises:
+        ConfigError: The file is missing, or is something else.
+    """
+    hint = "It maps each hospital's name to its identity key, 64 hexadecimal digits; see docs/hospital.md."
+    try:
+        keys = TypeAdapter(dict[Name, IdentityKey]).validate_json(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"roster {path} cannot be read: {error.strerror}", hint=hint) from None
+    except ValidationError as error:
+        raise ConfigError(f"roster {path}: {explain(error)}", hint=hint) from None
+    return Roster.of({name: bytes.fromhex(key) for name, key in keys.items()})
 
 
 def read_settings(path: Path) -> Settings:

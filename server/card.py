@@ -8,6 +8,8 @@ from typing import Any
 from shared_models.durable import replace_file
 from shared_models.messages import PrivacyStatement
 from shared_models.plan import StudyPlan
+from shared_models.secagg.protocol import plan_threshold, who_could_learn_what
+from shared_models.secagg.quantize import MODULUS_BITS
 from shared_models.software import software_digest
 from shared_models.tasks import find_task
 
@@ -36,6 +38,7 @@ def write_card(
     Returns:
         Path of ``card.md``.
     """
+    threshold = plan_threshold(plan.minimum_hospitals, len(public_sizes))
     card = {
         "study": plan.study,
         "purpose": plan.purpose,
@@ -49,7 +52,12 @@ def write_card(
         "data": about_data,
         "public_sizes": dict(sorted(public_sizes.items())),
         "privacy": {name: s.model_dump(mode="json") for name, s in sorted(statements.items())},
-        "secure_aggregation": {"enabled": False},
+        "secure_aggregation": {
+            "enabled": True,
+            "threshold": threshold,
+            "hospitals": len(public_sizes),
+            "modulus_bits": MODULUS_BITS,
+        },
         "metrics": metrics,
     }
     replace_file(folder / "card.json", json.dumps(card, indent=2).encode() + b"\n")
@@ -93,8 +101,10 @@ their signed ledgers are the evidence.
 
 ## Who could learn what
 
-Each hospital's noised update reached the coordinator readable: secure aggregation is not part of this version. What
-protects a patient is the noise that the hospital added before anything left it.
+{who}
+
+What protects a patient inside a sum, and in the model, is the noise that each hospital added before anything left it.
+Drop-outs, public sizes and the epsilon that each hospital states are not secret.
 {metrics}
 ## Intended use
 
@@ -122,6 +132,7 @@ def _markdown(
         plan_digest=card["plan_digest"],
         software_digest=card["software_digest"],
         costs="\n".join(costs),
+        who=who_could_learn_what(len(card["public_sizes"]), card["secure_aggregation"]["threshold"]),
         metrics=_metrics_table(metrics),
     )
 

@@ -12,7 +12,7 @@ import typer
 from shared_models import terminal
 
 app = typer.Typer(
-    help="The coordinator: runs studies over hospitals, averages their noised updates, hands out the model.",
+    help="The coordinator: runs studies over hospitals, averages their encrypted updates, hands out the model.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -46,7 +46,7 @@ def run(
 def example(
     study: Annotated[str, typer.Argument(help="breast-cancer, or heart-disease (needs KONSIL_DATA).")],
     folder: Annotated[Path, typer.Argument(help="Where to write; made if missing.")],
-    hospitals: Annotated[int, typer.Option(min=2, max=20, help="Hospitals; heart-disease has four.")] = 4,
+    hospitals: Annotated[int, typer.Option(min=3, max=20, help="Hospitals; heart-disease has four.")] = 4,
     seed: Annotated[int, typer.Option(min=0, help="Of the artificial split into hospitals.")] = 0,
 ) -> None:
     """Write an example study's data: a records folder per hospital, one with all of it, and one for testing."""
@@ -59,7 +59,7 @@ def example(
 def demo(
     study: Annotated[str, typer.Option(help="breast-cancer, or heart-disease (needs KONSIL_DATA).")] = "breast-cancer",
     rounds: Annotated[int | None, typer.Option(min=1, max=1000, help="Rounds; the noise is fitted to them.")] = None,
-    hospitals: Annotated[int, typer.Option(min=2, max=20, help="Hospitals; heart-disease has four.")] = 4,
+    hospitals: Annotated[int, typer.Option(min=3, max=20, help="Hospitals; heart-disease has four.")] = 4,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")] = None,
     folder: Annotated[
         Path | None, typer.Option(help="Where everything goes; must not exist. Default: konsil-demo/STUDY-TIME.")

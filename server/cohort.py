@@ -3,7 +3,7 @@
 import secrets
 from collections.abc import Collection
 
-LARGEST_COHORT = 100
+from shared_models.plan import LARGEST_COHORT
 
 
 def choose(enrolled: Collection[str], online: Collection[str]) -> list[str]:

@@ -30,8 +30,11 @@ from server.journal import read_events
 from server.pki import Authority, create_hospital_keys
 from server.processes import Children, MemoryMeter
 from shared_models.errors import ConfigError, FederationError
+from shared_models.identity import read_public
 from shared_models.plan import StudyPlan
 from shared_models.privacy.mechanisms import best_order, calibrate_noise, study_mechanisms
+from shared_models.secagg.protocol import who_could_learn_what
+from shared_models.secagg.quantize import MODULUS_BITS
 
 LOOK_EVERY_S = 0.1
 BUDGET = 1.0  # of every hospital in the demo, per patient
@@ -52,6 +55,7 @@ class Progress:
     epsilon: dict[str, float] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     released: dict[str, float] | None = None
+    sums: list[dict[str, Any]] = field(default_factory=list)
     finished: dict[str, Any] | None = None
 
     def see(self, event: Mapping[str, Any]) -> None:
@@ -66,8 +70,22 @@ class Progress:
                 self.round, self.seconds = event["round"], event["seconds"]
                 self.epsilon, self.released = event["epsilon_filter"], event["metrics_released"] or self.released
                 self.status |= dict.fromkeys(event["answered"], "answered") | dict.fromkeys(event["missing"], "missing")
+            case "sum":
+                self.sums.append(dict(event))
             case "finished":
                 self.finished = dict(event)
+
+    def secure_aggregation(self) -> dict[str, Any]:
+        """How the updates were summed; the smallest threshold of any round, and everybody who ever dropped out."""
+        trained = [event for event in self.sums if event["purpose"] == "train"]
+        return {
+            "enabled": True,
+            "threshold": min(event["threshold"] for event in trained),
+            "hospitals": len(self.hospitals),
+            "dropped": sorted({name for event in trained for name in event["dropped"]}),
+            "bytes_up_per_round": trained[-1]["bytes_up"],
+            "modulus_bits": MODULUS_BITS,
+        }
 
     def left_s(self) -> float | None:
         """Seconds that the remaining rounds will take, at the pace so far."""
@@ -155,8 +173,16 @@ def lay_out(folder: Path, example: Example, plan: StudyPlan, port: int) -> None:
             hospital.name, hospital.folder, hospital.public_size, plan, port, authority.certificate
         )
         (home / "hospital.toml").write_text(tomli_w.dumps(settings), encoding="utf-8")
+    write_rosters(folder / "hospitals", public, [hospital.name for hospital in example.hospitals])
     settings = coordinator_settings([hospital.name for hospital in example.hospitals], port, authority.certificate)
     (folder / "coordinator" / "coordinator.toml").write_text(tomli_w.dumps(settings), encoding="utf-8")
+
+
+def write_rosters(homes: Path, public: Path, names: list[str]) -> None:
+    """Give every hospital the same roster, from the keys that each made."""
+    roster = json.dumps({name: read_public(public / f"{name}.identity.pub").hex() for name in names}, indent=2) + "\n"
+    for name in names:
+        (homes / name / "roster.json").write_text(roster, encoding="ascii")
 
 
 def plan_text(plan: StudyPlan) -> str:
@@ -188,6 +214,7 @@ def hospital_settings(
         "coordinator": f"127.0.0.1:{port}",
         "records": str(records.absolute()),
         "state": "state",
+        "roster": "roster.json",
         "device": "cpu",
         "threads": 1,
         "tls": {"ca": str(authority.absolute()), "certificate": "keys/tls.pem", "key": "keys/tls.key"},
@@ -205,6 +232,7 @@ def hospital_settings(
             "minimum_noise_multiplier": plan.privacy.noise_multiplier,
             "maximum_epsilon_per_study": plan.privacy.epsilon,
             "minimum_hospitals": plan.minimum_hospitals,
+            "maximum_attempts": 10,
             "maximum_rounds": plan.rounds + plan.privacy.spare_charges,
             "standing_approval": True,
             "release_validation": plan.evaluation is not None,
@@ -345,7 +373,7 @@ def _report(
         "hospitals": {
             name: {key: statement[key] for key in _STATED} for name, statement in finished["hospitals"].items()
         },
-        "secure_aggregation": {"enabled": False},
+        "secure_aggregation": progress.secure_aggregation(),
         "model": finished["model"],
         "card": str(card),
         "ledgers": {name: str(folder / "hospitals" / name / "state" / "ledger.sqlite") for name in progress.hospitals},
@@ -416,6 +444,10 @@ def _print_comparison(console: Console, report: Mapping[str, Any], example: Exam
         f"epsilon: per patient, add or remove one patient, by {accountants}; for the schedule as executed,",
         "valid if it was fixed in advance. enforced: by the hospital's Renyi filter, valid in any case.",
         "Models trained alone or on pooled data have no privacy.",
+        "",
+        who_could_learn_what(report["secure_aggregation"]["hospitals"], report["secure_aggregation"]["threshold"]),
+        *_dropped(report["secure_aggregation"]["dropped"]),
+        "",
         f"Data: {example.split}.",
         "",
         f"model   {report['model']}",
@@ -426,6 +458,10 @@ def _print_comparison(console: Console, report: Mapping[str, Any], example: Exam
         f"{report['peak_memory_mb']:.0f} MB.",
     ]
     _say(console, "\n".join(lines))
+
+
+def _dropped(names: list[str]) -> list[str]:
+    return [f"Dropped out of at least one round: {', '.join(names)}."] if names else []
 
 
 _SHOWN = {"auroc": "AUROC", "accuracy": "accuracy", "sensitivity": "sensitivity", "specificity": "specificity"}

@@ -3,14 +3,9 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from shared_models.metrics import compute_metrics, statistics_size
+from shared_models.metrics import compute_metrics
 from shared_models.plan import EvaluationPlan
 from shared_models.tasks import Task
-
-
-def statistics_length(task: Task, evaluation: EvaluationPlan) -> int:
-    """Length of the vector that each hospital releases."""
-    return statistics_size(len(task.classes), evaluation.bins)
 
 
 def released_metrics(task: Task, evaluation: EvaluationPlan, statistics: NDArray[np.float64]) -> dict[str, float]:

@@ -9,7 +9,7 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from shared_models.errors import ProtocolError
-from shared_models.messages import Body, Refusal, Vector, read_reply, request
+from shared_models.messages import Body, Lanes, Refusal, Vector, read_reply, request
 
 log = logging.getLogger("konsil.coordinator")
 
@@ -24,7 +24,7 @@ class Answer:
 
     hospital: str
     body: Body | None
-    vector: Vector | None = None
+    vector: Vector | Lanes | None = None
     problem: str | None = None
 
 

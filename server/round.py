@@ -1,7 +1,7 @@
-"""A study at the coordinator, round by round: choose, announce, gather, sum, average, evaluate, save, record.
+"""A study at the coordinator, round by round: choose, announce, gather, sum, unmask, average, evaluate, save, record.
 
-The coordinator is trusted to be present, not to be discreet: it sees noised updates and public sizes, checks every
-message before use, and keeps what hospitals sign.
+The coordinator is trusted to be present, not to be discreet: of hospitals' updates and statistics it can only see sums.
+It checks every message before use, and keeps what hospitals sign.
 """
 
 import logging
@@ -15,42 +15,41 @@ import numpy as np
 import rfc8785
 from numpy.typing import NDArray
 
-from server.aggregate import WeightedSum, weight
+from server.aggregate import Attempt
 from server.checkpoint import save_checkpoint
 from server.cohort import choose
-from server.evaluate import released_metrics, statistics_length
+from server.evaluate import released_metrics
 from server.fedavg import average
 from server.gather import Answer, Gather
 from server.journal import Journal
+from shared_models.encoding import NULL_COORDINATES, encoding, public_weight
 from shared_models.errors import DropoutError, FederationError, NotEnrolledError, ProtocolError
 from shared_models.identity import verify
 from shared_models.messages import (
     Body,
     Enrolment,
-    EvaluateRequest,
     PrivacyStatement,
     Proposal,
-    ReleasedStatistics,
-    RoundRequest,
     StudyEnd,
-    TrainRequest,
-    Update,
     Upload,
     Vector,
     receipt_payload,
 )
 from shared_models.model_file import write_model
 from shared_models.nets.build import build_network
-from shared_models.plan import StudyPlan
+from shared_models.plan import LARGEST_COHORT, StudyPlan
 from shared_models.privacy.mechanisms import Mechanism, release_mechanism, training_mechanism
+from shared_models.secagg.key_agreement import Announcement, Purpose, Roster
+from shared_models.secagg.protocol import Coordinator, check_cohort_rule, plan_threshold
 from shared_models.software import software_digest
 from shared_models.tasks import find_task
-from shared_models.update import parameters_to_vector, update_bound, vector_digest, vector_to_parameters
+from shared_models.update import parameters_to_vector, vector_digest, vector_to_parameters
 
 log = logging.getLogger("konsil.coordinator")
 
 ENROL_EVERY_S = 0.1
 CLOSED_AT_ONCE = 2
+MOST_ATTEMPTS = 10  # at one round, those that cost nobody anything included
 
 
 @dataclass
@@ -80,6 +79,28 @@ class Study:
         self.parameters: NDArray[np.float32] = parameters_to_vector(self.model)
         self.journal = Journal(self.folder / "events.jsonl")
         self.refused: dict[str, str] = {}
+        self.roster = Roster.of(self.hospitals)
+
+
+@dataclass(frozen=True)
+class Sum:
+    """What one attempt at a sum came to.
+
+    Attributes:
+        uploaders: Hospitals in the sum.
+        total: Their weighted sum; None where the attempt failed.
+        weight: Sum of their weights.
+        charged: Whether hospitals were asked to compute: then those that answered have paid.
+        at_fault: Whom the next attempt goes without.
+        seconds: How long each stage took.
+    """
+
+    uploaders: frozenset[str]
+    total: NDArray[np.float64] | None
+    weight: float
+    charged: bool
+    at_fault: str | None
+    seconds: Mapping[str, float]
 
 
 def run_study(study: Study) -> dict[str, PrivacyStatement]:
@@ -92,6 +113,7 @@ def run_study(study: Study) -> dict[str, PrivacyStatement]:
         DropoutError: Too few hospitals, at the start or in a round whose attempts are used up; names who is missing.
     """
     plan, journal = study.plan, study.journal
+    check_fits(study)
     journal.write(
         "started", study=plan.study, plan_digest=study.digest, rounds=plan.rounds, parameters=len(study.parameters)
     )
@@ -99,8 +121,9 @@ def run_study(study: Study) -> dict[str, PrivacyStatement]:
     spare = plan.privacy.spare_charges
     for number in range(1, plan.rounds + 1):
         started = time.monotonic()
-        answered, failed = train_round(study, number, spare)
+        trained, failed = train_round(study, number, spare)
         spare -= failed
+        answered = trained.uploaders
         released = evaluate_round(study, number)
         checkpoint = save_checkpoint(study.folder / "checkpoints", study.model, study.parameters, plan, number)
         journal.write(
@@ -111,12 +134,27 @@ def run_study(study: Study) -> dict[str, PrivacyStatement]:
             missing=sorted(set(study.hospitals) - answered),
             epsilon_filter=dict(sorted(study.epsilons.items())),
             metrics_released=released,
+            stages=dict(trained.seconds),
             seconds=round(time.monotonic() - started, 3),
             checkpoint=str(checkpoint),
         )
     statements = close_study(study)
     write_model(study.folder / "model.safetensors", study.model, plan, round=str(plan.rounds))
     return statements
+
+
+def check_fits(study: Study) -> None:
+    """Check before anything is sent that the study's sums fit the modulus, with as many hospitals as may be invited.
+
+    Raises:
+        TooFewHospitalsError, ThresholdError: Fewer hospitals are registered than a sum needs, or than the plan wants.
+        ScaleTooSmallError: Updates of this plan from so many hospitals would overflow the modulus.
+    """
+    hospitals = min(len(study.hospitals), LARGEST_COHORT)
+    check_cohort_rule(sorted(study.hospitals)[:hospitals], plan_threshold(study.plan.minimum_hospitals, hospitals))
+    purposes: tuple[Purpose, ...] = ("train", "evaluate") if study.plan.evaluation else ("train",)
+    for purpose in purposes:
+        encoding(study.plan, purpose, parameters=len(study.parameters), hospitals=hospitals)
 
 
 def enrol_enough(study: Study) -> None:
@@ -153,42 +191,120 @@ def enrol(study: Study) -> None:
             study.journal.write("refused", hospital=answer.hospital, code=study.refused[answer.hospital])
 
 
-def train_round(study: Study, number: int, spare: int) -> tuple[set[str], int]:
-    """One round: attempts until enough hospitals answered. Returns who did, and how many attempts failed."""
-    for attempt in range(1, spare + 2):
-        if attempt > 1 or number > 1:
-            enrol(study)
-        cohort = choose(study.enrolled, study.gather.online())
-        total = WeightedSum(len(study.parameters))
-        request = TrainRequest(**_address(study, number, attempt))
-        answered: set[str] = set()
-        for answer in _ask(study, cohort, request, study.parameters):
-            if _accept(study, answer, request, Update, total):
-                answered.add(answer.hospital)
-        if len(answered) >= study.plan.minimum_hospitals:
-            study.parameters = average(study.parameters, total)
+def train_round(study: Study, number: int, spare: int) -> tuple[Sum, int]:
+    """One round: attempts until a sum opens. Returns it, and how many failed attempts hospitals have paid for."""
+    charged, without, attempt = 0, set[str](), 0
+    found: Sum | None = None
+    while charged <= spare and attempt < MOST_ATTEMPTS:
+        attempt += 1
+        cohort = gather_cohort(study, without)
+        if len(cohort) < study.plan.minimum_hospitals:
+            break
+        found = secure_sum(study, "train", number, attempt, cohort)
+        if found.total is not None:
+            study.parameters = average(study.parameters, found.total[:-NULL_COORDINATES], found.weight)
             vector_to_parameters(study.parameters, study.model)
-            return answered, attempt - 1
-        study.journal.write("attempt-failed", round=number, attempt=attempt, answered=sorted(answered))
-    missing = sorted(set(study.hospitals) - answered)
+            return found, charged
+        charged += found.charged
+        without |= {found.at_fault} if found.at_fault else set()
+        answered = sorted(found.uploaders)
+        study.journal.write("attempt-failed", round=number, attempt=attempt, charged=found.charged, answered=answered)
+    answered = sorted(found.uploaders) if found else []
+    missing = sorted(set(study.hospitals) - set(answered))
     raise DropoutError(
-        f"round {number}: {len(answered)} of at least {study.plan.minimum_hospitals} hospitals answered within "
-        f"{study.plan.deadline_s:g} s, and no spare charge is left; missing: {', '.join(missing)}",
+        f"round {number}: no sum opened in {attempt} attempts of at most {study.plan.deadline_s:g} s a stage; "
+        f"{len(answered)} hospitals answered the last; at least {study.plan.minimum_hospitals} are needed, and "
+        f"{spare - charged if spare > charged else 0} spare charges are left; missing: {', '.join(missing)}",
         hint="The last checkpoint is valid. Bring the missing hospitals back, or plan more spare charges.",
     )
 
 
 def evaluate_round(study: Study, number: int) -> dict[str, float] | None:
-    """Gather noised validation statistics where the plan says so; off by default, charged at every hospital."""
+    """Sum noised validation statistics where the plan says so; off by default, charged at every hospital."""
     evaluation = study.plan.evaluation
     if evaluation is None or number % evaluation.every:
         return None
-    total = WeightedSum(statistics_length(study.task, evaluation))
-    request = EvaluateRequest(**_address(study, number, 1))
     cohort = choose(study.enrolled, study.gather.online())
-    for answer in _ask(study, cohort, request, study.parameters):
-        _accept(study, answer, request, ReleasedStatistics, total)
-    return released_metrics(study.task, evaluation, total.total) if total.weight else None
+    if len(cohort) < study.plan.minimum_hospitals:
+        return None
+    found = secure_sum(study, "evaluate", number, 1, cohort)
+    return released_metrics(study.task, evaluation, found.total) if found.total is not None else None
+
+
+def gather_cohort(study: Study, without: Collection[str]) -> list[str]:
+    """Whom to invite: enrolled, online, not at fault. Waits for newcomers while there are too few."""
+    deadline = time.monotonic() + study.plan.deadline_s
+    while True:
+        enrol(study)
+        cohort = choose(set(study.enrolled) - set(without), study.gather.online())
+        if len(cohort) >= study.plan.minimum_hospitals or time.monotonic() > deadline:
+            return cohort
+        time.sleep(ENROL_EVERY_S)
+
+
+def secure_sum(study: Study, purpose: Purpose, number: int, attempt: int, cohort: list[str]) -> Sum:
+    """One attempt at one encrypted sum: announce, gather, sum, unmask, decode; and its evidence."""
+    plan = study.plan
+    announcement = Announcement(
+        purpose=purpose,
+        study=plan.study,
+        plan_digest=study.digest,
+        roster_digest=study.roster.digest,
+        round=number,
+        attempt=attempt,
+        parameters_digest=vector_digest(study.parameters),
+        invited=tuple(cohort),
+        threshold=plan_threshold(plan.minimum_hospitals, len(cohort)),
+    )
+    code = encoding(plan, purpose, parameters=len(study.parameters), hospitals=len(cohort))
+    party = Coordinator(announcement, roster=study.roster, length=code.length)
+    mechanisms = {name: _mechanism(study, name, purpose) for name in cohort}
+
+    def ask(requests: Mapping[str, tuple[Body, Vector | None]]) -> Iterator[Answer]:
+        return study.gather.ask(requests, group=str(number), deadline_s=plan.deadline_s)
+
+    def check(hospital: str, upload: Upload) -> None:
+        check_receipt(upload, study.hospitals[hospital], mechanisms[hospital])
+
+    def leave_out(hospital: str, stage: str, answer: Answer, error: FederationError) -> None:
+        study.journal.write("left-out", hospital=hospital, round=number, stage=stage, reason=str(error))
+        log.warning("round %d, %s: %s left out: %s", number, stage, hospital, error)
+        if answer.problem == NotEnrolledError.code:  # its daemon restarted: propose the study again
+            study.enrolled.pop(hospital, None)
+
+    sizes = dict(study.enrolled)
+    run = Attempt(party, ask=ask, check=check, leave_out=leave_out)
+    total, weight = None, 0.0
+    try:
+        cells = run.run(study.parameters)
+        total = code.decode(cells, len(run.uploads))
+        weight = sum(_weight(plan, purpose, sizes[name]) for name in run.uploads)
+    except FederationError as error:
+        study.journal.write("aborted", purpose=purpose, round=number, attempt=attempt, reason=str(error))
+        log.warning("round %d, attempt %d to %s: %s", number, attempt, purpose, error)
+    for hospital, upload in run.uploads.items():
+        study.epsilons[hospital] = upload.receipt.epsilon_filter
+        _keep(study.folder / "receipts.jsonl", {"hospital": hospital, "upload": upload.model_dump(mode="json")})
+    evidence: dict[str, Any] = {"transcript": party.transcript().model_dump(mode="json")}
+    if party.complaint is not None:
+        evidence["complaint"] = party.complaint.model_dump(mode="json")
+    if total is not None and purpose == "train":
+        evidence |= {"null_coordinates": total[-NULL_COORDINATES:].tolist(), "weight": weight}
+    _keep(study.folder / "sums.jsonl", evidence)
+    study.journal.write(
+        "sum",
+        purpose=purpose,
+        round=number,
+        attempt=attempt,
+        opened=total is not None,
+        threshold=announcement.threshold,
+        hospitals=len(cohort),
+        dropped=party.dropped,
+        at_fault=party.at_fault,
+        bytes_up=4 * code.length,
+        stages=run.seconds,
+    )
+    return Sum(frozenset(run.uploads), total, weight, run.charged, party.at_fault, run.seconds)
 
 
 def close_study(study: Study) -> dict[str, PrivacyStatement]:
@@ -207,45 +323,15 @@ def close_study(study: Study) -> dict[str, PrivacyStatement]:
     return statements
 
 
-def _address(study: Study, number: int, attempt: int) -> dict[str, Any]:
-    return {
-        "study": study.plan.study,
-        "plan_digest": study.digest,
-        "round": number,
-        "attempt": attempt,
-        "parameters_digest": vector_digest(study.parameters),
-    }
+def _weight(plan: StudyPlan, purpose: Purpose, public_size: int) -> float:
+    """M of an update; statistics are summed as they are."""
+    return public_weight(public_size, plan.weight_cap) if purpose == "train" else 1.0
 
 
 def _ask(study: Study, cohort: Collection[str], body: Body, vector: Vector | None) -> Iterator[Answer]:
     group = getattr(body, "round", None)
     requests = dict.fromkeys(cohort, (body, vector))
     return study.gather.ask(requests, group=str(group or "end"), deadline_s=study.plan.deadline_s)
-
-
-def _accept(study: Study, answer: Answer, request: RoundRequest, expected: type[Upload], total: WeightedSum) -> bool:
-    """Check one upload whole, then add it. A hospital at fault is left out of this attempt; the journal says why."""
-    hospital, body = answer.hospital, answer.body
-    try:
-        if not isinstance(body, expected) or answer.vector is None:
-            raise ProtocolError(answer.problem or "another message than asked for")
-        if (body.study, body.round, body.attempt) != (request.study, request.round, request.attempt):
-            raise ProtocolError("an answer to another round")
-        check_receipt(body, study.hospitals[hospital], _mechanism(study, hospital, expected))
-        public_size = study.enrolled[hospital]
-        if expected is Update:
-            total.add(answer.vector, weight(public_size, study.plan.weight_cap), limit=_bound(study, public_size))
-        else:
-            total.add(answer.vector, 1.0)
-    except FederationError as error:
-        study.journal.write("left-out", hospital=hospital, round=request.round, reason=str(error))
-        log.warning("round %d: %s left out: %s", request.round, hospital, error)
-        if answer.problem == NotEnrolledError.code:  # its daemon restarted: propose the study again
-            del study.enrolled[hospital]
-        return False
-    study.epsilons[hospital] = body.receipt.epsilon_filter
-    _keep(study.folder / "receipts.jsonl", hospital, body)
-    return True
 
 
 def check_receipt(upload: Upload, identity: bytes, mechanism: Mechanism) -> None:
@@ -260,23 +346,13 @@ def check_receipt(upload: Upload, identity: bytes, mechanism: Mechanism) -> None
         raise ProtocolError("a receipt for another mechanism than the plan's", hint="Compare software versions.")
 
 
-def _mechanism(study: Study, hospital: str, expected: type[Upload]) -> Mechanism:
-    if expected is Update:
+def _mechanism(study: Study, hospital: str, purpose: Purpose) -> Mechanism:
+    if purpose == "train":
         return training_mechanism(study.plan, study.enrolled[hospital])
     return release_mechanism(study.plan)
 
 
-def _bound(study: Study, public_size: int) -> float:
-    plan = study.plan
-    return update_bound(
-        training=plan.training,
-        privacy=plan.privacy,
-        parameters=len(study.parameters),
-        expected_batch=plan.privacy.sample_rate * public_size,
-    )
-
-
-def _keep(path: Path, hospital: str, upload: Upload) -> None:
-    """Append a receipt to the evidence that an auditor cross-checks with the hospital's ledger."""
+def _keep(path: Path, evidence: Mapping[str, Any]) -> None:
+    """Append to the evidence that an auditor cross-checks with the hospitals' ledgers and transcripts."""
     with path.open("ab") as file:
-        file.write(rfc8785.dumps({"hospital": hospital, "upload": upload.model_dump(mode="json")}) + b"\n")
+        file.write(rfc8785.dumps(evidence) + b"\n")

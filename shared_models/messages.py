@@ -1,10 +1,10 @@
 """Typed messages between coordinator and hospitals; the only file that knows Flower's records and their keys.
 
-Every message is one JSON body (validated by a frozen model, unknown keys refused) and at most one flat vector of
-little-endian float32. Nothing here is ever unpickled, and a vector's size is checked before it is read.
+Every message is one JSON body (validated by a frozen model, unknown keys refused) and at most one flat vector:
+parameters as little-endian float32 on the way out, encrypted sums' lanes as little-endian uint32 on the way back.
+Nothing here is ever unpickled, and a vector's size is checked before it is read.
 """
 
-import json
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import numpy as np
@@ -15,22 +15,38 @@ from pydantic import Field, ValidationError
 
 from shared_models.config import Frozen, Name, explain
 from shared_models.errors import FederationError, ProtocolError
+from shared_models.secagg.key_agreement import Advertisement, Announcement, SecAggMessage
+from shared_models.secagg.protocol import (
+    Agreement,
+    Cohort,
+    Complaint,
+    Dealing,
+    Delivery,
+    Revealed,
+    Survivors,
+    Unmasking,
+)
 
 WIRE_VERSION = 1
-VECTOR_DTYPE = "<f4"  # float32 only: noise is added in float64, and rounding after it hides the low bits
+PARAMETERS, LANES = "<f4", "<u4"  # what a vector can be: parameters, or integers modulo 2**32 under masks
 MAXIMUM_BODY_BYTES = 1_000_000
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Vector = NDArray[np.float32]
+Lanes = NDArray[np.uint32]
 
 _BODY, _VECTOR = "konsil", "vector"
 
 
-class Body(Frozen):
-    """What every message has. ``action`` is Flower's message type: it routes the message at the hospital."""
+class Body(SecAggMessage):
+    """What every message has.
+
+    ``action`` is Flower's message type: it routes the message at the hospital. ``vector`` is the type of the vector
+    that comes along; None where none does.
+    """
 
     action: ClassVar[str]
-    has_vector: ClassVar[bool] = False
+    vector: ClassVar[str | None] = None
 
     version: Literal[1] = 1
 
@@ -51,24 +67,48 @@ class Enrolment(Body):
     software_digest: Digest
 
 
-class RoundRequest(Body):
-    """What train and evaluate requests share: which study, round and attempt, and the digest of the parameters sent."""
+class AdvertiseRequest(Body):
+    """Stage 1 of a sum: what will be summed, of whom, and how many must stay."""
 
-    has_vector: ClassVar[bool] = True
-    study: Name
-    plan_digest: Digest
-    round: Annotated[int, Field(ge=1, le=1_000_000)]
-    attempt: Annotated[int, Field(ge=1, le=1_000)]
-    parameters_digest: Digest
+    action: ClassVar[str] = "query.advertise"
+    announcement: Announcement
 
 
-class TrainRequest(RoundRequest):
+class Advertised(Body):
+    """Stage 1, back: the hospital's fresh public keys."""
+
+    action: ClassVar[str] = "query.advertise"
+    advertisement: Advertisement
+
+
+class ShareRequest(Body):
+    """Stage 2: everybody's public keys."""
+
+    action: ClassVar[str] = "query.share"
+    cohort: Cohort
+
+
+class Dealt(Body):
+    """Stage 2, back: sealed shares for everybody, and the commitment to them."""
+
+    action: ClassVar[str] = "query.share"
+    dealing: Dealing
+
+
+class SumRequest(Body):
+    """Stage 3, for either purpose: the shares for this hospital; study, round and attempt are those announced."""
+
+    vector: ClassVar[str | None] = PARAMETERS
+    delivery: Delivery
+
+
+class TrainRequest(SumRequest):
     """Train one round from the parameters that come along."""
 
     action: ClassVar[str] = "train.round"
 
 
-class EvaluateRequest(RoundRequest):
+class EvaluateRequest(SumRequest):
     """Release noised validation statistics of the parameters that come along."""
 
     action: ClassVar[str] = "evaluate.round"
@@ -95,11 +135,16 @@ class Receipt(Frozen):
 
 
 class Upload(Body):
-    """A hospital's contribution to one attempt at a round: the vector and the receipt that says it was paid for."""
+    """A hospital's contribution to one attempt at a sum: the masked vector and the receipt that says it was paid for.
 
+    ``context`` is the attempt's; with it in the receipt, a payment belongs to one sum and no other.
+    """
+
+    vector: ClassVar[str | None] = LANES
     study: Name
     round: Annotated[int, Field(ge=1, le=1_000_000)]
     attempt: Annotated[int, Field(ge=1, le=1_000)]
+    context: Digest
     receipt: Receipt
 
 
@@ -110,17 +155,50 @@ def receipt_payload(upload: Upload) -> bytes:
 
 
 class Update(Upload):
-    """Local minus global parameters, noised and bounded."""
+    """Stage 3, back: local minus global parameters, noised, bounded, weighed, quantized and masked."""
 
     action: ClassVar[str] = "train.round"
-    has_vector: ClassVar[bool] = True
 
 
 class ReleasedStatistics(Upload):
-    """Additive validation statistics, clipped per patient and noised."""
+    """Stage 3, back: additive validation statistics, clipped per patient, noised, quantized and masked."""
 
     action: ClassVar[str] = "evaluate.round"
-    has_vector: ClassVar[bool] = True
+
+
+class Complained(Body):
+    """Stage 3, back, instead of an upload: a dealer is at fault, and this attempt is over."""
+
+    action: ClassVar[str] = "train.round"
+    complaint: Complaint
+
+
+class AgreeRequest(Body):
+    """Stage 4: who uploaded."""
+
+    action: ClassVar[str] = "query.agree"
+    survivors: Survivors
+
+
+class Agreed(Body):
+    """Stage 4, back: the hospital's signature on who uploaded."""
+
+    action: ClassVar[str] = "query.agree"
+    agreement: Agreement
+
+
+class UnmaskRequest(Body):
+    """Stage 5: the signatures on who uploaded."""
+
+    action: ClassVar[str] = "query.unmask"
+    unmasking: Unmasking
+
+
+class Unmasked(Body):
+    """Stage 5, back: one share per peer."""
+
+    action: ClassVar[str] = "query.unmask"
+    revealed: Revealed
 
 
 class StudyEnd(Body):
@@ -158,38 +236,41 @@ class Refusal(Body):
     code: Annotated[str, Field(pattern=r"^[a-z-]{1,32}$")]
 
 
-REPLIES: dict[str, type[Body]] = {
-    Proposal.action: Enrolment,
-    TrainRequest.action: Update,
-    EvaluateRequest.action: ReleasedStatistics,
-    StudyEnd.action: PrivacyStatement,
+REPLIES: dict[str, tuple[type[Body], ...]] = {
+    Proposal.action: (Enrolment,),
+    AdvertiseRequest.action: (Advertised,),
+    ShareRequest.action: (Dealt,),
+    TrainRequest.action: (Update, Complained),
+    EvaluateRequest.action: (ReleasedStatistics, Complained),
+    AgreeRequest.action: (Agreed,),
+    UnmaskRequest.action: (Unmasked,),
+    StudyEnd.action: (PrivacyStatement,),
 }
 
 BodyType = TypeVar("BodyType", bound=Body)
 
 
-def encode(body: Body, vector: Vector | None = None) -> RecordDict:
+def encode(body: Body, vector: Vector | Lanes | None = None) -> RecordDict:
     """Put a message into Flower's records."""
-    if body.has_vector != (vector is not None):
+    if (body.vector is not None) != (vector is not None):
         raise ProtocolError(f"{type(body).__name__} and its vector do not belong together")
     records = RecordDict()
-    fields = body.model_dump(mode="json")
-    records[_BODY] = ConfigRecord({"type": type(body).__name__, "json": json.dumps(fields, allow_nan=False)})
-    if vector is not None:
-        data = np.ascontiguousarray(vector, dtype=VECTOR_DTYPE).tobytes()
-        array = Array(dtype=VECTOR_DTYPE, shape=(len(vector),), stype="raw", data=data)
+    records[_BODY] = ConfigRecord({"type": type(body).__name__, "json": body.model_dump_json()})
+    if body.vector is not None and vector is not None:
+        data = np.ascontiguousarray(vector, dtype=body.vector).tobytes()
+        array = Array(dtype=body.vector, shape=(len(vector),), stype="raw", data=data)
         records[_VECTOR] = ArrayRecord({_VECTOR: array})
     return records
 
 
-def decode(records: RecordDict, expected: type[BodyType]) -> tuple[BodyType, Vector | None]:
+def decode(records: RecordDict, expected: type[BodyType]) -> tuple[BodyType, Vector | Lanes | None]:
     """Take a message out of Flower's records, checking everything before it is used.
 
     Raises:
         ProtocolError: A record is missing, extra, too large, of another type, or does not validate; or the vector's
             declared shape, dtype and bytes disagree, or it holds NaN or infinity.
     """
-    wanted = {_BODY, _VECTOR} if expected.has_vector else {_BODY}
+    wanted = {_BODY, _VECTOR} if expected.vector else {_BODY}
     if set(records) != wanted:
         raise ProtocolError(f"{expected.__name__} came with other records than it has", hint=_PEER_HINT)
     config = records.config_records.get(_BODY)
@@ -202,33 +283,33 @@ def decode(records: RecordDict, expected: type[BodyType]) -> tuple[BodyType, Vec
         body = expected.model_validate_json(text)
     except ValidationError as error:
         raise ProtocolError(f"{expected.__name__} is malformed: {explain(error)}", hint=_PEER_HINT) from None
-    return body, _decode_vector(records) if expected.has_vector else None
+    return body, _decode_vector(records, expected.vector) if expected.vector else None
 
 
 _PEER_HINT = "The peer runs another version, or is hostile; its message was dropped."
 
 
-def _decode_vector(records: RecordDict) -> Vector:
+def _decode_vector(records: RecordDict, dtype: str) -> Vector | Lanes:
     arrays = records.array_records.get(_VECTOR)
     if arrays is None or set(arrays) != {_VECTOR}:
         raise ProtocolError("the vector of a message is missing", hint=_PEER_HINT)
     array = arrays[_VECTOR]
-    if array.dtype != VECTOR_DTYPE or array.stype != "raw" or len(array.shape) != 1:
+    if array.dtype != dtype or array.stype != "raw" or len(array.shape) != 1:
         raise ProtocolError("a vector has the wrong dtype or shape", hint=_PEER_HINT)
-    if len(array.data) != array.shape[0] * np.dtype(VECTOR_DTYPE).itemsize:
+    if len(array.data) != array.shape[0] * np.dtype(dtype).itemsize:
         raise ProtocolError("a vector's length and its bytes disagree", hint=_PEER_HINT)
-    vector: Vector = np.frombuffer(array.data, dtype=VECTOR_DTYPE)
+    vector: Vector | Lanes = np.frombuffer(array.data, dtype=dtype)
     if not np.isfinite(vector).all():
         raise ProtocolError("a vector holds NaN or infinity", hint="The sender's training diverged, or it is hostile.")
     return vector
 
 
-def request(body: Body, vector: Vector | None, *, node_id: int, group_id: str, ttl_s: float) -> Message:
+def request(body: Body, vector: Vector | Lanes | None, *, node_id: int, group_id: str, ttl_s: float) -> Message:
     """Wrap a coordinator's request into a Flower message to one node."""
     return Message(encode(body, vector), dst_node_id=node_id, message_type=body.action, group_id=group_id, ttl=ttl_s)
 
 
-def reply(body: Body, vector: Vector | None, to: Message) -> Message:
+def reply(body: Body, vector: Vector | Lanes | None, to: Message) -> Message:
     """Wrap a hospital's answer into a Flower message."""
     return Message(encode(body, vector), reply_to=to)
 
@@ -239,7 +320,7 @@ def refuse(error: Exception, to: Message) -> Message:
     return Message(encode(Refusal(code=code)), reply_to=to)
 
 
-def read_reply(message: Message) -> tuple[Body, Vector | None]:
+def read_reply(message: Message) -> tuple[Body, Vector | Lanes | None]:
     """Take a hospital's answer: what the request's type allows, or a ``Refusal``.
 
     Raises:
@@ -248,12 +329,13 @@ def read_reply(message: Message) -> tuple[Body, Vector | None]:
     if message.has_error():
         raise ProtocolError(f"no reply came back (Flower code {message.error.code})", hint="See the hospital's log.")
     records = message.content
-    if records.config_records.get(_BODY, ConfigRecord()).get("type") == Refusal.__name__:
+    said = records.config_records.get(_BODY, ConfigRecord()).get("type")
+    if said == Refusal.__name__:
         return decode(records, Refusal)
-    expected = REPLIES.get(message.metadata.message_type)
-    if expected is None:
+    allowed = REPLIES.get(message.metadata.message_type)
+    if allowed is None:
         raise ProtocolError("a reply of an unknown kind", hint=_PEER_HINT)
-    return decode(records, expected)
+    return decode(records, next((kind for kind in allowed if kind.__name__ == said), allowed[0]))
 
 
 def not_admitted(to: Message) -> Message:

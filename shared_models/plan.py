@@ -16,6 +16,9 @@ from pydantic import Field, ValidationError, model_validator
 from shared_models.config import Count, Frozen, Name, Positive, Probability, explain, read_toml
 from shared_models.errors import ConfigError
 
+SMALLEST_COHORT = 3  # two hospitals would each learn the other's update from the sum
+LARGEST_COHORT = 100  # every hospital has a mask with every other; larger federations sample
+
 
 class LogisticRegression(Frozen):
     """Tabular: one linear layer."""
@@ -118,7 +121,8 @@ class StudyPlan(Frozen):
         data_licence: Licence of the data, or the agreement it is used under; printed on the model card.
         seed: Of the public initial parameters; never of noise or sampling.
         rounds: Rounds to complete.
-        minimum_hospitals: Below this many updates a round is not averaged.
+        minimum_hospitals: Below this many updates a round is not averaged; at least three, because a sum of two hides
+            nothing from either.
         deadline_s: Seconds to wait for hospitals, in each stage.
         weight_cap: Public size from which a hospital's weight stays 1; weights are min(1, public size / cap).
     """
@@ -130,7 +134,7 @@ class StudyPlan(Frozen):
     data_licence: Annotated[str, Field(min_length=2, max_length=200)]
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
     rounds: Annotated[int, Field(ge=1, le=100_000)]
-    minimum_hospitals: Annotated[int, Field(ge=1, le=100)]
+    minimum_hospitals: Annotated[int, Field(ge=SMALLEST_COHORT, le=LARGEST_COHORT)]
     deadline_s: Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
     weight_cap: Count
     network: Network

@@ -26,7 +26,7 @@ from client.app import close_hospitals
 from client.books import LEDGER
 from client.settings import Settings, read_settings
 from server.app import app as server_app
-from server.demo import hospital_settings, plan_text
+from server.demo import hospital_settings, plan_text, write_rosters
 from server.examples import Example, write_example
 from server.journal import read_events
 from server.pki import create_hospital_keys
@@ -191,6 +191,7 @@ def make_federation(folder: Path, plan: StudyPlan | None = None, *, hospitals: i
             hospital.name, hospital.folder, hospital.public_size, plan, 9443, folder / "ca.pem"
         )
         (home / "hospital.toml").write_text(tomli_w.dumps(settings), encoding="utf-8")
+    write_rosters(folder / "hospitals", folder / "public", [hospital.name for hospital in example.hospitals])
     return Federation(folder, example, plan)
 
 

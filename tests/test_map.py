@@ -234,7 +234,7 @@ def test_no_private_key_lies_in_the_repository() -> None:
 def test_no_command_prints_a_secret(tmp_path: Path) -> None:
     """Not in its output, not in an error about a key that it cannot use, not in the log, not in the ledger."""
     folder = tmp_path / "demo"
-    example = write_example("breast-cancer", folder / "data", hospitals=2, seed=0)
+    example = write_example("breast-cancer", folder / "data", hospitals=3, seed=0)
     lay_out(folder, example, example.plan, port=1)
     home = folder / "hospitals" / "hospital-1"
     Books.open(read_settings(home / "hospital.toml")).close()

@@ -86,12 +86,18 @@ class Roster:
     """The consortium's hospitals, as this party has pinned them.
 
     Attributes:
-        digest: Of the signed roster, in hexadecimal.
+        digest: SHA-256 of the members as canonical JSON (RFC 8785), in hexadecimal.
         identities: Each hospital's Ed25519 public key, by name.
     """
 
     digest: str
     identities: Mapping[str, bytes]
+
+    @classmethod
+    def of(cls, identities: Mapping[str, bytes]) -> "Roster":
+        """The roster of these hospitals; whoever holds the same names and keys has the same digest."""
+        members = {name: key.hex() for name, key in identities.items()}
+        return cls(hashlib.sha256(rfc8785.dumps(members)).hexdigest(), dict(identities))
 
 
 @dataclass(frozen=True, repr=False)

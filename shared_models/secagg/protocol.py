@@ -62,6 +62,7 @@ from shared_models.errors import (
     WrongSharesError,
 )
 from shared_models.identity import public_bytes, sign, verify
+from shared_models.plan import LARGEST_COHORT, SMALLEST_COHORT
 from shared_models.secagg.key_agreement import (
     Advertisement,
     Announcement,
@@ -94,8 +95,6 @@ from shared_models.secagg.secret_sharing import (
     verify_commitment,
 )
 
-SMALLEST_COHORT = 3  # two hospitals would each learn the other's update from the sum
-LARGEST_COHORT = 100  # every hospital has a mask with every other; larger federations sample
 SURVIVORS_KIND = "secagg-survivors"
 COMPLAINT_KIND = "secagg-complaint"
 
@@ -125,9 +124,27 @@ def smallest_threshold(hospitals: int) -> int:
     return max(SMALLEST_COHORT, 2 * hospitals // 3 + 1)
 
 
+def plan_threshold(minimum_hospitals: int, hospitals: int) -> int:
+    """T of a study's sums: the rule's, or the plan's minimum where that is more."""
+    return max(smallest_threshold(hospitals), minimum_hospitals)
+
+
 def tolerated_colluders(hospitals: int, threshold: int) -> int:
     """How many hospitals on the coordinator's side change nothing about what is protected: min(2t - n - 1, t - 2)."""
     return min(2 * threshold - hospitals - 1, threshold - 2)
+
+
+def who_could_learn_what(hospitals: int, threshold: int) -> str:
+    """The promise of one sum in words, for people who decide whether to take part."""
+    drop_outs = hospitals - threshold
+    colluders = tolerated_colluders(hospitals, threshold)
+    return (
+        f"The coordinator learned one sum a round, of at least {threshold} of {hospitals} hospitals' updates, and no "
+        "update by itself: they left the hospitals encrypted. Hospitals learned the new model. That holds even if the "
+        f"coordinator lies and {colluders or 'no'} hospital{'' if colluders == 1 else 's'} "
+        f"help{'s' if colluders == 1 else ''} it. A round needs {threshold} hospitals to the end: "
+        f"{drop_outs or 'none'} of {hospitals} may drop out."
+    )
 
 
 def check_cohort_rule(invited: Collection[str], threshold: int) -> None:
@@ -372,6 +389,22 @@ class Hospital:
         self._attempt: _Attempt | None = None
         self._charges: set[str] = set()  # that an upload was paid with
         self._earlier_keys: set[bytes] = set()  # of the attempt before: honest hospitals never show one again
+
+    @property
+    def announcement(self) -> Announcement:
+        """What the attempt that is going on was announced as.
+
+        Raises:
+            UnknownContextError: This process has begun none.
+        """
+        if self._attempt is None:
+            raise UnknownContextError("no attempt was begun by this process", hint="A restart drops out of an attempt.")
+        return self._attempt.announcement
+
+    @property
+    def context(self) -> bytes:
+        """The context of that attempt; empty before stage 2."""
+        return self._attempt.context if self._attempt else b""
 
     # Stage 1
 

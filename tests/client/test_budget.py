@@ -46,7 +46,7 @@ def plan(study: str = "heart", **privacy: Any) -> StudyPlan:
         "task": "heart-disease",
         "data_licence": "CC BY 4.0",
         "rounds": 10,
-        "minimum_hospitals": 2,
+        "minimum_hospitals": 3,
         "deadline_s": 10,
         "weight_cap": 200,
         "network": {"name": "logistic-regression"},

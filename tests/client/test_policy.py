@@ -18,7 +18,7 @@ PLAN: dict[str, Any] = {
     "task": "breast-cancer",
     "data_licence": "none",
     "rounds": 20,
-    "minimum_hospitals": 3,
+    "minimum_hospitals": 4,
     "deadline_s": 60.0,
     "weight_cap": 200,
     "network": {"name": "mlp"},
@@ -40,7 +40,8 @@ POLICY = Policy(
     networks=("mlp",),
     minimum_noise_multiplier=8.0,
     maximum_epsilon_per_study=1.0,
-    minimum_hospitals=3,
+    minimum_hospitals=4,
+    maximum_attempts=10,
     maximum_rounds=22,
     standing_approval=True,
     release_validation=True,
@@ -73,7 +74,7 @@ def test_a_plan_at_every_limit_is_admitted() -> None:
         ({"privacy__epsilon": 1.1}, "maximum_epsilon_per_study: 1.1 > 1"),
         ({"privacy__epsilon": 2.1}, "population epsilon: 2.1 > 2"),
         ({"privacy__delta": 6e-4}, "delta: 0.0006 > 1 / (10 * 200 patients) = 0.0005"),
-        ({"minimum_hospitals": 2}, "minimum_hospitals: 2 < 3"),
+        ({"minimum_hospitals": 3}, "minimum_hospitals: 3 < 4"),
         ({"rounds": 21}, "maximum_rounds: 23 (2 of them spare) > 22"),
         ({"privacy__spare_charges": 3}, "maximum_rounds: 23 (3 of them spare) > 22"),
         ({"evaluation": RELEASE | {"noise_multiplier": 7.9}}, "minimum_noise_multiplier of the release: 7.9 < 8"),
@@ -99,7 +100,7 @@ def test_statistics_are_released_only_where_the_hospital_says_so() -> None:
 @given(broken=st.sets(st.sampled_from(["task", "rounds", "minimum_hospitals", "privacy__epsilon"]), min_size=1))
 def test_every_broken_clause_is_named(broken: set[str]) -> None:
     """A coordinator does not learn its refusals one by one."""
-    worse = {"task": "heart-disease", "rounds": 99, "minimum_hospitals": 1, "privacy__epsilon": 1.5}
+    worse = {"task": "heart-disease", "rounds": 99, "minimum_hospitals": 3, "privacy__epsilon": 1.5}
 
     with pytest.raises(PolicyError) as caught:
         admit(plan(**{key: worse[key] for key in broken}), POLICY, POPULATION)

@@ -12,6 +12,7 @@ name = "north"
 coordinator = "coordinator.example:9092"
 records = "records"
 state = "/var/lib/konsil"
+roster = "roster.json"
 
 [tls]
 ca = "keys/ca.pem"
@@ -35,6 +36,7 @@ networks = ["logistic-regression", "mlp"]
 minimum_noise_multiplier = 1.0
 maximum_epsilon_per_study = 1.0
 minimum_hospitals = 3
+maximum_attempts = 10
 maximum_rounds = 100
 standing_approval = false
 """

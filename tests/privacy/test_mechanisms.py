@@ -235,7 +235,7 @@ PLAN: StudyPlan = parse_plan(
         "task": "heart-disease",
         "data_licence": "CC BY 4.0",
         "rounds": 30,
-        "minimum_hospitals": 2,
+        "minimum_hospitals": 3,
         "deadline_s": 10,
         "weight_cap": 200,
         "network": {"name": "logistic-regression"},

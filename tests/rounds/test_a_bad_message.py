@@ -17,7 +17,7 @@ def _array(reply: Message) -> Array:
     return reply.content.array_records["vector"]["vector"]
 
 
-def _replace(reply: Message, values: np.ndarray, dtype: str = "<f4") -> Message:
+def _replace(reply: Message, values: np.ndarray, dtype: str = "<u4") -> Message:
     data = values.astype(dtype).tobytes()
     array = Array(dtype=dtype, shape=values.shape, stype="raw", data=data)
     reply.content["vector"] = ArrayRecord({"vector": array})
@@ -25,19 +25,11 @@ def _replace(reply: Message, values: np.ndarray, dtype: str = "<f4") -> Message:
 
 
 def _values(reply: Message) -> np.ndarray:
-    return np.frombuffer(_array(reply).data, dtype="<f4").copy()
+    return np.frombuffer(_array(reply).data, dtype="<u4").copy()
 
 
-def with_nan(reply: Message) -> Message:
-    values = _values(reply)
-    values[3] = np.nan
-    return _replace(reply, values)
-
-
-def with_infinity(reply: Message) -> Message:
-    values = _values(reply)
-    values[0] = np.inf
-    return _replace(reply, values)
+def of_floats(reply: Message) -> Message:
+    return _replace(reply, np.full(len(_values(reply)), np.nan, dtype=np.float32), "<f4")
 
 
 def too_short(reply: Message) -> Message:
@@ -45,7 +37,7 @@ def too_short(reply: Message) -> Message:
 
 
 def of_another_dtype(reply: Message) -> Message:
-    return _replace(reply, _values(reply).astype(np.float64), "<f8")
+    return _replace(reply, _values(reply).astype(np.uint64), "<u8")
 
 
 def of_another_shape(reply: Message) -> Message:
@@ -57,10 +49,6 @@ def with_bytes_missing(reply: Message) -> Message:
     shorter = Array(dtype=array.dtype, shape=array.shape, stype=array.stype, data=array.data[:-4])
     reply.content["vector"] = ArrayRecord({"vector": shorter})
     return reply
-
-
-def far_too_long_a_step(reply: Message) -> Message:
-    return _replace(reply, _values(reply) * np.float32(1e6))
 
 
 def of_another_round(reply: Message) -> Message:
@@ -90,13 +78,11 @@ def with_no_body(reply: Message) -> Message:
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
-        (with_nan, "NaN or infinity"),
-        (with_infinity, "NaN or infinity"),
-        (too_short, "numbers instead of"),
+        (of_floats, "dtype or shape"),
+        (too_short, "vector"),
         (of_another_dtype, "dtype or shape"),
         (of_another_shape, "dtype or shape"),
         (with_bytes_missing, "bytes disagree"),
-        (far_too_long_a_step, "an update of norm"),
         (of_another_round, "another round"),
         (with_a_forged_receipt, "signature"),
         (with_an_unknown_key, "surprise: unknown key"),
@@ -109,7 +95,8 @@ def test_it_is_left_out_and_the_round_goes_on(
     """The journal names the hospital and why; the other three are averaged; the model stays finite."""
 
     def tamper(hospital: str, reply: Message) -> Message:
-        return spoil(reply) if hospital == BAD and reply.metadata.group_id == "1" else reply
+        upload = reply.metadata.group_id == "1" and reply.metadata.message_type == Update.action
+        return spoil(reply) if hospital == BAD and upload else reply
 
     federation.wire.tamper = tamper
 

@@ -23,7 +23,7 @@ from client.records.manifest import read_manifest
 from client.records.records import Records
 from client.records.tabular import read_table
 from client.round import Hospital
-from server.aggregate import weight
+from shared_models.encoding import NULL_COORDINATES, public_weight
 from shared_models.model_file import read_model
 from shared_models.nets.build import build_network
 from shared_models.nets.losses import loss_per_record
@@ -95,6 +95,7 @@ def _without_privacy(
     expected_batch: float,
     random: SecureRandom,
     device: torch.device,
+    null: NDArray[np.float64],
     allow_test_random: bool,
 ) -> TrainingReport:
     """The trainer's own steps with clip infinite and noise zero, which no plan can ask for."""
@@ -111,6 +112,7 @@ def _without_privacy(
         expected_batch=expected_batch,
         random=random,
         device=device,
+        null=null,
     )
 
 
@@ -127,8 +129,9 @@ def _reference(federation: Federation) -> NDArray[np.float64]:
             records, _ = read_table(read_manifest(settings.records), task, split_key=split_key(settings.state))
             size = settings.population.public_size
             local = _plain_sgd(model, parameters, records, task, federation, size, randoms[name])
-            total += weight(size, plan.weight_cap) * (local - parameters)
-            weights += weight(size, plan.weight_cap)
+            randoms[name].uniform(len(local) + NULL_COORDINATES)  # the coins of the hospital's own rounding
+            total += public_weight(size, plan.weight_cap) * (local - parameters)
+            weights += public_weight(size, plan.weight_cap)
         parameters = parameters + total / weights
     return parameters
 

@@ -7,12 +7,16 @@ import numpy as np
 import pytest
 from flwr.app import Message
 
+from client.settings import read_roster
 from shared_models.messages import (
+    Advertised,
+    AdvertiseRequest,
     Body,
+    Dealt,
     Enrolment,
-    EvaluateRequest,
     Proposal,
     Refusal,
+    ShareRequest,
     StudyEnd,
     TrainRequest,
     Update,
@@ -20,6 +24,8 @@ from shared_models.messages import (
     request,
 )
 from shared_models.nets.build import build_network
+from shared_models.secagg.key_agreement import Announcement
+from shared_models.secagg.protocol import Coordinator as Party
 from shared_models.tasks import find_task
 from shared_models.update import parameters_to_vector, vector_digest
 from tests.federation import Federation, changed, restart
@@ -36,34 +42,62 @@ class Coordinator:
         model = build_network(plan.network, find_task(plan.task), seed=plan.seed)
         self.parameters = parameters_to_vector(model)
 
-    def ask(self, body: Body, vector: Any = None) -> Body:
-        """Send one message to the hospital and read its answer."""
+    def ask(self, body: Body, vector: Any = None, hospital: str = HOSPITAL) -> Body:
+        """Send one message to a hospital and read its answer."""
         message = request(body, vector, node_id=100, group_id="1", ttl_s=60)
-        answer = self.federation.wire.deliver(HOSPITAL, message)
+        answer = self.federation.wire.deliver(hospital, message)
         assert answer is not None
         return read_reply(answer)[0]
 
-    def propose(self) -> Body:
+    def propose(self, hospital: str = HOSPITAL) -> Body:
         """Propose the federation's plan."""
-        return self.ask(Proposal(plan=self.federation.plan.model_dump(mode="json")))
+        return self.ask(Proposal(plan=self.federation.plan.model_dump(mode="json")), hospital=hospital)
 
-    def train_request(self, **changes: Any) -> TrainRequest:
-        """What an honest coordinator would ask in the first round, but for the changes."""
+    def announcement(self, **changes: Any) -> Announcement:
+        """What an honest coordinator would announce in the first round, but for the changes."""
         fields = {
+            "purpose": "train",
             "study": self.federation.plan.study,
             "plan_digest": self.federation.plan.digest(),
+            "roster_digest": read_roster(self.federation.settings(HOSPITAL).roster).digest,
             "round": 1,
             "attempt": 1,
             "parameters_digest": vector_digest(self.parameters),
+            "invited": tuple(self.federation.names),
+            "threshold": 3,
         }
-        return TrainRequest(**{**fields, **changes})
+        return Announcement(**{**fields, **changes})
+
+    def announce(self, **changes: Any) -> Body:
+        """Stage 1 with the victim alone."""
+        return self.ask(AdvertiseRequest(announcement=self.announcement(**changes)))
+
+    def train(self, parameters: Any = None, **changes: Any) -> Body:
+        """Stages 1 to 3 with all hospitals, as honest as the changes; the victim's first refusal, or its upload."""
+        announcement = self.announcement(**changes)
+        roster = read_roster(self.federation.settings(HOSPITAL).roster)
+        party = Party(announcement, roster=roster, length=1)
+        for name in self.federation.names:
+            answer = self.ask(AdvertiseRequest(announcement=announcement), hospital=name)
+            if not isinstance(answer, Advertised):
+                return answer
+            party.receive_advertisement(name, answer.advertisement)
+        cohort = party.cohort()
+        for name in self.federation.names:
+            answer = self.ask(ShareRequest(cohort=cohort), hospital=name)
+            if not isinstance(answer, Dealt):
+                return answer
+            party.receive_dealing(name, answer.dealing)
+        self.last = TrainRequest(delivery=party.deliveries()[HOSPITAL])
+        return self.ask(self.last, self.parameters if parameters is None else parameters)
 
 
 @pytest.fixture
 def coordinator(federation: Federation) -> Coordinator:
     """A coordinator whose study the hospital has approved."""
     coordinator = Coordinator(federation)
-    coordinator.propose()
+    for name in federation.names:
+        coordinator.propose(name)
     return coordinator
 
 
@@ -73,7 +107,7 @@ def _refused(answer: Body, code: str) -> bool:
 
 def test_an_honest_request_is_answered(coordinator: Coordinator) -> None:
     """The helper above does what a coordinator does; without this, every refusal below would prove nothing."""
-    answer = coordinator.ask(coordinator.train_request(), coordinator.parameters)
+    answer = coordinator.train()
 
     assert isinstance(answer, Update)
     assert coordinator.federation.charges(HOSPITAL) == [(1, 1)]
@@ -82,18 +116,27 @@ def test_an_honest_request_is_answered(coordinator: Coordinator) -> None:
 @pytest.mark.parametrize(
     ("changes", "code"),
     [
-        ({"parameters_digest": "0" * 64}, "protocol"),
+        ({"parameters_digest": "0" * 64}, "parameters-mismatch"),
+        ({"attempt": 11}, "policy"),
+        ({"purpose": "evaluate"}, "protocol"),
         ({"plan_digest": "0" * 64}, "not-enrolled"),
         ({"study": "another-study"}, "not-enrolled"),
         ({"round": 4}, "protocol"),
     ],
-    ids=["other parameters than announced", "another plan", "another study", "a round beyond the plan"],
+    ids=[
+        "other parameters than announced",
+        "too many attempts",
+        "no evaluation",
+        "another plan",
+        "another study",
+        "a round beyond the plan",
+    ],
 )
 def test_a_request_that_was_not_approved_is_refused_unpaid(
     coordinator: Coordinator, changes: dict[str, Any], code: str
 ) -> None:
     """Refused before anything is charged or read."""
-    answer = coordinator.ask(coordinator.train_request(**changes), coordinator.parameters)
+    answer = coordinator.train(**changes)
 
     assert _refused(answer, code)
     assert coordinator.federation.charges(HOSPITAL) == []
@@ -115,7 +158,7 @@ def test_parameters_that_are_none_are_refused_unpaid(
     """Wrong lengths and non-finite numbers never reach the network."""
     parameters = spoil(coordinator.parameters)
 
-    answer = coordinator.ask(coordinator.train_request(parameters_digest=vector_digest(parameters)), parameters)
+    answer = coordinator.train(parameters, parameters_digest=vector_digest(parameters))
 
     assert _refused(answer, "protocol")
     assert coordinator.federation.charges(HOSPITAL) == []
@@ -123,25 +166,27 @@ def test_parameters_that_are_none_are_refused_unpaid(
 
 def test_a_replayed_request_is_refused_and_charged_once(coordinator: Coordinator) -> None:
     """The same round and attempt never buys a second update, also after a restart."""
-    coordinator.ask(coordinator.train_request(), coordinator.parameters)
+    coordinator.train()
 
-    again = coordinator.ask(coordinator.train_request(), coordinator.parameters)
+    again = coordinator.ask(coordinator.last, coordinator.parameters)
     restart(coordinator.federation, HOSPITAL)
     coordinator.propose()
-    after_restart = coordinator.ask(coordinator.train_request(), coordinator.parameters)
+    after_restart = coordinator.ask(coordinator.last, coordinator.parameters)
+    anew = coordinator.announce()
 
-    assert _refused(again, "protocol")
-    assert _refused(after_restart, "protocol")
+    assert _refused(again, "repeated-stage")
+    assert _refused(after_restart, "unknown-context")
+    assert _refused(anew, "stale-attempt")
     assert coordinator.federation.charges(HOSPITAL) == [(1, 1)]
 
 
 def test_an_older_round_is_refused(coordinator: Coordinator) -> None:
     """Rounds and attempts only go up."""
-    coordinator.ask(coordinator.train_request(round=2), coordinator.parameters)
+    coordinator.train(round=2)
 
-    answer = coordinator.ask(coordinator.train_request(round=1, attempt=9), coordinator.parameters)
+    answer = coordinator.announce(round=1, attempt=9)
 
-    assert _refused(answer, "protocol")
+    assert _refused(answer, "stale-attempt")
 
 
 def test_attempts_stop_when_the_reservation_is_used_up(coordinator: Coordinator) -> None:
@@ -149,20 +194,10 @@ def test_attempts_stop_when_the_reservation_is_used_up(coordinator: Coordinator)
     plan = coordinator.federation.plan
     reserved = plan.rounds + plan.privacy.spare_charges
 
-    answers = [
-        coordinator.ask(coordinator.train_request(attempt=attempt), coordinator.parameters)
-        for attempt in range(1, reserved + 3)
-    ]
+    answers = [coordinator.train(attempt=attempt) for attempt in range(1, reserved + 3)]
 
     assert [isinstance(answer, Update) for answer in answers] == [True] * reserved + [False] * 2
     assert _refused(answers[-1], "budget-exhausted")
-
-
-def test_statistics_that_the_plan_does_not_release_are_refused(coordinator: Coordinator) -> None:
-    """Validation statistics are off unless the approved plan says so."""
-    body = EvaluateRequest(**coordinator.train_request().model_dump())
-
-    assert _refused(coordinator.ask(body, coordinator.parameters), "protocol")
 
 
 def test_a_closed_study_stays_closed(coordinator: Coordinator) -> None:
@@ -170,7 +205,7 @@ def test_a_closed_study_stays_closed(coordinator: Coordinator) -> None:
     plan = coordinator.federation.plan
     coordinator.ask(StudyEnd(study=plan.study, plan_digest=plan.digest()))
 
-    late = coordinator.ask(coordinator.train_request(), coordinator.parameters)
+    late = coordinator.announce()
     again = coordinator.propose()
 
     assert _refused(late, "not-enrolled")
@@ -183,7 +218,6 @@ def test_a_closed_study_stays_closed(coordinator: Coordinator) -> None:
         ({"privacy": {"noise_multiplier": 0.1}}, "policy"),
         ({"privacy": {"epsilon": 50.0}}, "policy"),
         ({"privacy": {"delta": 0.4}}, "policy"),
-        ({"minimum_hospitals": 1}, "policy"),
         ({"rounds": 1000}, "policy"),
         ({"network": {"name": "mlp"}}, "policy"),
         ({"task": "heart-disease"}, "policy"),

@@ -1,4 +1,4 @@
-"""Cohort, weighted sum, FedAvg, checkpoints and journal: what the coordinator does alone, file by file."""
+"""Cohort, encoded sum, FedAvg, checkpoints and journal: what the coordinator does alone, file by file."""
 
 from pathlib import Path
 
@@ -7,19 +7,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.aggregate import WeightedSum, weight
 from server.checkpoint import KEPT, save_checkpoint
-from server.cohort import LARGEST_COHORT, choose
+from server.cohort import choose
 from server.examples import example_plan
 from server.fedavg import average
 from server.journal import Journal, read_events
-from shared_models.errors import ProtocolError
+from shared_models.encoding import encoding, public_weight
+from shared_models.errors import ProtocolError, ScaleTooSmallError
 from shared_models.model_file import read_model
 from shared_models.nets.build import build_network
+from shared_models.plan import LARGEST_COHORT
+from shared_models.secagg.key_agreement import Purpose
 from shared_models.tasks import find_task
 from shared_models.update import parameters_to_vector
+from tests.federation import changed
 
 PLAN = example_plan("breast-cancer", 4)
+RELEASING = changed(PLAN, evaluation={"every": 1, "clip": 1.0, "noise_multiplier": 40.0, "bins": 20})
 
 
 @given(seed=st.integers(0, 2**32), hospitals=st.integers(1, 9))
@@ -30,31 +34,52 @@ def test_the_average_is_the_weighted_mean(seed: int, hospitals: int) -> None:
     weights = rng.uniform(0.1, 1, size=hospitals)
     start = rng.normal(size=20).astype(np.float32)
 
-    total = WeightedSum(20)
-    for k in rng.permutation(hospitals):
-        total.add(updates[k], float(weights[k]))
+    total = (updates.astype(np.float64) * weights[:, None]).sum(axis=0)
 
     expected = start + np.average(updates.astype(np.float64), axis=0, weights=weights)
-    np.testing.assert_allclose(average(start, total), expected, atol=1e-6)
+    np.testing.assert_allclose(average(start, total, float(weights.sum())), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(("size", "expected"), [(50, 0.125), (400, 1.0), (5000, 1.0)])
 def test_a_weight_is_the_public_size_over_the_cap_and_at_most_one(size: int, expected: float) -> None:
     """No hospital counts for more than the cap, however large it says it is."""
-    assert weight(size, 400) == expected
+    assert public_weight(size, 400) == expected
 
 
-def test_a_vector_of_the_wrong_length_or_norm_changes_nothing() -> None:
-    """Checked before it is added: the sum stays what it was."""
-    total = WeightedSum(3)
-    total.add(np.ones(3, dtype=np.float32), 1.0, limit=2.0)
+@pytest.mark.parametrize("purpose", ["train", "evaluate"])
+@given(seed=st.integers(0, 2**32), hospitals=st.integers(3, 100))
+def test_a_sum_is_decoded_to_within_the_stated_rounding(purpose: Purpose, seed: int, hospitals: int) -> None:
+    """Hospitals of any size, as far out as an honest one can be: weighed, rounded, summed, decoded."""
+    rng = np.random.default_rng(seed)
+    code = encoding(RELEASING, purpose, parameters=31, hospitals=hospitals)
+    uploaders = int(rng.integers(3, hospitals + 1))
+    total, exact = np.zeros(code.length, np.uint32), np.zeros(code.length)
+    for _ in range(uploaders):
+        weight = float(rng.uniform(0.01, 1))
+        vector = rng.normal(size=code.length)
+        vector *= rng.uniform(0, 1) * code.bound * code.unit / np.linalg.norm(vector) / weight
+        total += code.encode(vector, weight, uniform=rng.random)
+        exact += weight * vector
 
-    for bad in (np.ones(4), np.full(3, 10.0), np.full(3, np.nan)):
-        with pytest.raises(ProtocolError):
-            total.add(bad.astype(np.float32), 1.0, limit=2.0)
+    np.testing.assert_allclose(code.decode(total, uploaders), exact, rtol=0, atol=code.rounding * (1 + 1e-6))
 
-    np.testing.assert_array_equal(total.total, np.ones(3))
-    assert total.weight == 1.0
+
+def test_a_sum_that_honest_hospitals_cannot_have_made_is_refused() -> None:
+    """Who sent too much cannot be told; that somebody did can."""
+    code = encoding(PLAN, "train", parameters=31, hospitals=4)
+    total = np.zeros(code.length, np.uint32)
+    total[0] = round(4.01 * code.bound * code.scale)
+
+    with pytest.raises(ProtocolError, match="the sum has norm"):
+        code.decode(total, 4)
+
+
+def test_updates_that_would_overflow_the_modulus_are_refused_before_anything_is_sent() -> None:
+    """Long steps and many hospitals leave too few integers per unit."""
+    long = changed(PLAN, training={"learning_rate": 1e4})
+
+    with pytest.raises(ScaleTooSmallError):
+        encoding(long, "train", parameters=31, hospitals=4)
 
 
 def test_a_cohort_is_who_is_enrolled_and_online() -> None:

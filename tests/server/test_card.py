@@ -24,9 +24,10 @@ STATEMENT = PrivacyStatement(
 
 def test_it_says_what_it_is_what_it_cost_and_under_which_licence(tmp_path: Path) -> None:
     """Study, digest, rounds, licence, and every epsilon with its delta, budget and accountant."""
-    card = write_card(tmp_path, PLAN, {"north": 160}, {"north": STATEMENT}).read_text(encoding="utf-8")
+    sizes = {"north": 160, "east": 100, "south": 80, "west": 70}
+    card = write_card(tmp_path, PLAN, sizes, {"north": STATEMENT}).read_text(encoding="utf-8")
 
-    for text in (PLAN.study, PLAN.digest(), "25 rounds", PLAN.data_licence, "one patient", "secure aggregation is not"):
+    for text in (PLAN.study, PLAN.digest(), "25 rounds", PLAN.data_licence, "one patient", "at least 3 of 4 hospitals"):
         assert text in card
     assert "| north | 160 | 25 | 0.870 | 0.980 | 1 | 0.0003 | PRV (Opacus 1.6.0) |" in card
     assert "## Metrics" not in card

@@ -39,7 +39,14 @@ def test_it_writes_every_promised_field(result: dict[str, Any]) -> None:
     assert {"accuracy", "auroc", "auprc", "sensitivity", "specificity", "brier"} <= set(result["metrics"])
     assert set(result["baselines"]) == {"pooled", "local"}
     assert set(result["baselines"]["local"]) == set(result["hospitals"]) == set(result["ledgers"])
-    assert result["secure_aggregation"] == {"enabled": False}
+    assert result["secure_aggregation"] == {
+        "enabled": True,
+        "threshold": 3,
+        "hospitals": 3,
+        "dropped": [],
+        "bytes_up_per_round": 4 * (31 + 1024),
+        "modulus_bits": 32,
+    }
     assert result["metrics_released"] is None
     assert result["seconds"] > 0
     assert result["peak_memory_mb"] > 100

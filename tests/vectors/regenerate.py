@@ -6,6 +6,7 @@ another version would no longer agree.
 """
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,25 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from client.randomness import SecureRandom
 from server.examples import example_plan
+from shared_models.encoding import encoding
 from shared_models.identity import public_bytes, sign
-from shared_models.messages import EvaluateRequest, Proposal, Receipt, TrainRequest, Update, encode, receipt_payload
+from shared_models.messages import (
+    Advertised,
+    AdvertiseRequest,
+    Agreed,
+    AgreeRequest,
+    Dealt,
+    EvaluateRequest,
+    Proposal,
+    Receipt,
+    ShareRequest,
+    TrainRequest,
+    Unmasked,
+    UnmaskRequest,
+    Update,
+    encode,
+    receipt_payload,
+)
 from shared_models.metrics import compute_metrics, record_statistics
 from shared_models.privacy.mechanisms import (
     GaussianRelease,
@@ -24,17 +42,16 @@ from shared_models.privacy.mechanisms import (
     filter_epsilon,
     renyi_divergence,
 )
+from shared_models.secagg.key_agreement import Roster
 from shared_models.update import vector_digest
+from tests.federation import changed
+from tests.vectors.regenerate_secagg import ANNOUNCEMENT, play_round
 
 FILE = Path(__file__).with_name("known_answers.json")
+RELEASING = changed(
+    example_plan("breast-cancer", 4), evaluation={"every": 1, "clip": 1.0, "noise_multiplier": 40.0, "bins": 20}
+)
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
-ROUND: dict[str, Any] = {
-    "study": "a-study",
-    "plan_digest": "a" * 64,
-    "round": 2,
-    "attempt": 1,
-    "parameters_digest": "b" * 64,
-}
 
 
 def known_answers() -> dict[str, Any]:
@@ -50,17 +67,30 @@ def known_answers() -> dict[str, Any]:
         epsilon_filter=0.5,
         signature="0" * 128,
     )
-    update = Update(study="a-study", round=2, attempt=1, receipt=receipt)
+    update = Update(study="a-study", round=2, attempt=1, context="e" * 64, receipt=receipt)
+    played = play_round()
+    delivery = next(iter(played.deliveries.values()))
+    encodings = {purpose: encoding(RELEASING, purpose, parameters=31, hospitals=4) for purpose in ("train", "evaluate")}
     random = SecureRandom.for_tests(bytes(range(32)))
     scores, labels = np.array([0.1, 0.4, 0.6, 0.9]), np.array([0, 1, 0, 1])
     return {
         "plan_digest": {name: example_plan(name, 4).digest() for name in ("breast-cancer", "heart-disease")},
         "vector_digest": vector_digest(vector),
+        "encoding": {purpose: asdict(code) for purpose, code in encodings.items()},
+        "roster_digest": Roster.of({"ann": bytes(32), "bob": bytes([1]) * 32}).digest,
         "records": {
             "proposal": _records(encode(Proposal(plan={"a": 1}))),
-            "train_request": _records(encode(TrainRequest(**ROUND), vector)),
-            "evaluate_request": _records(encode(EvaluateRequest(**ROUND), vector)),
-            "update": _records(encode(update, vector)),
+            "advertise_request": _records(encode(AdvertiseRequest(announcement=ANNOUNCEMENT))),
+            "advertised": _records(encode(Advertised(advertisement=played.advertisement))),
+            "share_request": _records(encode(ShareRequest(cohort=played.cohort))),
+            "dealt": _records(encode(Dealt(dealing=played.dealing))),
+            "train_request": _records(encode(TrainRequest(delivery=delivery), vector)),
+            "evaluate_request": _records(encode(EvaluateRequest(delivery=delivery), vector)),
+            "update": _records(encode(update, next(iter(played.uploads.values())))),
+            "agree_request": _records(encode(AgreeRequest(survivors=played.survivors))),
+            "agreed": _records(encode(Agreed(agreement=played.agreement))),
+            "unmask_request": _records(encode(UnmaskRequest(unmasking=played.unmasking))),
+            "unmasked": _records(encode(Unmasked(revealed=played.revealed))),
         },
         "receipt": {
             "payload": receipt_payload(update).hex(),

@@ -6,6 +6,7 @@ must not be asked to. Everything comes from fixed inputs; what a hospital draws 
 
 import hashlib
 import json
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from shared_models.identity import public_bytes
 from shared_models.secagg.key_agreement import (
+    Advertisement,
     Announcement,
     Entropy,
     Roster,
@@ -25,7 +27,19 @@ from shared_models.secagg.key_agreement import (
     share_key,
 )
 from shared_models.secagg.masks import keystream
-from shared_models.secagg.protocol import Coordinator, Hospital, Positions
+from shared_models.secagg.protocol import (
+    Agreement,
+    Cohort,
+    Coordinator,
+    Dealing,
+    Delivery,
+    Hospital,
+    Positions,
+    Revealed,
+    Survivors,
+    Transcript,
+    Unmasking,
+)
 from shared_models.secagg.quantize import dequantize, quantization_scale, quantize
 from shared_models.secagg.secret_sharing import Secret, Shares, recover, seal, seed_hash, share_hash, split
 
@@ -105,7 +119,24 @@ def _shares() -> dict[str, Any]:
     }
 
 
-def _round() -> dict[str, Any]:
+@dataclass(frozen=True)
+class Round:
+    """One whole attempt: its messages, of one hospital where each has its own, and what came of it."""
+
+    advertisement: Advertisement
+    cohort: Cohort
+    dealing: Dealing
+    deliveries: dict[str, Delivery]
+    uploads: dict[str, NDArray[np.uint32]]
+    survivors: Survivors
+    agreement: Agreement
+    unmasking: Unmasking
+    revealed: Revealed
+    total: NDArray[np.uint32]
+    transcript: Transcript
+
+
+def play_round() -> Round:
     """One whole attempt of four hospitals, one of which drops out before it uploads."""
     identities = {name: Ed25519PrivateKey.from_private_bytes(stream(name)(32)) for name in NAMES}
     roster = Roster("b" * 64, {name: public_bytes(key) for name, key in identities.items()})
@@ -114,11 +145,13 @@ def _round() -> dict[str, Any]:
         for name, key in identities.items()
     }
     coordinator = Coordinator(ANNOUNCEMENT, roster=roster, length=6)
-    for name, hospital in hospitals.items():
-        coordinator.receive_advertisement(name, hospital.advertise(ANNOUNCEMENT, plan_digest="a" * 64))
+    advertised = {name: hospital.advertise(ANNOUNCEMENT, plan_digest="a" * 64) for name, hospital in hospitals.items()}
+    for name, advertisement in advertised.items():
+        coordinator.receive_advertisement(name, advertisement)
     cohort = coordinator.cohort()
-    for name, hospital in hospitals.items():
-        coordinator.receive_dealing(name, hospital.share(cohort))
+    dealt = {name: hospital.share(cohort) for name, hospital in hospitals.items()}
+    for name, dealing in dealt.items():
+        coordinator.receive_dealing(name, dealing)
     deliveries = coordinator.deliveries()
     uploads = {}
     for name in NAMES:
@@ -129,18 +162,38 @@ def _round() -> dict[str, Any]:
         uploads[name] = hospitals[name].upload(encoded, charge="a-charge")
         coordinator.receive_upload(name, deliveries[name].context, uploads[name])
     survivors = coordinator.survivors()
-    for name in uploads:
-        coordinator.receive_agreement(name, hospitals[name].agree(survivors))
+    agreed = {name: hospitals[name].agree(survivors) for name in uploads}
+    for name, agreement in agreed.items():
+        coordinator.receive_agreement(name, agreement)
     unmasking = coordinator.unmasking()
-    for name in uploads:
-        coordinator.receive_revealed(name, hospitals[name].unmask(unmasking))
+    revealed = {name: hospitals[name].unmask(unmasking) for name in uploads}
+    for name, shares in revealed.items():
+        coordinator.receive_revealed(name, shares)
     total = coordinator.total()
+    first = next(iter(uploads))
+    return Round(
+        advertised[first],
+        cohort,
+        dealt[first],
+        deliveries,
+        uploads,
+        survivors,
+        agreed[first],
+        unmasking,
+        revealed[first],
+        total,
+        coordinator.transcript(),
+    )
+
+
+def _round() -> dict[str, Any]:
+    played = play_round()
     return {
-        "context": survivors.context.hex(),
-        "deliveries": {name: _text_digest(delivery.model_dump_json()) for name, delivery in deliveries.items()},
-        "uploads": {name: upload.tolist() for name, upload in uploads.items()},
-        "total": total.tolist(),
-        "transcript": coordinator.transcript().model_dump(mode="json"),
+        "context": played.survivors.context.hex(),
+        "deliveries": {name: _text_digest(delivery.model_dump_json()) for name, delivery in played.deliveries.items()},
+        "uploads": {name: upload.tolist() for name, upload in played.uploads.items()},
+        "total": played.total.tolist(),
+        "transcript": played.transcript.model_dump(mode="json"),
     }
 
 
