@@ -117,6 +117,7 @@ class Hospital:
         self._random = test_random or SecureRandom.from_system
         self._allow_test_random = test_random is not None
         self._studies: dict[str, Study] = {}
+        self._unfinished = False  # an attempt whose transcript is not kept yet
         least = settings.policy.minimum_hospitals
         self._party = protocol.Hospital(
             settings.name,
@@ -194,6 +195,9 @@ class Hospital:
                 hint="The coordinator is broken or lies.",
             )
         self._encoding(study, announcement)  # what could not be encoded is refused before anything is computed
+        if self._unfinished:  # of an attempt that never came to stage 5
+            self._keep_transcript()
+        self._unfinished = True
         return Advertised(advertisement=self._party.advertise(announcement, plan_digest=study.digest))
 
     def share(self, request: ShareRequest) -> Dealt:
@@ -283,6 +287,7 @@ class Hospital:
     def _keep_transcript(self) -> None:
         """Append what this hospital saw of an attempt to its evidence; it holds no secret."""
         transcript = self._party.transcript()
+        self._unfinished = False
         if transcript is not None:
             with (self.settings.state / TRANSCRIPTS).open("a", encoding="utf-8") as file:
                 file.write(transcript.model_dump_json() + "\n")

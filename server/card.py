@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from server.journal import read_events
 from shared_models.durable import replace_file
 from shared_models.messages import PrivacyStatement
 from shared_models.plan import StudyPlan
@@ -38,7 +39,7 @@ def write_card(
     Returns:
         Path of ``card.md``.
     """
-    threshold = plan_threshold(plan.minimum_hospitals, len(public_sizes))
+    hospitals, threshold = _least_protected(folder, plan, len(public_sizes))
     card = {
         "study": plan.study,
         "purpose": plan.purpose,
@@ -55,7 +56,7 @@ def write_card(
         "secure_aggregation": {
             "enabled": True,
             "threshold": threshold,
-            "hospitals": len(public_sizes),
+            "hospitals": hospitals,
             "modulus_bits": MODULUS_BITS,
         },
         "metrics": metrics,
@@ -63,6 +64,15 @@ def write_card(
     replace_file(folder / "card.json", json.dumps(card, indent=2).encode() + b"\n")
     replace_file(folder / "card.md", _markdown(plan, card, statements, metrics or {}).encode())
     return folder / "card.md"
+
+
+def _least_protected(folder: Path, plan: StudyPlan, hospitals: int) -> tuple[int, int]:
+    """Hospitals invited and threshold of the sum of updates with the smallest threshold, by the study's journal."""
+    events = [event for event in read_events(folder / "events.jsonl")[0] if event["event"] == "sum"]
+    least = min(events, key=lambda event: event["threshold"], default=None)
+    if least is None:
+        return hospitals, plan_threshold(plan.minimum_hospitals, hospitals)
+    return least["hospitals"], least["threshold"]
 
 
 def read_statements(folder: Path) -> tuple[dict[str, int], dict[str, PrivacyStatement]]:
@@ -132,7 +142,7 @@ def _markdown(
         plan_digest=card["plan_digest"],
         software_digest=card["software_digest"],
         costs="\n".join(costs),
-        who=who_could_learn_what(len(card["public_sizes"]), card["secure_aggregation"]["threshold"]),
+        who=who_could_learn_what(card["secure_aggregation"]["hospitals"], card["secure_aggregation"]["threshold"]),
         metrics=_metrics_table(metrics),
     )
 

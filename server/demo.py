@@ -78,10 +78,11 @@ class Progress:
     def secure_aggregation(self) -> dict[str, Any]:
         """How the updates were summed; the smallest threshold of any round, and everybody who ever dropped out."""
         trained = [event for event in self.sums if event["purpose"] == "train"]
+        least = min(trained, key=lambda event: event["threshold"])
         return {
             "enabled": True,
-            "threshold": min(event["threshold"] for event in trained),
-            "hospitals": len(self.hospitals),
+            "threshold": least["threshold"],
+            "hospitals": least["hospitals"],
             "dropped": sorted({name for event in trained for name in event["dropped"]}),
             "bytes_up_per_round": trained[-1]["bytes_up"],
             "modulus_bits": MODULUS_BITS,
