@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from server.demo import lay_out, start_coordinator, start_hospital
 from server.examples import write_example
@@ -19,7 +20,7 @@ from tests.link import free_port
 
 def test_a_killed_hospital_rejoins_and_its_ledger_holds(tmp_path: Path) -> None:
     """Killed with SIGKILL and started again, it takes part again; every update that left was charged, once."""
-    example = write_example("breast-cancer", tmp_path / "data", hospitals=4, seed=0)
+    example = write_example("breast-cancer", tmp_path / "data", hospitals=5, seed=0)
     plan = changed(example.plan, rounds=40, privacy={"noise_multiplier": 40.0}, deadline_s=30.0)
     lay_out(tmp_path, example, plan, free_port())
     names = [hospital.name for hospital in example.hospitals]
@@ -50,6 +51,45 @@ def test_a_killed_hospital_rejoins_and_its_ledger_holds(tmp_path: Path) -> None:
         assert len(set(charged)) == len(charged)
         assert set(answered) <= set(charged)
         assert len(charged) <= len(answered) + 1
+
+
+def test_a_hospital_killed_between_upload_and_unmasking_is_still_in_the_sum(tmp_path: Path) -> None:
+    """Seven hospitals; the first that has uploaded in some round is killed while the others train, and comes back."""
+    example = write_example("breast-cancer", tmp_path / "data", hospitals=7, seed=0)
+    changes: dict[str, Any] = {"training": {"steps": 300}, "privacy": {"noise_multiplier": 150.0}}
+    plan = changed(example.plan, rounds=5, deadline_s=30.0, **changes)
+    lay_out(tmp_path, example, plan, free_port())
+    names = [hospital.name for hospital in example.hospitals]
+    journal = tmp_path / "study" / "events.jsonl"
+    logs = {name: tmp_path / "hospitals" / name / "state" / "hospital.log" for name in names}
+
+    with Children(tmp_path / "logs") as children:
+        coordinator = start_coordinator(children, tmp_path)
+        hospitals = {name: start_hospital(children, tmp_path, name) for name in names}
+        _wait_for(lambda: any(_has_trained(log, 2) for log in logs.values()))
+        victim = next(name for name, log in logs.items() if _has_trained(log, 2))
+        late = next(name for name, log in reversed(logs.items()) if not _has_trained(log, 2))
+        os.kill(hospitals[late].pid, signal.SIGSTOP)  # the stage stays open until it goes on
+        time.sleep(2)  # the victim's upload arrives
+        os.kill(hospitals[victim].pid, signal.SIGKILL)
+        hospitals[victim].wait()
+        os.kill(hospitals[late].pid, signal.SIGCONT)
+        start_hospital(children, tmp_path, victim, log=f"{victim}-again")
+        coordinator.wait(timeout=200)
+
+    events, _ = read_events(journal)
+    assert events[-1]["event"] == "finished"
+    sums = [event for event in events if event["event"] == "sum"]
+    assert sums[1]["opened"]
+    assert sums[1]["dropped"] == {victim: 4}
+    rounds = [event for event in events if event["event"] == "round"]
+    assert len(rounds) == plan.rounds
+    assert victim in rounds[1]["answered"]
+    assert victim in rounds[-1]["answered"]
+
+
+def _has_trained(log: Path, number: int) -> bool:
+    return log.exists() and f"round {number}, attempt 1: trained" in log.read_text(encoding="utf-8")
 
 
 def _rounds(journal: Path) -> int:
