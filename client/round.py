@@ -73,13 +73,18 @@ if TYPE_CHECKING:
 
 @dataclass
 class Study:
-    """A study that this hospital approved, with everything its rounds need, kept warm."""
+    """A study that this hospital approved, with everything its rounds need, kept warm.
+
+    Attributes:
+        clipped: How often what it uploads was shortened to the sum's bound since the process began.
+    """
 
     plan: StudyPlan
     digest: str
     task: Task
     model: torch.nn.Module
     read: Callable[[], tuple["Records", "Records"]]
+    clipped: int = 0
 
     @property
     def training(self) -> "Records":
@@ -337,7 +342,11 @@ class Hospital:
     ) -> Lanes:
         """Weigh, bound, quantize and mask. Never fails over what training gave: it was charged."""
         finite = np.nan_to_num(vector, nan=0.0, posinf=0.0, neginf=0.0)
-        encoded = self._encoding(study, self._party.announcement).encode(finite, weight, uniform=random.uniform)
+        code = self._encoding(study, self._party.announcement)
+        if code.clips(finite, weight):
+            study.clipped += 1
+            log.warning("study %s: shortened to the sum's bound, %d times so far", study.plan.study, study.clipped)
+        encoded = code.encode(finite, weight, uniform=random.uniform)
         return self._party.upload(encoded, charge=charge.hash)
 
     def _signed(self, kind: type[UploadType], charge: "Entry") -> UploadType:

@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from flwr.app import Message
 from flwr.serverapp import Grid
@@ -28,6 +29,13 @@ class Answer:
     problem: str | None = None
 
 
+class Lease(NamedTuple):
+    """One daemon's presence: its Flower node, and when that node connected."""
+
+    node_id: int
+    since: str
+
+
 class Gather:
     """The hospitals of one study behind a Flower Grid, addressed by their registered names.
 
@@ -40,23 +48,25 @@ class Gather:
         self._grid = grid
         self._hospitals = hospitals
 
-    def online(self) -> dict[str, int]:
-        """Registered hospitals whose lease is alive, with their node ids."""
-        return {node.name: node.node_id for node in self._grid.get_nodes() if node.name in self._hospitals}
+    def online(self) -> dict[str, Lease]:
+        """Registered hospitals whose lease is alive, each with that lease: a daemon that restarts gets another."""
+        nodes = [node for node in self._grid.get_nodes() if node.name in self._hospitals]
+        return {node.name: Lease(node.node_id, node.last_activated_at) for node in nodes}
 
     def ask(
         self, requests: Mapping[str, tuple[Body, Vector | None]], *, group: str, deadline_s: float
     ) -> Iterator[Answer]:
         """Send every hospital its request and yield the answers in the order in which they come.
 
-        Ends when all have answered, when the deadline has passed, or when those who are left have gone offline.
+        Ends when all have answered, when the deadline has passed, or when those who are left have gone offline or come
+        back since: what a daemon that died was asked, the next one does not know.
         Each answer is dropped from Flower's store as it is pulled, so that memory holds one vector at a time.
         """
         nodes = self.online()
         asked = {name: nodes[name] for name in requests if name in nodes}
         messages = [
-            request(*requests[name], node_id=node_id, group_id=group, ttl_s=deadline_s + GRACE_S)
-            for name, node_id in asked.items()
+            request(*requests[name], node_id=lease.node_id, group_id=group, ttl_s=deadline_s + GRACE_S)
+            for name, lease in asked.items()
         ]
         if not messages:
             return
@@ -64,14 +74,14 @@ class Gather:
         deadline = time.monotonic() + deadline_s
         look_again = time.monotonic() + ONLINE_EVERY_S
         while waiting and time.monotonic() < deadline:
+            alive = asked
+            if time.monotonic() > look_again:  # before the answers are pulled, so that none is lost with its sender
+                alive, look_again = self.online(), time.monotonic() + ONLINE_EVERY_S
             # One at a time: pulling all at once would hold as many vectors as hospitals.
             for message_id in list(waiting):
                 for message in self._grid.pull_messages([message_id]):
                     yield _read(waiting.pop(message_id), message)
-            if time.monotonic() > look_again:
-                alive = self.online()
-                waiting = {key: name for key, name in waiting.items() if alive.get(name) == asked[name]}
-                look_again = time.monotonic() + ONLINE_EVERY_S
+            waiting = {key: name for key, name in waiting.items() if alive.get(name) == asked[name]}
             if waiting:
                 time.sleep(PULL_EVERY_S)
 

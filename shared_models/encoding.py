@@ -55,6 +55,10 @@ class Encoding:
         weighed = bound_update(vector * (weight / self.unit), self.bound)
         return quantize(weighed, weight=1.0, bound=self.bound, scale=self.scale, uniform=uniform)
 
+    def clips(self, vector: NDArray[np.float64], weight: float) -> bool:
+        """Whether ``encode`` shortens this vector to the bound: a hospital counts it, for its own eyes."""
+        return float(np.linalg.norm(vector)) * weight / self.unit > self.bound
+
     def decode(self, total: NDArray[np.uint32], hospitals: int) -> NDArray[np.float64]:
         """The weighted sum that ``hospitals`` of those invited uploaded.
 

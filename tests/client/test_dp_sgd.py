@@ -146,6 +146,29 @@ def test_an_empty_draw_is_a_step_with_noise_only(network: Network) -> None:
     assert (flat(model) != start).all()
 
 
+@pytest.mark.parametrize("patients", [0, 40])
+def test_null_coordinates_move_by_the_mechanism_s_noise_and_by_nothing_else(patients: int) -> None:
+    """Variance steps * (learning rate * sigma * C / expected batch)**2, whoever was drawn: what an auditor tests."""
+    records, null = table_records(np.arange(max(patients, 1))), np.zeros(20_000)
+    privacy = PRIVACY.model_copy(update={"sample_rate": 0.5 if patients else 1e-9})
+
+    train(
+        small_network(),
+        records,
+        TASK,
+        training=TRAINING,
+        privacy=privacy,
+        expected_batch=20.0,
+        random=repeatable(),
+        allow_test_random=True,
+        null=null,
+    )
+
+    expected = math.sqrt(TRAINING.steps) * TRAINING.learning_rate * privacy.noise_multiplier * privacy.clip / 20.0
+    assert abs(null.mean()) < 5 * expected / math.sqrt(len(null))
+    assert null.std() == pytest.approx(expected, rel=5 / math.sqrt(2 * len(null)))
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_patient_whose_gradient_is_not_finite_counts_as_zero(value: float) -> None:
     """One broken record, also among a patient's good ones, changes nobody else's share and raises nothing."""

@@ -64,6 +64,19 @@ def test_a_sum_is_decoded_to_within_the_stated_rounding(purpose: Purpose, seed: 
     np.testing.assert_allclose(code.decode(total, uploaders), exact, rtol=0, atol=code.rounding * (1 + 1e-6))
 
 
+@pytest.mark.parametrize(("length", "clips"), [(0.99, False), (1.01, True)])
+def test_a_hospital_can_tell_when_its_update_is_shortened(length: float, clips: bool) -> None:
+    """``clips`` says of a vector what ``encode`` does to it."""
+    code = encoding(PLAN, "train", parameters=31, hospitals=4)
+    vector = np.zeros(code.length)
+    vector[3] = length * code.bound / 0.5
+
+    encoded = code.encode(vector, 0.5, uniform=np.zeros)
+
+    assert code.clips(vector, 0.5) is clips
+    assert encoded.view(np.int32)[3] / code.scale == pytest.approx(min(length, 1) * code.bound, rel=1e-6)
+
+
 def test_a_sum_that_honest_hospitals_cannot_have_made_is_refused() -> None:
     """Who sent too much cannot be told; that somebody did can."""
     code = encoding(PLAN, "train", parameters=31, hospitals=4)

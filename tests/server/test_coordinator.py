@@ -109,6 +109,26 @@ def test_a_message_reaches_a_hospital_and_comes_back(keys: Keys, link: SuperLink
     assert isinstance(answer.body, Enrolment)
 
 
+def test_nobody_waits_for_a_daemon_that_came_back_as_another_process(keys: Keys, link: SuperLink) -> None:
+    """What a killed daemon was asked is lost: its successor has the same node, but another lease."""
+    with link.run() as grid, FleetConnection(keys.hospital("north")):
+        gather = Gather(grid, frozenset({"north"}))
+        before, successor = gather.online()["north"], FleetConnection(keys.hospital("north"))
+        restart = threading.Timer(0.5, successor.__enter__)
+        restart.start()
+        started = time.monotonic()
+
+        answers = list(gather.ask({"north": (Proposal(plan={}), None)}, group="1", deadline_s=60))
+        waited = time.monotonic() - started
+        restart.join()
+        after = gather.online()["north"]
+        successor.__exit__()
+
+    assert answers == []
+    assert waited < 30
+    assert (after.node_id, after.since > before.since) == (before.node_id, True)
+
+
 def test_an_exchange_does_not_wait_for_a_poll(keys: Keys, link: SuperLink) -> None:
     """Ten exchanges one after the other: the held pull and the whole reply leave no second-long pause in any of them.
 
