@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
@@ -30,8 +31,9 @@ from shared_models.secagg.masks import Mask, apply_masks
 from shared_models.secagg.protocol import Coordinator, Delivery, Hospital, Positions, smallest_threshold
 from shared_models.secagg.quantize import quantization_scale, quantize
 
-LENGTHS = {"1e5": 100_000, "1e6": 1_000_000, "1e7": 10_000_000}
+LENGTHS = {"1e5": 100_000, "1e6": 1_000_000, "1e7": 10_000_000, "1e8": 100_000_000}
 COHORTS = (3, 10, 30, 100)
+LARGEST, LARGEST_COHORTS, LARGEST_MEMORY = "1e8", (3, 10), 12 * 10**9  # bytes that must be free for it
 BOUND = 1.0
 CONTEXT = bytes(32)
 AES_TARGET = 0.6
@@ -128,9 +130,12 @@ def measure_masking(runs: int, rate: float) -> dict[str, float]:
     figures: dict[str, float] = {}
     print(f"{'d':>4} {'n':>4} {'ours':>10} {'Flower':>10} {'ratio':>7} {'memory':>8} {'of AES':>7}")
     for name, length in LENGTHS.items():
+        if name == LARGEST and psutil.virtual_memory().available < LARGEST_MEMORY:
+            print(f"{name}: skipped, it needs {LARGEST_MEMORY / 1e9:g} GB of free memory")
+            continue
         update = np.random.default_rng(0).normal(size=length).astype(np.float32)
         update /= np.float32(np.linalg.norm(update) * 1.001)
-        for hospitals in COHORTS:
+        for hospitals in LARGEST_COHORTS if name == LARGEST else COHORTS:
             ours, flower = our_masking(update, hospitals), flower_masking(update, hospitals)
             large = length * hospitals > 50_000_000
             our_s, flower_s = least_time(ours, runs), least_time(flower, 1 if large else runs)

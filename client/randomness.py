@@ -75,7 +75,7 @@ class SecureRandom:
             raise ConfigError("a random generator was carried into a forked process", hint="Make one per process.")
         zeros = _ZEROS[: 8 * n] if 8 * n <= len(_ZEROS) else bytes(8 * n)
         buffer = np.empty(n + 2, dtype="<u8")  # the library wants room for one more block
-        self._stream.update_into(zeros, memoryview(buffer).cast("B"))
+        self._stream.update_into(zeros, buffer.data.cast("B"))
         words = buffer[:n]
         words >>= np.uint64(11)
         numbers = words.view(np.float64)  # in the same place: no second buffer

@@ -120,7 +120,7 @@ def run_demo(options: Options, console: Console) -> None:
     try:
         example = _prepare(folder, options)
         plan = fit_plan(example, options.rounds)
-        lay_out(folder, example, plan, options.port or _free_port())
+        lay_out(folder, example, plan, options.port or free_port())
     except BaseException:
         shutil.rmtree(folder)  # nothing has run: leave nothing half-done
         raise
@@ -326,7 +326,8 @@ def _lines_of(child: "subprocess.Popen[str]") -> "queue.SimpleQueue[str]":
     return lines
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of the loopback interface that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -1,6 +1,5 @@
 """A real SuperLink on loopback with real keys and certificates, and real connections to it, for tests of both sides."""
 
-import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,20 +13,13 @@ from flwr.app import Context, Message
 from client.daemon import serve
 from client.settings import Settings as HospitalSettings
 from client.settings import read_settings as read_hospital
-from server.demo import coordinator_settings, hospital_settings
+from server.demo import coordinator_settings, free_port, hospital_settings
 from server.examples import example_plan
 from server.pki import Authority, create_hospital_keys
 from server.settings import Settings as CoordinatorSettings
 from server.settings import read_settings as read_coordinator
 
 Handler = Callable[[Message, Context], Message]
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @dataclass

@@ -26,9 +26,8 @@ def run(script: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
 
 def test_there_are_benchmarks() -> None:
     """An empty folder would let every other claim here hold for nothing."""
-    assert {"demo.py", "heart_disease.py", "round_latency.py", "secure_aggregation.py"} <= {
-        script.name for script in SCRIPTS
-    }
+    known = {"demo.py", "heart_disease.py", "round_latency.py", "round_overhead.py", "secure_aggregation.py"}
+    assert known <= {script.name for script in SCRIPTS}
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
@@ -52,7 +51,13 @@ def test_an_unknown_option_is_refused_before_anything_is_measured(script: Path, 
 
 @pytest.mark.parametrize(
     ("script", "option"),
-    [("demo", "--runs"), ("heart_disease", "--seeds"), ("round_latency", "--rounds"), ("secure_aggregation", "--runs")],
+    [
+        ("demo", "--runs"),
+        ("heart_disease", "--seeds"),
+        ("round_latency", "--rounds"),
+        ("round_overhead", "--rounds"),
+        ("secure_aggregation", "--runs"),
+    ],
 )
 def test_nothing_is_measured_zero_times(script: str, option: str) -> None:
     """A median of nothing is an error, and said to be one."""

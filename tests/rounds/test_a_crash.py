@@ -8,14 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from server.demo import lay_out, start_coordinator, start_hospital
+from server.demo import free_port, lay_out, start_coordinator, start_hospital
 from server.examples import write_example
 from server.journal import read_events
 from server.processes import Children
 from shared_models.identity import read_public
 from shared_models.privacy.ledger import read_ledger, verify_entries
 from tests.federation import changed
-from tests.link import free_port
 
 
 def test_a_killed_hospital_rejoins_and_its_ledger_holds(tmp_path: Path) -> None:
