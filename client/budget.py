@@ -80,12 +80,13 @@ class Budget:
     def __init__(self, ledger: Ledger) -> None:
         self._ledger, self._turn = ledger, threading.RLock()
         self._studies: dict[str, _Study] = {}
-        entries = ledger.entries()
-        if not entries or entries[0].budget is None or entries[0].population is None:
+        entries = iter(ledger.stream())
+        opening = next(entries, None)
+        if opening is None or opening.budget is None or opening.population is None:
             raise LedgerError("the ledger opens no budget", hint="Open one first, or restore the ledger.")
-        self.terms: BudgetTerms = entries[0].budget
-        self.population: str = entries[0].population
-        for entry in entries[1:]:
+        self.terms: BudgetTerms = opening.budget
+        self.population: str = opening.population
+        for entry in entries:
             self._take_in(entry)
         if not self._fits(self._committed()):
             raise LedgerError("the ledger's entries spend more than its budget", hint="Have an auditor look at it.")
@@ -110,7 +111,7 @@ class Budget:
             LedgerError: The ledger cannot be written, or its entries contradict each other.
         """
         terms = _terms(public_size=public_size, epsilon=epsilon, delta=delta, order=order)
-        if not ledger.entries():
+        if ledger.first is None:
             ledger.append("budget-opened", population=population, budget=terms, public_key=ledger.public_key.hex())
         budget = cls(ledger)
         if (budget.population, budget.terms) != (population, terms):
