@@ -286,6 +286,12 @@ def decode(records: RecordDict, expected: type[BodyType]) -> tuple[BodyType, Vec
     return body, _decode_vector(records, expected.vector) if expected.vector else None
 
 
+def body_text(message: Message) -> object:
+    """What a message holds where its JSON body should be; unchecked, and None where there is nothing."""
+    config = message.content.config_records.get(_BODY) if message.has_content() else None
+    return config.get("json") if config else None
+
+
 _PEER_HINT = "The peer runs another version, or is hostile; its message was dropped."
 
 
