@@ -24,6 +24,7 @@ from server.demo import fit_plan, free_port, lay_out, start_hospital
 from server.examples import write_example
 from server.gather import Gather
 from server.processes import Children
+from server.receipts import LastReceipts
 from server.round import Study, close_study, enrol_enough, secure_sum
 from server.settings import read_settings
 from shared_models.encoding import encoding
@@ -47,7 +48,9 @@ def measure(folder: Path, rounds: int) -> dict[str, float]:
         for hospital in example.hospitals:
             start_hospital(children, folder, hospital.name)
         (folder / "study").mkdir()
-        study = Study(plan, identities, Gather(grid, frozenset(identities)), folder / "study")
+        study = Study(
+            plan, identities, Gather(grid, frozenset(identities)), folder / "study", LastReceipts(folder / "last.json")
+        )
         enrol_enough(study)
         for number in range(1, rounds + 2):
             started = time.perf_counter()

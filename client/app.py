@@ -12,8 +12,9 @@ from typing import Any, TypeVar
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
+from client.evidence import REFUSALS, EvidenceFile, refusal
 from client.round import Hospital
-from shared_models.errors import FederationError, RecordsError
+from shared_models.errors import FederationError, LedgerError, RecordsError
 from shared_models.messages import (
     AdvertiseRequest,
     AgreeRequest,
@@ -25,6 +26,7 @@ from shared_models.messages import (
     StudyEnd,
     TrainRequest,
     UnmaskRequest,
+    body_text,
     decode,
     refuse,
     reply,
@@ -61,14 +63,27 @@ def _answer(message: Message, context: Context, expected: type[BodyType], statio
         return reply(*station(hospital, body, vector), to=message)
     except RecordsError as error:  # its text names a cell: for the steward's terminal, not for a log
         log.warning("refused %s: the records do not fit; run konsil-hospital check-data", expected.__name__)
-        return refuse(error, to=message)
+        return _refuse(message, context, error)
     except FederationError as error:
         log.warning("refused %s: %s (%s)", expected.__name__, error, error.hint)
-        return refuse(error, to=message)
+        return _refuse(message, context, error)
     except Exception as error:  # the last resort before the wire
         what = (expected.__name__, type(error).__name__, _where(error))
         log.error("failed at %s: %s\n%s", *what)  # noqa: TRY400 - logging.exception would write the text
-        return refuse(error, to=message)
+        return _refuse(message, context, error)
+
+
+def _refuse(message: Message, context: Context, error: Exception) -> Message:
+    """Say no, and keep what was refused: what the peer sent and the code it got, never the error's text."""
+    hospital = _hospitals.get(str(context.node_config["settings"]))
+    if hospital is not None:
+        code = error.code if isinstance(error, FederationError) else FederationError.code
+        kept = refusal(message.metadata.message_type, code, message.metadata.message_id, body_text(message))
+        try:
+            EvidenceFile(hospital.settings.state / REFUSALS).write(**kept)
+        except LedgerError as full:  # the answer is no either way
+            log.warning("%s (%s)", full, full.hint)
+    return refuse(error, to=message)
 
 
 def _where(error: Exception) -> str:

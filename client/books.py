@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from client.anchor import Anchors
 from client.budget import Budget
 from client.settings import Settings
 from shared_models.identity import load_key, public_bytes
@@ -18,17 +19,18 @@ LEDGER = "ledger.sqlite"
 
 @dataclass
 class Books:
-    """A ledger open for appending, which locks it, and the budget that is read from it."""
+    """A ledger open for appending, which locks it, the budget that is read from it, and what others hold of it."""
 
     ledger: Ledger
     budget: Budget
+    anchors: Anchors
 
     @classmethod
     def open(cls, settings: Settings) -> "Books":
         """Open the hospital's ledger; the first time, make it and open the budget that the settings declare.
 
         Raises:
-            LedgerError: The ledger is missing though its head file is there, locked, damaged or not ours.
+            LedgerError: The ledger is missing though its head file is there, locked, damaged, rolled back or not ours.
             ConfigError: The settings declare another budget than the one that was opened.
         """
         settings.state.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -37,6 +39,7 @@ class Books:
         ledger = Ledger.open(path, key) if started else Ledger.create(path, key, hospital=settings.name)
         population = settings.population
         try:
+            anchors = Anchors(settings.state, ledger)
             budget = Budget.open(
                 ledger,
                 population=population.name,
@@ -48,7 +51,7 @@ class Books:
         except BaseException:
             ledger.close()
             raise
-        return cls(ledger, budget)
+        return cls(ledger, budget, anchors)
 
     def close(self) -> None:
         """Let go of the ledger."""

@@ -38,7 +38,6 @@ from shared_models.messages import (
     Lanes,
     PrivacyStatement,
     Proposal,
-    Receipt,
     ReleasedStatistics,
     ShareRequest,
     StudyEnd,
@@ -54,6 +53,7 @@ from shared_models.messages import (
 from shared_models.nets.build import build_network
 from shared_models.plan import StudyPlan, parse_plan
 from shared_models.privacy.mechanisms import GaussianRelease, PoissonGaussian, release_mechanism, training_mechanism
+from shared_models.receipts import Receipt
 from shared_models.secagg import protocol
 from shared_models.secagg.key_agreement import Announcement, Purpose
 from shared_models.software import software_digest
@@ -152,9 +152,11 @@ class Hospital:
         Approving again what was approved before, after a restart, reserves nothing twice.
 
         Raises:
+            RolledBackError: This hospital's ledger lacks what it signed for.
             FederationError: The plan is malformed, not permitted, too dear, or does not fit the records.
         """
         plan = parse_plan(proposal.plan, "the proposed plan")
+        self.books.anchors.check(proposal.anchor, study=plan.study)
         admit(plan, self.settings.policy, self.settings.population)
         if not self.settings.policy.standing_approval:
             raise PolicyError(
@@ -183,6 +185,7 @@ class Hospital:
         """Stage 1: allow the round before it begins, and make fresh keys for this attempt at it."""
         announcement = request.announcement
         study = self._known(announcement)
+        self.books.anchors.check(request.anchor, study=announcement.study, announcement=announcement)
         admit(study.plan, self.settings.policy, self.settings.population)
         if announcement.round > study.plan.rounds:
             raise ProtocolError(
@@ -321,6 +324,7 @@ class Hospital:
         """Pay for one computation; when this returns, the charge is on the disk. Refused, the attempt is over here."""
         now = self._party.announcement
         try:
+            self.books.anchors.hold()
             return self.books.budget.charge(
                 now.study,
                 now.plan_digest,

@@ -30,6 +30,7 @@ from shared_models.messages import (
     Upload,
     Vector,
 )
+from shared_models.receipts import Anchor
 from shared_models.secagg.protocol import Coordinator
 
 Ask = Callable[[Mapping[str, tuple[Body, Vector | None]]], Iterator[Answer]]
@@ -42,6 +43,7 @@ class Attempt:
         party: The protocol's coordinator, fresh.
         ask: Sends requests and yields the answers as they come, until a deadline.
         check: Looks at an upload's body before its vector counts: (hospital, body); raises to leave it out.
+        anchor: What to show a hospital of what it signed, before it is asked for more.
         leave_out: Is told whose reply was refused or no reply, and why: (hospital, stage, answer, error).
 
     Attributes:
@@ -57,11 +59,12 @@ class Attempt:
         ask: Ask,
         check: Callable[[str, Upload], None],
         leave_out: Callable[[str, str, Answer, FederationError], None],
+        anchor: Callable[[str], Anchor],
     ) -> None:
         self.party, self.charged = party, False
         self.uploads: dict[str, Upload] = {}
         self.seconds: dict[str, float] = {}
-        self._ask, self._check, self._leave_out = ask, check, leave_out
+        self._ask, self._check, self._leave_out, self._anchor = ask, check, leave_out, anchor
 
     def run(self, parameters: Vector) -> NDArray[np.uint32]:
         """Go through the five stages.
@@ -77,8 +80,11 @@ class Attempt:
             AttemptEndedError, InconsistentDealerError: A dealer is at fault; ``party.at_fault`` says who.
         """
         party, announcement = self.party, self.party.announcement
-        advertise = AdvertiseRequest(announcement=announcement)
-        self._stage("advertise", dict.fromkeys(announcement.invited, (advertise, None)), self._advertised)
+        requests: dict[str, tuple[Body, Vector | None]] = {
+            name: (AdvertiseRequest(announcement=announcement, anchor=self._anchor(name)), None)
+            for name in announcement.invited
+        }
+        self._stage("advertise", requests, self._advertised)
         cohort = party.cohort()
         members = [member.hospital for member in cohort.members]
         self._stage("share", dict.fromkeys(members, (ShareRequest(cohort=cohort), None)), self._dealt)

@@ -7,6 +7,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from server.card import write_card
 from server.gather import Gather
+from server.receipts import LastReceipts
 from server.round import Study, close_study, run_study
 from shared_models.errors import ConfigError, FederationError
 from shared_models.identity import read_public
@@ -17,7 +18,7 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run the study whose plan and folder the context's run configuration names.
+    """Run the study whose plan, folder and file of last receipts the context's run configuration names.
 
     The hospitals that may take part, with their identity keys, come in the context's state.
 
@@ -34,7 +35,8 @@ def main(grid: Grid, context: Context) -> None:
             hint=f"Give the new study another name, or move {folder} away; its hospitals have charged it already.",
         )
     folder.mkdir(parents=True, exist_ok=True)
-    study = Study(plan, hospitals, Gather(grid, frozenset(hospitals)), folder)
+    receipts = LastReceipts(Path(str(context.run_config["receipts"])))
+    study = Study(plan, hospitals, Gather(grid, frozenset(hospitals)), folder, receipts)
     try:
         statements = run_study(study)
         card = write_card(folder, plan, study.enrolled, statements)

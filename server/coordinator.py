@@ -386,7 +386,8 @@ def run_study(settings: Settings, plan_file: Path, folder: Path) -> None:
     from server.app import app  # noqa: PLC0415 - torch is only needed once a study really starts
 
     with SuperLink(settings) as link, link.run() as grid:
-        config: UserConfig = {"plan": str(plan_file), "folder": str(folder)}
+        receipts = settings.state / "last-receipts.json"
+        config: UserConfig = {"plan": str(plan_file), "folder": str(folder), "receipts": str(receipts)}
         identities = ConfigRecord()
         identities.update({hospital.name: str(hospital.identity) for hospital in settings.hospitals})
         state = RecordDict({"identities": identities})

@@ -22,6 +22,7 @@ from server.evaluate import released_metrics
 from server.fedavg import average
 from server.gather import Answer, Gather
 from server.journal import Journal
+from server.receipts import LastReceipts
 from shared_models.encoding import NULL_COORDINATES, encoding, public_weight
 from shared_models.errors import DropoutError, FederationError, NotEnrolledError, ProtocolError
 from shared_models.identity import verify
@@ -34,6 +35,7 @@ from shared_models.messages import (
     Upload,
     Vector,
     receipt_payload,
+    signed_receipt,
 )
 from shared_models.model_file import write_model
 from shared_models.nets.build import build_network
@@ -61,6 +63,7 @@ class Study:
         hospitals: Registered names with the raw Ed25519 identity keys that their receipts must verify under.
         gather: How hospitals are asked.
         folder: Where journal, receipts, checkpoints and the model go.
+        receipts: Each hospital's newest receipt, over all studies.
         enrolled: Hospitals that approved the plan, with their public sizes.
         epsilons: What each hospital's filter has held the study at so far, as its newest receipt states.
     """
@@ -69,6 +72,7 @@ class Study:
     hospitals: Mapping[str, bytes]
     gather: Gather
     folder: Path
+    receipts: LastReceipts
     enrolled: dict[str, int] = field(default_factory=dict)
     epsilons: dict[str, float] = field(default_factory=dict)
 
@@ -177,10 +181,9 @@ def enrol_enough(study: Study) -> None:
 def enrol(study: Study) -> None:
     """Propose the plan to hospitals that are online and have not answered; late and returning ones join here."""
     waiting = set(study.gather.online()) - set(study.enrolled) - set(study.refused)
-    proposal = Proposal(plan=study.plan.model_dump(mode="json"))
-    for answer in study.gather.ask(
-        dict.fromkeys(waiting, (proposal, None)), group="propose", deadline_s=study.plan.deadline_s
-    ):
+    plan = study.plan.model_dump(mode="json")
+    proposals = {name: (Proposal(plan=plan, anchor=study.receipts.anchor(name)), None) for name in waiting}
+    for answer in study.gather.ask(proposals, group="propose", deadline_s=study.plan.deadline_s):
         body = answer.body
         if isinstance(body, Enrolment) and body.plan_digest == study.digest:
             study.enrolled[answer.hospital] = body.public_size
@@ -273,7 +276,7 @@ def secure_sum(study: Study, purpose: Purpose, number: int, attempt: int, cohort
             study.enrolled.pop(hospital, None)
 
     sizes = dict(study.enrolled)
-    run = Attempt(party, ask=ask, check=check, leave_out=leave_out)
+    run = Attempt(party, ask=ask, check=check, leave_out=leave_out, anchor=study.receipts.anchor)
     total, weight = None, 0.0
     try:
         cells = run.run(study.parameters)
@@ -282,9 +285,11 @@ def secure_sum(study: Study, purpose: Purpose, number: int, attempt: int, cohort
     except FederationError as error:
         study.journal.write("aborted", purpose=purpose, round=number, attempt=attempt, reason=str(error))
         log.warning("round %d, attempt %d to %s: %s", number, attempt, purpose, error)
-    for hospital, upload in run.uploads.items():
-        study.epsilons[hospital] = upload.receipt.epsilon_filter
-        _keep(study.folder / "receipts.jsonl", {"hospital": hospital, "upload": upload.model_dump(mode="json")})
+    receipts = {hospital: signed_receipt(upload) for hospital, upload in run.uploads.items()}
+    study.receipts.keep(receipts)
+    for hospital, kept in receipts.items():
+        study.epsilons[hospital] = kept.receipt.epsilon_filter
+        _keep(study.folder / "receipts.jsonl", {"hospital": hospital, "upload": kept.model_dump(mode="json")})
     evidence: dict[str, Any] = {"transcript": party.transcript().model_dump(mode="json")}
     if party.complaint is not None:
         evidence["complaint"] = party.complaint.model_dump(mode="json")

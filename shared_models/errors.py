@@ -61,6 +61,18 @@ class LedgerError(FederationError):
     code = "ledger"
 
 
+class RolledBackError(LedgerError):
+    """The ledger lacks what this hospital signed for: an old backup was restored."""
+
+    code = "rolled-back"
+
+
+class ForeignReceiptError(ProtocolError):
+    """A receipt that is not signed by the hospital it is said to be of."""
+
+    code = "foreign-receipt"
+
+
 class RecordsError(FederationError):
     """The hospital's data does not fit the task."""
 

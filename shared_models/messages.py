@@ -8,13 +8,13 @@ Nothing here is ever unpickled, and a vector's size is checked before it is read
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import numpy as np
-import rfc8785
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
-from shared_models.config import Frozen, Name, explain
+from shared_models.config import Name, explain
 from shared_models.errors import FederationError, ProtocolError
+from shared_models.receipts import Anchor, Digest, Receipt, SignedReceipt
 from shared_models.secagg.key_agreement import Advertisement, Announcement, SecAggMessage
 from shared_models.secagg.protocol import (
     Agreement,
@@ -31,7 +31,6 @@ WIRE_VERSION = 1
 PARAMETERS, LANES = "<f4", "<u4"  # what a vector can be: parameters, or integers modulo 2**32 under masks
 MAXIMUM_BODY_BYTES = 1_000_000
 
-Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Vector = NDArray[np.float32]
 Lanes = NDArray[np.uint32]
 
@@ -52,10 +51,11 @@ class Body(SecAggMessage):
 
 
 class Proposal(Body):
-    """The coordinator proposes a study: the whole plan, as canonical JSON."""
+    """The coordinator proposes a study: the whole plan, as canonical JSON; and what it holds of this hospital."""
 
     action: ClassVar[str] = "query.propose"
     plan: dict[str, Any]
+    anchor: Anchor = Anchor()
 
 
 class Enrolment(Body):
@@ -68,10 +68,14 @@ class Enrolment(Body):
 
 
 class AdvertiseRequest(Body):
-    """Stage 1 of a sum: what will be summed, of whom, and how many must stay."""
+    """Stage 1 of a sum: what will be summed, of whom, and how many must stay, the same for all.
+
+    The anchor is not: it is what the coordinator holds of this hospital.
+    """
 
     action: ClassVar[str] = "query.advertise"
     announcement: Announcement
+    anchor: Anchor = Anchor()
 
 
 class Advertised(Body):
@@ -114,26 +118,6 @@ class EvaluateRequest(SumRequest):
     action: ClassVar[str] = "evaluate.round"
 
 
-class Receipt(Frozen):
-    """What a hospital signs with every upload: the ledger entry that paid for it, and what its study has cost so far.
-
-    Attributes:
-        entry_hash: SHA-256 of the charge entry.
-        chain_head: Hash of the newest entry of the hospital's ledger.
-        mechanism: The mechanism charged, as in the ledger.
-        charges: Charges of this study so far.
-        epsilon_filter: What the hospital's Renyi filter holds the study at so far, per patient.
-        signature: Ed25519 signature of the hospital over all of the above and the request's study, round and attempt.
-    """
-
-    entry_hash: Digest
-    chain_head: Digest
-    mechanism: dict[str, Any]
-    charges: Annotated[int, Field(ge=1)]
-    epsilon_filter: Annotated[float, Field(ge=0)]
-    signature: Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
-
-
 class Upload(Body):
     """A hospital's contribution to one attempt at a sum: the masked vector and the receipt that says it was paid for.
 
@@ -148,10 +132,14 @@ class Upload(Body):
     receipt: Receipt
 
 
+def signed_receipt(upload: Upload) -> SignedReceipt:
+    """What an upload's signature covers, with it: all of the body."""
+    return SignedReceipt.model_validate({"type": type(upload).__name__, **upload.model_dump()})
+
+
 def receipt_payload(upload: Upload) -> bytes:
     """What the hospital signs: everything in the receipt but the signature, bound to study, round and attempt."""
-    fields = upload.model_dump(mode="json", exclude={"receipt": {"signature"}})
-    return rfc8785.dumps({"type": type(upload).__name__, **fields})
+    return signed_receipt(upload).payload()
 
 
 class Update(Upload):
@@ -284,6 +272,12 @@ def decode(records: RecordDict, expected: type[BodyType]) -> tuple[BodyType, Vec
     except ValidationError as error:
         raise ProtocolError(f"{expected.__name__} is malformed: {explain(error)}", hint=_PEER_HINT) from None
     return body, _decode_vector(records, expected.vector) if expected.vector else None
+
+
+def body_text(message: Message) -> object:
+    """What a message holds where its JSON body should be; unchecked, and None where there is nothing."""
+    config = message.content.config_records.get(_BODY) if message.has_content() else None
+    return config.get("json") if config else None
 
 
 _PEER_HINT = "The peer runs another version, or is hostile; its message was dropped."

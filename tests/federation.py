@@ -167,7 +167,8 @@ class Federation:
         plan_file.write_text(plan_text(self.plan), encoding="utf-8")
         identities = ConfigRecord()
         identities.update({name: str(self.folder / "public" / f"{name}.identity.pub") for name in self.names})
-        config: UserConfig = {"plan": str(plan_file), "folder": str(folder)}
+        receipts = self.folder / "last-receipts.json"
+        config: UserConfig = {"plan": str(plan_file), "folder": str(folder), "receipts": str(receipts)}
         context = Context(RUN, COORDINATOR_NODE, {}, RecordDict({"identities": identities}), config)
         server_app(self.wire, context)
         return folder

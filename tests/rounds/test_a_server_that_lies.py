@@ -1,5 +1,7 @@
 """A coordinator that lies, replays or asks for too much gets a code, no update, and costs the hospital nothing."""
 
+import hashlib
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -7,6 +9,7 @@ import numpy as np
 import pytest
 from flwr.app import Message
 
+from client.evidence import REFUSALS
 from client.settings import read_roster
 from shared_models.messages import (
     Advertised,
@@ -105,12 +108,31 @@ def _refused(answer: Body, code: str) -> bool:
     return isinstance(answer, Refusal) and answer.code == code
 
 
+def _refusals(federation: Federation) -> list[dict[str, Any]]:
+    path = federation.settings(HOSPITAL).state / REFUSALS
+    return [json.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
+
+
+def test_what_was_refused_is_kept(coordinator: Coordinator) -> None:
+    """The peer's own words, their digest and the code it got: what a hospital shows when it complains."""
+    coordinator.announce(study="another-study")
+
+    (kept,) = _refusals(coordinator.federation)
+    assert (kept["action"], kept["code"]) == ("query.advertise", "not-enrolled")
+    assert json.loads(kept["body"])["announcement"]["study"] == "another-study"
+    assert kept["sha256"] == hashlib.sha256(kept["body"].encode()).hexdigest()
+    assert kept["body"].encode() in b"".join(
+        sent for _, to, sent in coordinator.federation.wire.trace if to == HOSPITAL
+    )
+
+
 def test_an_honest_request_is_answered(coordinator: Coordinator) -> None:
     """The helper above does what a coordinator does; without this, every refusal below would prove nothing."""
     answer = coordinator.train()
 
     assert isinstance(answer, Update)
     assert coordinator.federation.charges(HOSPITAL) == [(1, 1)]
+    assert _refusals(coordinator.federation) == []
 
 
 @pytest.mark.parametrize(
@@ -272,6 +294,9 @@ def test_what_a_record_says_never_crosses_the_wire(federation: Federation) -> No
 
     assert _refused(answer, "records")
     assert all(value.encode() not in sent for _, _, sent in federation.wire.trace)
+    (kept,) = _refusals(federation)
+    assert kept["code"] == "records"
+    assert value not in json.dumps(kept)
 
 
 def test_a_message_of_an_unknown_type_reaches_no_code_of_ours(federation: Federation) -> None:
@@ -297,3 +322,5 @@ def test_garbage_records_are_refused(federation: Federation) -> None:
 
     assert answer is not None
     assert _refused(read_reply(answer)[0], "protocol")
+    (kept,) = _refusals(federation)
+    assert (kept["code"], kept["body"]) == ("protocol", "")

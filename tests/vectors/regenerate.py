@@ -25,7 +25,6 @@ from shared_models.messages import (
     Dealt,
     EvaluateRequest,
     Proposal,
-    Receipt,
     ShareRequest,
     TrainRequest,
     Unmasked,
@@ -33,6 +32,7 @@ from shared_models.messages import (
     Update,
     encode,
     receipt_payload,
+    signed_receipt,
 )
 from shared_models.metrics import compute_metrics, record_statistics
 from shared_models.privacy.mechanisms import (
@@ -42,6 +42,7 @@ from shared_models.privacy.mechanisms import (
     filter_epsilon,
     renyi_divergence,
 )
+from shared_models.receipts import Anchor, Receipt, digest_of_all
 from shared_models.secagg.key_agreement import Roster
 from shared_models.update import vector_digest
 from tests.federation import changed
@@ -68,6 +69,8 @@ def known_answers() -> dict[str, Any]:
         signature="0" * 128,
     )
     update = Update(study="a-study", round=2, attempt=1, context="e" * 64, receipt=receipt)
+    last = {"ann": signed_receipt(update), "bob": signed_receipt(update.model_copy(update={"round": 3}))}
+    anchor = Anchor(last=last["ann"], everybody=digest_of_all(last))
     played = play_round()
     delivery = next(iter(played.deliveries.values()))
     encodings = {purpose: encoding(RELEASING, purpose, parameters=31, hospitals=4) for purpose in ("train", "evaluate")}
@@ -80,7 +83,7 @@ def known_answers() -> dict[str, Any]:
         "roster_digest": Roster.of({"ann": bytes(32), "bob": bytes([1]) * 32}).digest,
         "records": {
             "proposal": _records(encode(Proposal(plan={"a": 1}))),
-            "advertise_request": _records(encode(AdvertiseRequest(announcement=ANNOUNCEMENT))),
+            "advertise_request": _records(encode(AdvertiseRequest(announcement=ANNOUNCEMENT, anchor=anchor))),
             "advertised": _records(encode(Advertised(advertisement=played.advertisement))),
             "share_request": _records(encode(ShareRequest(cohort=played.cohort))),
             "dealt": _records(encode(Dealt(dealing=played.dealing))),

@@ -1,0 +1,83 @@
+"""What a hospital keeps to be shown later: JSON lines that only grow, up to a bound that no peer can lift."""
+
+import hashlib
+import json
+import os
+import threading
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from shared_models.errors import LedgerError
+
+REFUSALS = "refusals.jsonl"
+LONGEST_BODY = 65_536  # characters of a refused message that are kept
+LARGEST_FILE = 8 * 2**20
+
+
+class EvidenceFile:
+    """One file of JSON lines in the state folder, readable by its owner alone.
+
+    Guarantees:
+        * A line is whole, or it is the last one and a crash cut it. Lines that were written survive the process; a
+          power cut can take the newest.
+        * A full file is set aside, and at most two are kept besides the one that grows: the very first, so that a
+          flood cannot wash away how it began, and the newest. A peer can fill three times ``largest``, and no more.
+
+    Args:
+        path: The file that grows; the others are called ``NAME.first`` and ``NAME.last``.
+        largest: Bytes at which a file is set aside.
+    """
+
+    def __init__(self, path: Path, *, largest: int = LARGEST_FILE) -> None:
+        self.path, self._largest, self._turn = path, largest, threading.Lock()
+
+    def write(self, **fields: Any) -> None:
+        """Append one line, with its time (UTC).
+
+        Raises:
+            LedgerError: It could not be written.
+        """
+        now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        line = json.dumps({"time": now, **fields}, allow_nan=False).encode() + b"\n"
+        try:
+            with self._turn:
+                self._make_room(len(line))
+                file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+                try:
+                    os.write(file, line)
+                finally:
+                    os.close(file)
+        except OSError as error:
+            raise LedgerError(f"{self.path} cannot be written: {error.strerror}", hint="Check the disk.") from None
+
+    def _make_room(self, more: int) -> None:
+        if self.path.exists() and self.path.stat().st_size + more > self._largest:
+            first, last = evidence_files(self.path)[0], self.path.with_name(f"{self.path.name}.last")
+            self.path.replace(last if first.exists() else first)
+
+
+def evidence_files(path: Path) -> list[Path]:
+    """Where the lines of an evidence file lie, oldest first, whether each file exists or not."""
+    return [path.with_name(f"{path.name}.first"), path.with_name(f"{path.name}.last"), path]
+
+
+def refusal(action: str, code: str, message_id: str, body: object) -> dict[str, Any]:
+    """What is kept of a message that was refused: the peer's own words and our code, nothing of ours.
+
+    Args:
+        action: Flower's message type.
+        code: The code that the peer got.
+        message_id: Flower's SHA-256 over the whole message, which covers a vector that is too long to keep.
+        body: The message's JSON text, if it has one.
+    """
+    text = body if isinstance(body, str) else ""
+    encoded = text.encode("utf-8", "surrogatepass")
+    return {
+        "action": action[:64],
+        "code": code,
+        "message": message_id[:64],
+        "sha256": hashlib.sha256(encoded).hexdigest(),
+        "bytes": len(encoded),
+        "body": text[:LONGEST_BODY],
+    }
