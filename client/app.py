@@ -59,6 +59,7 @@ def _answer(message: Message, context: Context, expected: type[BodyType], statio
     """Run one station of the round. Whatever goes wrong, only a code leaves the hospital."""
     try:
         hospital = hospital_at(str(context.node_config["settings"]))
+        hospital.refresh()
         body, vector = decode(message.content, expected)
         return reply(*station(hospital, body, vector), to=message)
     except RecordsError as error:  # its text names a cell: for the steward's terminal, not for a log

@@ -5,9 +5,10 @@ is in ``shared_models/privacy/mechanisms.py``.
 """
 
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from datetime import datetime
 
 from pydantic import ValidationError
 
@@ -33,6 +34,8 @@ from shared_models.privacy.mechanisms import (
 from shared_models.software import software_digest
 
 _Mechanism = PoissonGaussian | GaussianRelease
+
+NEWEST_CHARGES = 10_000  # whose times are remembered; policy's largest number of rounds a day
 
 
 class Price(Frozen):
@@ -80,6 +83,7 @@ class Budget:
     def __init__(self, ledger: Ledger) -> None:
         self._ledger, self._turn = ledger, threading.RLock()
         self._studies: dict[str, _Study] = {}
+        self._trained_at: deque[float] = deque(maxlen=NEWEST_CHARGES)
         entries = iter(ledger.stream())
         opening = next(entries, None)
         if opening is None or opening.budget is None or opening.population is None:
@@ -254,6 +258,15 @@ class Budget:
         with self._turn:
             return {name: known.limit.delta for name, known in self._studies.items()}
 
+    def trained_since(self, moment: float) -> int:
+        """How many of the newest ``NEWEST_CHARGES`` training runs were charged after a moment, by the ledger's times.
+
+        Args:
+            moment: Seconds since the epoch. Charges that a clock since set back has dated later count too.
+        """
+        with self._turn:
+            return sum(at > moment for at in self._trained_at)
+
     def left(self) -> float:
         """Epsilon that nothing has spent or reserved, at the budget's delta."""
         with self._turn:
@@ -355,6 +368,8 @@ class Budget:
         newest = known.newest.get(entry.mechanism.kind, (0, 0))
         _require(entry, (entry.round, entry.attempt) > newest, "charges a computation that was charged before")
         known.charged[entry.mechanism] += 1
+        if isinstance(entry.mechanism, PoissonGaussian):
+            self._trained_at.append(datetime.fromisoformat(entry.time).timestamp())
         known.newest[entry.mechanism.kind] = (entry.round, entry.attempt)
 
 
