@@ -60,6 +60,7 @@ _REQUIRED: Mapping[str, frozenset[str]] = MappingProxyType(
         "round-done": _ROUND,
         "release": _ROUND | {"mechanism"},
         "study-closed": _STUDY | {"population"},
+        "population-changed": frozenset({"population", "population_fingerprint"}),
     }
 )
 
