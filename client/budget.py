@@ -90,6 +90,7 @@ class Budget:
             raise LedgerError("the ledger opens no budget", hint="Open one first, or restore the ledger.")
         self.terms: BudgetTerms = opening.budget
         self.population: str = opening.population
+        self._fingerprint: str | None = None  # of its patients, as last recorded
         for entry in entries:
             self._take_in(entry)
         if not self._fits(self._committed()):
@@ -140,10 +141,28 @@ class Budget:
                 left_after=self.terms.epsilon - self._epsilon([*others, *mechanisms], self.terms.delta),
             )
 
-    def approve(self, plan: StudyPlan) -> Entry:
+    def population_is(self, fingerprint: str) -> None:
+        """Record, before its patients are used, that the set of patients is another one; who and how many stays unsaid.
+
+        Raises:
+            LedgerError: The change could not be written.
+        """
+        with self._turn:
+            if fingerprint != self._fingerprint:
+                self._take_in(
+                    self._ledger.append(
+                        "population-changed", population=self.population, population_fingerprint=fingerprint
+                    )
+                )
+
+    def approve(self, plan: StudyPlan, *, population_fingerprint: str | None = None) -> Entry:
         """Reserve all that a study may charge: rounds, spare charges and releases.
 
         Approving the same plan again while it is open returns the approval there is.
+
+        Args:
+            plan: What is approved.
+            population_fingerprint: Of the patients that it was approved for.
 
         Raises:
             BudgetExhaustedError: The plan does not stay within its own epsilon at the budget's order, or does not fit
@@ -160,9 +179,12 @@ class Budget:
             self._refuse_large_delta(plan)
             self._refuse_over_own_limit(plan, mechanisms)
             self._refuse_over_budget(plan, mechanisms)
+            if population_fingerprint and self._fingerprint:
+                self.population_is(population_fingerprint)
             entry = self._ledger.append(
                 "plan-approved",
                 population=self.population,
+                population_fingerprint=population_fingerprint,
                 study=plan.study,
                 plan_digest=plan.digest(),
                 limit=StudyLimit(epsilon=plan.privacy.epsilon, delta=plan.privacy.delta),
@@ -340,6 +362,7 @@ class Budget:
     def _take_in(self, entry: Entry) -> None:
         """Follow one entry. What the entries contradict is never guessed at: it stops the hospital."""
         _require(entry, entry.population in {None, self.population}, "belongs to another population")
+        self._fingerprint = entry.population_fingerprint or self._fingerprint
         match entry.kind:
             case "plan-approved":
                 self._take_in_approval(entry)

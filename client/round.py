@@ -17,13 +17,11 @@ from numpy.typing import NDArray
 from client.books import Books
 from client.dp_sgd import self_check, train
 from client.evaluate import released_statistics
-from client.keys import split_key
 from client.live import LiveSettings
 from client.policy import Policy, Site, admit, permit_now
 from client.positions import open_positions
 from client.randomness import SecureRandom
-from client.records.manifest import read_manifest
-from client.records.tabular import read_table
+from client.records.population import Population, Source
 from client.settings import Settings, read_roster, read_settings
 from shared_models.encoding import NULL_COORDINATES, Encoding, encoding, public_weight
 from shared_models.errors import ConfigError, NotEnrolledError, PolicyError, ProtocolError, ThresholdError
@@ -79,6 +77,8 @@ class Study:
     """A study that this hospital approved, with everything its rounds need, kept warm.
 
     Attributes:
+        source: Where its patients' records come from.
+        population: Who is used, as of stage 1 of the attempt under way; never changed in the middle of one.
         clipped: How often what it uploads was shortened to the sum's bound since the process began.
     """
 
@@ -86,18 +86,19 @@ class Study:
     digest: str
     task: Task
     model: torch.nn.Module
-    read: Callable[[], tuple["Records", "Records"]]
+    source: Source
+    population: Population
     clipped: int = 0
 
     @property
     def training(self) -> "Records":
         """Training part of the records."""
-        return self.read()[0]
+        return self.population.training
 
     @property
     def validation(self) -> "Records":
         """Validation part of the records."""
-        return self.read()[1]
+        return self.population.validation
 
     @property
     def parameters(self) -> int:
@@ -183,8 +184,8 @@ class Hospital:
                 hint="No rule among the policy's standing_approvals covers it.",
             )
         study = self._prepare(plan)
-        self.books.budget.approve(plan)
-        self._studies[plan.study] = study
+        self.books.budget.approve(plan, population_fingerprint=study.population.fingerprint)
+        study = self._studies.setdefault(plan.study, study)  # proposed again, it keeps its patients until stage 1
         log.info("study %s approved: plan %s", plan.study, study.digest)
         return Enrolment(
             plan_digest=study.digest,
@@ -206,10 +207,11 @@ class Hospital:
     def _prepare(self, plan: StudyPlan) -> Study:
         """Validate the records and check the network before anything is approved, let alone charged."""
         task = find_task(plan.task)
-        parts = read_table(read_manifest(self.settings.records), task, split_key=split_key(self.settings.state))
+        source = Source(self.settings, task)
+        population = source.current()
         model = build_network(plan.network, task, seed=plan.seed).to(self.device)
         self_check(model, task, clip=plan.privacy.clip)
-        return Study(plan, plan.digest(), task, model, lambda: parts)
+        return Study(plan, plan.digest(), task, model, source, population)
 
     def advertise(self, request: AdvertiseRequest) -> Advertised:
         """Stage 1: allow the round before it begins, and make fresh keys for this attempt at it."""
@@ -232,11 +234,17 @@ class Hospital:
                 f"threshold {announcement.threshold} is below the plan's {study.plan.minimum_hospitals} hospitals",
                 hint="The coordinator is broken or lies.",
             )
+        population = (
+            study.source.current()
+        )  # as the disk has it now, less who said no; refused here, not after a charge
         self._encoding(study, announcement)  # what could not be encoded is refused before anything is computed
         if self._unfinished:  # of an attempt that never came to stage 5
             self._keep_transcript()
         self._unfinished = True
-        return Advertised(advertisement=self._party.advertise(announcement, plan_digest=study.digest))
+        advertisement = self._party.advertise(announcement, plan_digest=study.digest)
+        self.books.budget.population_is(population.fingerprint)
+        study.population = population
+        return Advertised(advertisement=advertisement)
 
     def share(self, request: ShareRequest) -> Dealt:
         """Stage 2: check everybody's keys against the pinned roster, and deal shares of this attempt's secrets."""
