@@ -245,8 +245,12 @@ def test_nothing_on_the_wire_changes_with_who_said_no(tmp_path: Path, monkeypatc
 
 
 def _hold_out(federation: Federation) -> None:
-    """Keep a fifth of every hospital's patients for validation."""
+    """Keep a fifth of every hospital's patients for validation, the same ones in every run, with both classes."""
     for name in federation.names:
+        state = federation.settings(name).state
+        state.mkdir()
+        (state / "local.key").write_bytes(bytes(32))
+        (state / "local.key").chmod(0o600)
         manifest = federation.settings(name).records / "manifest.toml"
         text = manifest.read_text(encoding="utf-8")
         manifest.write_text(text.replace("validation_fraction = 0.0", "validation_fraction = 0.2"), encoding="utf-8")
