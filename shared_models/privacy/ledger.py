@@ -432,13 +432,17 @@ def _refuse_other_key(chain: Chain, public_key: bytes) -> None:
     raise wrong(1, f"it is not signed by {ours}…: the ledger is another's, or the key is")
 
 
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
 def _next_time(last: str) -> str:
     """Now, but never before the last entry: a step back that is small is not written, a large one stops the hospital.
 
     Raises:
         LedgerError: The clock was set back by more than ``CLOCK_TOLERANCE``.
     """
-    now = datetime.now(UTC)
+    now = _now()
     if last and now < datetime.fromisoformat(last) - CLOCK_TOLERANCE:
         raise LedgerError(
             f"the clock says {now:%Y-%m-%dT%H:%M:%SZ}, but the ledger's newest entry is of {last}: it was set back",
@@ -499,10 +503,17 @@ def _explained(path: Path) -> Iterator[None]:
     try:
         yield
     except (sqlite3.Error, OSError, ValueError, OverflowError, MemoryError) as error:
-        raise LedgerError(
-            f"the ledger {path} cannot be used: {error}",
-            hint="Check that the folder is writable, the disk has space and the file is intact.",
-        ) from None
+        raise LedgerError(f"the ledger {path} cannot be used: {error}", hint=_hint(str(error))) from None
+
+
+def _hint(problem: str) -> str:
+    if "locked" in problem:
+        return "Another process has it open for writing. A hospital runs one process; stop the other and restart."
+    if "full" in problem or "No space" in problem:
+        return "Make room on the disk, then restart the hospital. What was charged stays charged."
+    if "malformed" in problem or "not a database" in problem:
+        return "The file is damaged. Restore the newest copy of ledger and head file, and have the disk looked at."
+    return "Check that the folder is writable, the disk has space and the file is intact."
 
 
 def _lock(path: Path) -> int:
