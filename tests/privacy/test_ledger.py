@@ -70,7 +70,7 @@ def filled(folder: Path, key: Ed25519PrivateKey = KEY) -> Path:
             **STUDY,
             population="all",
             limit=StudyLimit(epsilon=1.0, delta=1e-4),
-            reservation=(Reserved(mechanism=MECHANISM, charges=32),),
+            reservation=(Reserved(mechanism=MECHANISM, charges=20),),
         )
         for number in range(1, CHARGES + 1):
             charge(ledger, number)
