@@ -120,6 +120,8 @@ class Entry(Frozen):
     plan_digest: Digest | None = None
     limit: StudyLimit | None = None
     reservation: tuple[Reserved, ...] | None = None
+    approved_by: Literal["steward", "standing-rule"] | None = None
+    approval: Signature | None = None  # the steward's, of kind study-approval; see shared_models/approval.py
     round: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     attempt: Annotated[int, Field(ge=1, le=1_000)] | None = None
     mechanism: Mechanism | None = None
