@@ -39,8 +39,9 @@ def disclose(settings: Settings, plan: StudyPlan, budget: Budget) -> Rows:
 
 
 def printable(text: str) -> str:
-    """A text that somebody else wrote, without what could move a terminal's cursor or hide a part of it."""
-    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
+    """A text that somebody else wrote, on one line, without what could move a cursor or hide a part of it."""
+    line = " ".join(text.split())
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in line)
 
 
 def _peers(settings: Settings, plan: StudyPlan) -> Rows:
