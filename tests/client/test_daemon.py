@@ -29,6 +29,7 @@ from server.coordinator import InProcessGrid, SuperLink
 from server.gather import Gather
 from shared_models.errors import ConnectionLostError, IdentityError
 from shared_models.messages import Proposal, Refusal
+from tests.client.test_cli import run
 from tests.federation import make_federation
 from tests.link import Keys
 
@@ -287,6 +288,21 @@ def test_a_daemon_ends_when_it_is_told_to(daemon: Callable[[], "subprocess.Popen
 
     assert process.returncode == 0
     assert "Traceback" not in said
+
+
+def test_a_daemon_ends_when_the_command_stop_tells_it_to(
+    daemon: Callable[[], "subprocess.Popen[str]"], tmp_path: Path
+) -> None:
+    """The command returns when it is gone; told again, it says that none runs."""
+    process = daemon()
+    assert process.stderr is not None
+    assert "trying again" in process.stderr.readline()
+    settings = tmp_path / "hospitals" / "hospital-1" / "hospital.toml"
+
+    said = [run("stop", settings).output for _ in range(2)]
+
+    assert said == [f"the daemon, process {process.pid}, has ended\n", "no daemon of this hospital runs\n"]
+    assert process.wait(timeout=5) == 0
 
 
 def test_serve_stops_when_the_event_is_set(keys: Keys) -> None:
