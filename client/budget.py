@@ -9,6 +9,7 @@ from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import datetime
+from typing import Literal
 
 from pydantic import ValidationError
 
@@ -155,21 +156,14 @@ class Budget:
                     )
                 )
 
-    def approve(self, plan: StudyPlan, *, population_fingerprint: str | None = None) -> Entry:
-        """Reserve all that a study may charge: rounds, spare charges and releases.
+    def check(self, plan: StudyPlan) -> Entry | None:
+        """Whether a study could be approved, by the ledger alone; writes nothing.
 
-        Approving the same plan again while it is open returns the approval there is.
-
-        Args:
-            plan: What is approved.
-            population_fingerprint: Of the patients that it was approved for.
+        Returns:
+            The approval there is, if exactly this plan was approved and is open; None if it could be approved now.
 
         Raises:
-            BudgetExhaustedError: The plan does not stay within its own epsilon at the budget's order, or does not fit
-                into what the population has left.
-            PolicyError: A study of this name was approved with another plan, or is closed; or the plan's delta is too
-                large for the population.
-            LedgerError: The approval could not be written.
+            BudgetExhaustedError, PolicyError: As ``approve`` would.
         """
         with self._turn:
             known = self._studies.get(plan.study)
@@ -179,6 +173,38 @@ class Budget:
             self._refuse_large_delta(plan)
             self._refuse_over_own_limit(plan, mechanisms)
             self._refuse_over_budget(plan, mechanisms)
+            return None
+
+    def approve(
+        self,
+        plan: StudyPlan,
+        *,
+        population_fingerprint: str | None = None,
+        approved_by: Literal["steward", "standing-rule"] | None = None,
+        approval: str | None = None,
+    ) -> Entry:
+        """Reserve all that a study may charge: rounds, spare charges and releases.
+
+        Approving the same plan again while it is open returns the approval there is.
+
+        Args:
+            plan: What was approved.
+            population_fingerprint: Of the patients that it was approved for.
+            approved_by: Whether a steward said yes to it, or a standing rule of the policy.
+            approval: The steward's signature.
+
+        Raises:
+            BudgetExhaustedError: The plan does not stay within its own epsilon at the budget's order, or does not fit
+                into what the population has left.
+            PolicyError: A study of this name was approved with another plan, or is closed; or the plan's delta is too
+                large for the population.
+            LedgerError: The approval could not be written.
+        """
+        with self._turn:
+            known = self.check(plan)
+            if known is not None:
+                return known
+            mechanisms = study_mechanisms(plan, self.terms.public_size)
             if population_fingerprint and self._fingerprint:
                 self.population_is(population_fingerprint)
             entry = self._ledger.append(
@@ -189,6 +215,8 @@ class Budget:
                 plan_digest=plan.digest(),
                 limit=StudyLimit(epsilon=plan.privacy.epsilon, delta=plan.privacy.delta),
                 reservation=tuple(Reserved(mechanism=m, charges=n) for m, n in Counter(mechanisms).items()),
+                approved_by=approved_by,
+                approval=approval,
                 software_digest=software_digest(),
             )
             self._take_in(entry)
@@ -279,6 +307,11 @@ class Budget:
         """Names of all studies that were approved, oldest first, each with the delta it holds at."""
         with self._turn:
             return {name: known.limit.delta for name, known in self._studies.items()}
+
+    def approvals(self) -> list[tuple[Entry, bool]]:
+        """The approval of every study, oldest first, and whether the study is closed."""
+        with self._turn:
+            return [(known.approval, known.closed) for known in self._studies.values()]
 
     def trained_since(self, moment: float) -> int:
         """How many of the newest ``NEWEST_CHARGES`` training runs were charged after a moment, by the ledger's times.

@@ -15,6 +15,8 @@ import torch
 from numpy.typing import NDArray
 
 from client.books import Books
+from client.consent import Consents
+from client.device import choose_device
 from client.dp_sgd import self_check, train
 from client.evaluate import released_statistics
 from client.live import LiveSettings
@@ -24,8 +26,8 @@ from client.randomness import SecureRandom
 from client.records.population import Population, Source
 from client.settings import Settings, read_roster, read_settings
 from shared_models.encoding import NULL_COORDINATES, Encoding, encoding, public_weight
-from shared_models.errors import ConfigError, NotEnrolledError, PolicyError, ProtocolError, ThresholdError
-from shared_models.identity import load_key, sign
+from shared_models.errors import NotEnrolledError, PolicyError, ProtocolError, ThresholdError
+from shared_models.identity import load_key, public_bytes, sign
 from shared_models.messages import (
     Advertised,
     AdvertiseRequest,
@@ -128,7 +130,8 @@ class Hospital:
         self.settings = settings
         self.books = books
         self._live = live
-        self.device = _device(settings)
+        self.device = choose_device(settings)
+        self._consents = Consents(settings.state)
         self._identity = load_key(settings.keys.identity)
         self._random = test_random or SecureRandom.from_system
         self._allow_test_random = test_random is not None
@@ -167,24 +170,33 @@ class Hospital:
         self.books.close()
 
     def enrol(self, proposal: Proposal) -> Enrolment:
-        """A study is proposed: allow it by policy, check data and network, reserve its price; or refuse.
+        """A study is proposed: permitted by policy, affordable, approved by somebody, fit for the records; or refused.
 
-        Approving again what was approved before, after a restart, reserves nothing twice.
+        Approving again what was approved before, after a restart, reserves nothing twice. No record is read before all
+        of the rest holds.
 
         Raises:
             RolledBackError: This hospital's ledger lacks what it signed for.
+            PendingError: Nobody has approved it yet.
             FederationError: The plan is malformed, not permitted, too dear, or does not fit the records.
         """
         plan = parse_plan(proposal.plan, "the proposed plan")
         self.books.anchors.check(proposal.anchor, study=plan.study)
+        policy, coordinator = self.settings.policy, self.settings.coordinator
         self._admit(plan, count_parameters(plan.network, find_task(plan.task)))
-        if not self.settings.policy.stands(plan, self.settings.coordinator):
-            raise PolicyError(
-                f"study {plan.study} needs an approval that this hospital gives nobody in advance",
-                hint="No rule among the policy's standing_approvals covers it.",
+        if self.books.budget.check(plan) is None:
+            stands = policy.stands(plan, coordinator)
+            consent = self._consents.of(plan, public_bytes(self._identity), stands=stands)
+            study = self._prepare(plan)
+            self.books.budget.approve(
+                plan,
+                population_fingerprint=study.population.fingerprint,
+                approved_by=consent.approved_by,
+                approval=consent.approval,
             )
-        study = self._prepare(plan)
-        self.books.budget.approve(plan, population_fingerprint=study.population.fingerprint)
+        else:
+            study = self._prepare(plan)
+        self._consents.settle(plan.study)
         study = self._studies.setdefault(plan.study, study)  # proposed again, it keeps its patients until stage 1
         log.info("study %s approved: plan %s", plan.study, study.digest)
         return Enrolment(
@@ -407,19 +419,6 @@ class Hospital:
         body = kind(study=now.study, round=now.round, attempt=now.attempt, context=context, receipt=receipt)
         signature = sign(self._identity, "receipt", receipt_payload(body)).hex()
         return body.model_copy(update={"receipt": receipt.model_copy(update={"signature": signature})})
-
-
-def _device(settings: Settings) -> torch.device:
-    """CUDA when it is there and permitted, else the CPU; the setting decides.
-
-    Raises:
-        ConfigError: ``cuda`` is demanded and not there.
-    """
-    there = torch.cuda.is_available()
-    if settings.device == "cuda" and not there:
-        raise ConfigError("the settings demand cuda, which is not available", hint='Set device = "auto" or "cpu".')
-    wanted = settings.device == "cuda" or (settings.device == "auto" and "cuda" in settings.policy.devices)
-    return torch.device("cuda" if wanted and there else "cpu")
 
 
 def _cohort_policy(policy: Policy) -> protocol.CohortPolicy:

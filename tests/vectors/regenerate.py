@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from client.randomness import SecureRandom
 from server.examples import example_plan
+from shared_models.approval import ApprovedPrice, sign_approval
 from shared_models.encoding import encoding
 from shared_models.identity import public_bytes, sign
 from shared_models.messages import (
@@ -35,6 +36,7 @@ from shared_models.messages import (
     signed_receipt,
 )
 from shared_models.metrics import compute_metrics, record_statistics
+from shared_models.privacy.ledger import BudgetTerms, StudyLimit
 from shared_models.privacy.mechanisms import (
     GaussianRelease,
     PoissonGaussian,
@@ -71,6 +73,19 @@ def known_answers() -> dict[str, Any]:
     update = Update(study="a-study", round=2, attempt=1, context="e" * 64, receipt=receipt)
     last = {"ann": signed_receipt(update), "bob": signed_receipt(update.model_copy(update={"round": 3}))}
     anchor = Anchor(last=last["ann"], everybody=digest_of_all(last))
+    approval = sign_approval(
+        KEY,
+        study="a-study",
+        plan_digest="f" * 64,
+        price=ApprovedPrice(
+            epsilon=0.9,
+            limit=StudyLimit(epsilon=1.0, delta=5e-4),
+            left_before=2.0,
+            left_after=1.1,
+            budget=BudgetTerms(epsilon=2.0, delta=1e-4, order=14, public_size=200),
+        ),
+        time="2026-03-02T08:00:00.000Z",
+    )
     played = play_round()
     delivery = next(iter(played.deliveries.values()))
     encodings = {purpose: encoding(RELEASING, purpose, parameters=31, hospitals=4) for purpose in ("train", "evaluate")}
@@ -100,6 +115,7 @@ def known_answers() -> dict[str, Any]:
             "public_key": public_bytes(KEY).hex(),
             "signature": sign(KEY, "receipt", receipt_payload(update)).hex(),
         },
+        "approval": {"json": approval.model_dump(mode="json"), "payload": approval.payload().hex()},
         "random": {"uniform": random.uniform(3).tolist(), "gaussian": random.gaussian(3).tolist()},
         "renyi_divergence": {
             "sampled, order 4": renyi_divergence(step, 4),
