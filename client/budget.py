@@ -91,6 +91,7 @@ class Budget:
             raise LedgerError("the ledger opens no budget", hint="Open one first, or restore the ledger.")
         self.terms: BudgetTerms = opening.budget
         self.population: str = opening.population
+        self.opening: str = opening.hash  # tells this ledger from any other
         self._fingerprint: str | None = None  # of its patients, as last recorded
         for entry in entries:
             self._take_in(entry)
@@ -297,6 +298,12 @@ class Budget:
         with self._turn:
             studies = self._studies.values() if study is None else [self._find(study)]
             return [mechanism for known in studies for mechanism in known.charged.elements()]
+
+    @property
+    def has_spent(self) -> bool:
+        """Whether anything was ever charged."""
+        with self._turn:
+            return any(known.charged for known in self._studies.values())
 
     def filter_spent(self, study: str | None = None) -> float:
         """The enforced epsilon of what was charged: of one study at its own delta, of all at the budget's."""

@@ -136,6 +136,7 @@ def check_data(
 
     from client.keys import split_key
     from client.records.report import describe
+    from client.registry import check_records
     from client.settings import read_settings
     from shared_models.errors import ConfigError
 
@@ -146,6 +147,7 @@ def check_data(
     if settings_file is not None:
         settings = read_settings(settings_file)
         Console().print(describe(settings.records, split_key=split_key(settings.state), opt_out=settings.opt_out))
+        check_records(settings)
     elif records is not None:
         Console().print(describe(records))
 

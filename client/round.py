@@ -24,6 +24,7 @@ from client.policy import Policy, Site, admit, permit_now
 from client.positions import open_positions
 from client.randomness import SecureRandom
 from client.records.population import Population, Source
+from client.registry import open_registry
 from client.settings import Settings, read_roster, read_settings
 from shared_models.encoding import NULL_COORDINATES, Encoding, encoding, public_weight
 from shared_models.errors import NotEnrolledError, PolicyError, ProtocolError, ThresholdError
@@ -135,6 +136,7 @@ class Hospital:
         self._identity = load_key(settings.keys.identity)
         self._random = test_random or SecureRandom.from_system
         self._allow_test_random = test_random is not None
+        self._registry = open_registry(settings, books)
         self._studies: dict[str, Study] = {}
         self._unfinished = False  # an attempt whose transcript is not kept yet
         self._party = protocol.Hospital(
@@ -221,6 +223,7 @@ class Hospital:
         task = find_task(plan.task)
         source = Source(self.settings, task)
         population = source.current()
+        self._registry.check(population.members, has_spent=self.books.budget.has_spent)
         model = build_network(plan.network, task, seed=plan.seed).to(self.device)
         self_check(model, task, clip=plan.privacy.clip)
         return Study(plan, plan.digest(), task, model, source, population)
@@ -249,6 +252,7 @@ class Hospital:
         population = (
             study.source.current()
         )  # as the disk has it now, less who said no; refused here, not after a charge
+        self._registry.claim(population.members, has_spent=self.books.budget.has_spent)
         self._encoding(study, announcement)  # what could not be encoded is refused before anything is computed
         if self._unfinished:  # of an attempt that never came to stage 5
             self._keep_transcript()
