@@ -32,17 +32,18 @@ def start(settings_file: SettingsFile) -> None:
 
     Dials out only; opens no port. A coordinator that isn't there is tried again, with back-off, until it is.
     """
-    from client import app as flower_app
-    from client.daemon import serve
     from client.process import Ending, announced, refuse_second
     from client.settings import read_settings
 
     settings = read_settings(settings_file)
+    refuse_second(settings.state)
+    from client import app as flower_app  # torch and Flower take seconds: not before it is clear that they are needed
+    from client.daemon import serve
+
     _log(settings)
     _use(settings)
     until = Ending()
     signal.signal(signal.SIGTERM, until.on_signal)
-    refuse_second(settings.state)
     try:
         flower_app.hospital_at(str(settings_file))  # a ledger or a key that is wrong stops us before we connect
         with announced(settings.state):

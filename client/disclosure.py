@@ -67,9 +67,9 @@ def _training(settings: Settings, plan: StudyPlan, task: Task, manifest: Manifes
         ("patients", f"{training} to train with, {validation} to validate with (true counts: for your eyes only)"),
         (
             "mechanism",
-            f"{plan.rounds} rounds and {privacy.spare_charges} spare ones of {plan.training.steps} steps; in each step "
-            f"every patient takes part with probability {privacy.sample_rate:g}, a patient's gradient is clipped to "
-            f"{privacy.clip:g}, and Gaussian noise of {privacy.noise_multiplier:g} times that is added",
+            f"{plan.rounds} rounds, and {privacy.spare_charges} in reserve, of {plan.training.steps} steps; in each "
+            f"step every patient takes part with probability {privacy.sample_rate:g}, a patient's gradient is clipped "
+            f"to {privacy.clip:g}, and Gaussian noise of {privacy.noise_multiplier:g} times that is added",
         ),
     ]
 
@@ -79,8 +79,8 @@ def _columns(manifest: Manifest, task: Task) -> str:
     schema = [column.name for column in task.input.columns] if isinstance(task.input, TableInput) else []
     named = [(name, manifest.column(name)) for name in schema] + [(task.label, manifest.label)]
     listed = ", ".join(name if name == column else f"{name} (in the file: {column})" for name, column in named)
-    patient = manifest.patient or "every row is a patient"
-    return f"{listed}; the last is the label; patient: {patient}"
+    patient = f"patient column: {manifest.patient}" if manifest.patient else "every row is a patient"
+    return f"{listed}; the last is the label; {patient}"
 
 
 def _leaving(plan: StudyPlan, task: Task) -> Rows:
