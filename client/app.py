@@ -14,7 +14,7 @@ from flwr.clientapp import ClientApp
 
 from client.evidence import REFUSALS, EvidenceFile, refusal
 from client.round import Hospital
-from shared_models.errors import FederationError, LedgerError, RecordsError
+from shared_models.errors import FederationError, LedgerError, PendingError, RecordsError
 from shared_models.messages import (
     AdvertiseRequest,
     AgreeRequest,
@@ -65,6 +65,9 @@ def _answer(message: Message, context: Context, expected: type[BodyType], statio
     except RecordsError as error:  # its text names a cell: for the steward's terminal, not for a log
         log.warning("refused %s: the records do not fit; run konsil-hospital check-data", expected.__name__)
         return _refuse(message, context, error)
+    except PendingError as error:  # the log has it once, and the coordinator asks again and again
+        log.log(logging.WARNING if type(error) is not PendingError else logging.DEBUG, "%s", error)
+        return refuse(error, to=message)
     except FederationError as error:
         log.warning("refused %s: %s (%s)", expected.__name__, error, error.hint)
         return _refuse(message, context, error)

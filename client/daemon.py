@@ -60,6 +60,7 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
+from client.process import Ending
 from client.settings import Settings
 from shared_models.errors import ConnectionLostError, FederationError, IdentityError, ProtocolError
 from shared_models.messages import REPLIES, not_admitted
@@ -185,7 +186,7 @@ class FleetConnection:
                 ) from None
 
 
-def serve(settings: Settings, settings_file: Path, handler: Handler, *, until: threading.Event) -> None:
+def serve(settings: Settings, settings_file: Path, handler: Handler, *, until: Ending) -> None:
     """Stay connected and answer messages, one at a time, until told to stop.
 
     A coordinator that isn't there is tried again with exponential back-off and jitter, and the log says so.
@@ -207,9 +208,7 @@ def serve(settings: Settings, settings_file: Path, handler: Handler, *, until: t
             retry_s = min(2 * retry_s, LONGEST_RETRY_S)
 
 
-def _answer_messages(
-    connection: FleetConnection, settings_file: Path, handler: Handler, until: threading.Event
-) -> None:
+def _answer_messages(connection: FleetConnection, settings_file: Path, handler: Handler, until: Ending) -> None:
     context = Context(0, connection.node.node_id, {"settings": str(settings_file)}, RecordDict(), {})
     poll_s = SHORTEST_POLL_S
     while not until.is_set():
@@ -218,7 +217,8 @@ def _answer_messages(
             message = connection.receive()
             if message is not None:
                 poll_s = SHORTEST_POLL_S
-                connection.send(_admit(message, context, handler))
+                with until.answering():
+                    connection.send(_admit(message, context, handler))
                 continue
         except ProtocolError as error:
             log.warning("%s (%s)", error, error.hint)
