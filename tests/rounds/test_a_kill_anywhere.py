@@ -43,8 +43,8 @@ ANYWHERE = "anywhere"
 LOOK_EVERY_S = 0.01
 PATIENCE_S = 60.0
 
-# Every commit writes a page of entries and one of their index, each with a header. What it may write beside them depends
-# on how full a page and the log are: such a place need not come again.
+# Every commit writes a page of entries and one of their index, each with a header. What it may write beside them
+# depends on how full a page and the log are: such a place need not come again.
 COMMIT_WRITES = tuple(f"before train/charge/COMMIT/write{number}" for number in ("", "#2", "#3", "#4"))
 
 # Where the daemon dies in the short version, beside each step of the charge. The long one has every place.
