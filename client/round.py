@@ -4,6 +4,7 @@ Each line of ``Hospital.train`` is one file of this folder. Everything that leav
 """
 
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from client.books import Books
 from client.dp_sgd import self_check, train
 from client.evaluate import released_statistics
 from client.keys import split_key
+from client.pace import OnTheGrid
 from client.policy import admit
 from client.positions import open_positions
 from client.randomness import SecureRandom
@@ -214,38 +216,41 @@ class Hospital:
 
     def train(self, request: TrainRequest, parameters: Vector) -> tuple[Update | Complained, Lanes | None]:
         """Stage 3 of a round: accept, charge, load, train, encode, mask, answer."""
+        received = time.monotonic()
         study, complaint = self._accept(request, parameters, "train")
         if complaint is not None:
             return complaint, None
         mechanism = training_mechanism(study.plan, self.settings.population.public_size)
         charge = self._charge(mechanism)
-        records = study.training  # from here on records are used: the charge is on the disk
-        vector_to_parameters(parameters, study.model)
-        null = np.zeros(NULL_COORDINATES)
-        random = self._random()
-        train(
-            study.model,
-            records,
-            study.task,
-            training=study.plan.training,
-            privacy=study.plan.privacy,
-            expected_batch=mechanism.expected_batch,
-            random=random,
-            device=self.device,
-            null=null,
-            allow_test_random=self._allow_test_random,
-        )
-        update = np.concatenate([parameters_to_vector(study.model).astype(np.float64) - parameters, null])
-        weight = public_weight(self.settings.population.public_size, study.plan.weight_cap)
-        masked = self._masked(study, update, weight, charge, random)
-        self.books.round_done(charge)
-        self._log("trained")
-        return self._signed(Update, charge), masked
+        with OnTheGrid(received, study.plan.reply_grid_s):
+            records = study.training  # from here on records are used: the charge is on the disk
+            vector_to_parameters(parameters, study.model)
+            null = np.zeros(NULL_COORDINATES)
+            random = self._random()
+            train(
+                study.model,
+                records,
+                study.task,
+                training=study.plan.training,
+                privacy=study.plan.privacy,
+                expected_batch=mechanism.expected_batch,
+                random=random,
+                device=self.device,
+                null=null,
+                allow_test_random=self._allow_test_random,
+            )
+            update = np.concatenate([parameters_to_vector(study.model).astype(np.float64) - parameters, null])
+            weight = public_weight(self.settings.population.public_size, study.plan.weight_cap)
+            masked = self._masked(study, update, weight, charge, random)
+            self.books.round_done(charge)
+            self._log("trained")
+            return self._signed(Update, charge), masked
 
     def evaluate(
         self, request: EvaluateRequest, parameters: Vector
     ) -> tuple[ReleasedStatistics | Complained, Lanes | None]:
         """Stage 3 of a release of validation statistics: accept, charge, load, evaluate with noise, mask, answer."""
+        received = time.monotonic()
         study, complaint = self._accept(request, parameters, "evaluate")
         if complaint is not None:
             return complaint, None
@@ -253,20 +258,21 @@ class Hospital:
         if evaluation is None:
             raise ProtocolError(f"study {study.plan.study} releases no statistics", hint="See [evaluation].")
         charge = self._charge(release_mechanism(study.plan))
-        vector_to_parameters(parameters, study.model)
-        random = self._random()
-        released = released_statistics(
-            study.model,
-            study.validation,
-            study.task,
-            plan=evaluation,
-            random=random,
-            allow_test_random=self._allow_test_random,
-        )
-        masked = self._masked(study, released, 1.0, charge, random)
-        self.books.released(charge)
-        self._log("released statistics")
-        return self._signed(ReleasedStatistics, charge), masked
+        with OnTheGrid(received, study.plan.reply_grid_s):
+            vector_to_parameters(parameters, study.model)
+            random = self._random()
+            released = released_statistics(
+                study.model,
+                study.validation,
+                study.task,
+                plan=evaluation,
+                random=random,
+                allow_test_random=self._allow_test_random,
+            )
+            masked = self._masked(study, released, 1.0, charge, random)
+            self.books.released(charge)
+            self._log("released statistics")
+            return self._signed(ReleasedStatistics, charge), masked
 
     def agree(self, request: AgreeRequest) -> Agreed:
         """Stage 4: sign the list of those who uploaded; one list per attempt, ever."""

@@ -79,6 +79,12 @@ class RecordsError(FederationError):
     code = "records"
 
 
+class ComputationError(FederationError):
+    """Something failed after a charge; there is one code for everything, because a record may have been the cause."""
+
+    code = "error"
+
+
 class ConnectionLostError(FederationError):
     """The coordinator cannot be reached."""
 
