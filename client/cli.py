@@ -13,6 +13,8 @@ import typer
 from shared_models import terminal
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from client.settings import Settings
 
 app = typer.Typer(
@@ -86,6 +88,25 @@ def budget(
         return
     for line in _budget_lines(found):
         typer.echo(line)
+
+
+@app.command()
+def egress(
+    settings_file: SettingsFile,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Show what has left this hospital, by study, message and field, with its price. Reads the egress log only."""
+    from rich.console import Console
+
+    from client.egress import read_egress, summary
+    from client.settings import read_settings
+
+    found = summary(read_egress(read_settings(settings_file).state))
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    for table in _egress_tables(found):
+        Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
 @app.command()
@@ -171,6 +192,18 @@ def _use(settings: "Settings") -> None:
     import torch
 
     torch.set_num_threads(settings.threads)
+
+
+def _egress_tables(found: dict[str, Any]) -> list["Table"]:
+    from rich.table import Table
+
+    fields = Table("study", "message", "field", "times", "bytes", "price", title="Replies, by field")
+    for row in found["fields"]:
+        fields.add_row(*(str(cell) for cell in row.values()))
+    calls = Table("call", "times", "bytes", title="Everything on the connection: request lines, headers, bodies")
+    for row in found["calls"]:
+        calls.add_row(row["call"], str(row["count"]), str(row["line"] + row["headers"] + row["body"]))
+    return [fields, calls]
 
 
 def _budget_lines(report: dict[str, Any]) -> list[str]:

@@ -6,6 +6,7 @@ Each line of ``Hospital.train`` is one file of this folder. Everything that leav
 import logging
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from client.books import Books
 from client.dp_sgd import self_check, train
+from client.egress import EgressLog
 from client.evaluate import released_statistics
 from client.keys import split_key
 from client.pace import OnTheGrid
@@ -26,7 +28,14 @@ from client.records.manifest import read_manifest
 from client.records.tabular import read_table
 from client.settings import Settings, read_roster, read_settings
 from shared_models.encoding import NULL_COORDINATES, Encoding, encoding, public_weight
-from shared_models.errors import ConfigError, NotEnrolledError, PolicyError, ProtocolError, ThresholdError
+from shared_models.errors import (
+    ConfigError,
+    FederationError,
+    NotEnrolledError,
+    PolicyError,
+    ProtocolError,
+    ThresholdError,
+)
 from shared_models.identity import load_key, sign
 from shared_models.messages import (
     Advertised,
@@ -119,6 +128,7 @@ class Hospital:
     ) -> None:
         self.settings = settings
         self.books = books
+        self.egress = EgressLog(settings)
         self.device = _device(settings.device)
         self._identity = load_key(settings.keys.identity)
         self._random = test_random or SecureRandom.from_system
@@ -147,6 +157,13 @@ class Hospital:
     def close(self) -> None:
         """Let go of the ledger."""
         self.books.close()
+
+    @property
+    def announcement(self) -> Announcement | None:
+        """The attempt at hand, or the last one; None before the first."""
+        with suppress(FederationError):
+            return self._party.announcement
+        return None
 
     def enrol(self, proposal: Proposal) -> Enrolment:
         """A study is proposed: allow it by policy, check data and network, reserve its price; or refuse.
