@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PYTEST := pytest
 DONE := $(VENV)/.done
 
 .PHONY: help setup demo test soak check bench clean
@@ -20,7 +21,7 @@ demo: $(DONE)  ## Four hospitals train one model under differential privacy, as 
 	$(BIN)/konsil-coordinator demo $(ARGS)
 
 test: $(DONE)  ## The test suite, without the long runs
-	$(BIN)/pytest -m 'not soak' $(ARGS)
+	$(BIN)/$(PYTEST) -m 'not soak' $(ARGS)
 
 soak: $(DONE)  ## The long runs
 	$(BIN)/pytest -m soak $(ARGS)
@@ -30,7 +31,7 @@ check: $(DONE)  ## Format, lint, types, import rules and tests with coverage
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	PYTHONPATH=. $(BIN)/lint-imports
-	$(BIN)/coverage run -m pytest -m 'not soak' $(ARGS)
+	$(MAKE) test PYTEST='coverage run -m pytest'
 	$(BIN)/coverage report
 
 bench: $(DONE)  ## The benchmarks; each prints ratios measured in one run (make bench ARGS=bench/round_latency.py)

@@ -59,13 +59,13 @@ def budget(
     from auditor.verify import verify_ledger
     from shared_models.errors import ConfigError
     from shared_models.identity import read_public
-    from shared_models.privacy.ledger import read_ledger
+    from shared_models.privacy.ledger import stream_ledger
 
     keys = {read_public(path) for path in key or []}
     reports = []
     for path in ledgers:
         verify_ledger(path, keys)
-        reports.append(report_budget(read_ledger(path)))
+        reports.append(report_budget(stream_ledger(path)))
         typer.echo("\n".join(_lines(reports[-1])))
     if json_file is not None:
         text = json.dumps({"ledgers": [report.model_dump(mode="json") for report in reports]}, indent=2)
@@ -77,6 +77,7 @@ def budget(
 
 def _describe(verified: "Verified") -> str:
     key = "a given key" if verified.key_was_given else "the key it names itself; give --key to be sure whose it is"
+    rotations = f", after {verified.rotations} rotation(s)" if verified.rotations else ""
     head = (
         "no entry missing at the end"
         if verified.head_was_checked
@@ -84,7 +85,7 @@ def _describe(verified: "Verified") -> str:
     )
     return (
         f"{verified.hospital}, population {verified.population}, {verified.entries} entries, "
-        f"{verified.charges} charges; signed by {key} ({verified.key[:19]}…); {head}"
+        f"{verified.charges} charges; signed by {key} ({verified.key[:19]}…{rotations}); {head}"
     )
 
 

@@ -3,8 +3,8 @@
 dp-accounting (Google) computes the filter's figure, RDP and PLD. The hospital used its own closed form and Opacus.
 """
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 from typing import Literal
 
 from dp_accounting import dp_event, privacy_accountant
@@ -13,7 +13,7 @@ from dp_accounting.rdp import rdp_privacy_accountant
 
 from shared_models.config import Frozen
 from shared_models.errors import LedgerError
-from shared_models.privacy.ledger import BudgetTerms, Entry
+from shared_models.privacy.entries import BudgetTerms, Entry
 from shared_models.privacy.mechanisms import GaussianRelease, PoissonGaussian
 
 PLD_INTERVAL = 1e-3  # width of a cell of the privacy loss distribution, rounded up: an upper bound
@@ -85,44 +85,64 @@ def recompute(mechanisms: Iterable[_Mechanism], *, delta: float, order: int) -> 
     )
 
 
-def report_budget(entries: Sequence[Entry]) -> BudgetReport:
-    """What a ledger's entries add up to, per study and in total.
+def report_budget(entries: Iterable[Entry]) -> BudgetReport:
+    """What a ledger's entries add up to, per study and in total; they are read once, one at a time.
 
     Raises:
         LedgerError: The entries open no budget, or charge what was never approved.
     """
-    if not entries or entries[0].budget is None or entries[0].population is None:
+    rest = iter(entries)
+    opening = next(rest, None)
+    if opening is None or opening.budget is None or opening.population is None:
         raise LedgerError("the ledger opens no budget", hint="It is empty, or not a hospital's.")
-    terms = entries[0].budget
-    approvals = {entry.study: entry for entry in entries if entry.kind == "plan-approved"}
-    closed = {entry.study for entry in entries if entry.kind == "study-closed"}
-    charged = _charged(entries)
-    if not set(charged) <= set(approvals):
+    terms, books = opening.budget, _Books()
+    for entry in rest:
+        books.follow(entry)
+    if not set(books.charged) <= set(books.approvals):
         raise LedgerError("charges of a study that was never approved", hint="Run: konsil-audit verify")
-    spent = [mechanism for mechanisms in charged.values() for mechanism in mechanisms]
-    reserved = [
-        mechanism
-        for study, approval in approvals.items()
-        if study not in closed
-        for mechanism in _left_of(approval, charged.get(study, []))
-    ]
+    spent = sum(books.charged.values(), Counter[_Mechanism]())
     return BudgetReport(
-        hospital=entries[0].hospital,
-        population=entries[0].population,
+        hospital=opening.hospital,
+        population=opening.population,
         budget=terms,
-        spent=recompute(spent, delta=terms.delta, order=terms.order),
-        left=terms.epsilon - filter_epsilon([*spent, *reserved], delta=terms.delta, order=terms.order),
+        spent=recompute(spent.elements(), delta=terms.delta, order=terms.order),
+        left=terms.epsilon - filter_epsilon((spent + books.left()).elements(), delta=terms.delta, order=terms.order),
         studies=tuple(
             StudyReport(
                 study=study or "",
-                open=study not in closed,
+                open=study not in books.closed,
                 limit_epsilon=approval.limit.epsilon,
-                spent=recompute(charged.get(study, []), delta=approval.limit.delta, order=terms.order),
+                spent=recompute(books.charged[study].elements(), delta=approval.limit.delta, order=terms.order),
             )
-            for study, approval in approvals.items()
+            for study, approval in books.approvals.items()
             if approval.limit is not None
         ),
     )
+
+
+class _Books:
+    """What entries add up to; memory grows with the number of studies only."""
+
+    def __init__(self) -> None:
+        self.approvals: dict[str | None, Entry] = {}
+        self.charged: defaultdict[str | None, Counter[_Mechanism]] = defaultdict(Counter)
+        self.closed: set[str | None] = set()
+
+    def follow(self, entry: Entry) -> None:
+        if entry.kind == "plan-approved":
+            self.approvals[entry.study] = entry
+        elif entry.kind == "study-closed":
+            self.closed.add(entry.study)
+        elif entry.kind == "charge" and entry.mechanism is not None:
+            self.charged[entry.study][entry.mechanism] += 1
+
+    def left(self) -> Counter[_Mechanism]:
+        """What open studies may still charge."""
+        left = Counter[_Mechanism]()
+        for study, approval in self.approvals.items():
+            if study not in self.closed:
+                left += Counter({r.mechanism: r.charges for r in approval.reservation or ()}) - self.charged[study]
+        return left
 
 
 def filter_epsilon(mechanisms: Iterable[_Mechanism], *, delta: float, order: int) -> float:
@@ -134,19 +154,6 @@ def filter_epsilon(mechanisms: Iterable[_Mechanism], *, delta: float, order: int
 def _filter(event: dp_event.DpEvent, *, delta: float, order: int) -> float:
     accountant = rdp_privacy_accountant.RdpAccountant([order], _ADD_OR_REMOVE_ONE).compose(event)
     return float(accountant.get_epsilon(delta))
-
-
-def _charged(entries: Sequence[Entry]) -> dict[str | None, list[_Mechanism]]:
-    charged: dict[str | None, list[_Mechanism]] = {}
-    for entry in entries:
-        if entry.kind == "charge" and entry.mechanism is not None:
-            charged.setdefault(entry.study, []).append(entry.mechanism)
-    return charged
-
-
-def _left_of(approval: Entry, charged: list[_Mechanism]) -> list[_Mechanism]:
-    reserved = Counter({reserved.mechanism: reserved.charges for reserved in approval.reservation or ()})
-    return list((reserved - Counter(charged)).elements())
 
 
 def _event(counts: Counter[_Mechanism]) -> dp_event.DpEvent:

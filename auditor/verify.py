@@ -4,7 +4,7 @@ The rules of the budget are checked by code of the auditor's own, not by the hos
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,7 +12,8 @@ from auditor.recompute import filter_epsilon
 from shared_models.config import Frozen
 from shared_models.errors import LedgerError
 from shared_models.identity import fingerprint
-from shared_models.privacy.ledger import Entry, head_path, read_head, read_ledger, verify_entries, verify_head
+from shared_models.privacy.entries import Chain, Entry, following, verify_head
+from shared_models.privacy.ledger import head_path, snapshot
 from shared_models.privacy.mechanisms import GaussianRelease, PoissonGaussian
 
 _TOLERANCE = 1e-9  # two implementations of one formula, in floating point
@@ -24,7 +25,8 @@ class Verified(Frozen):
     """A ledger that holds, and how far the checking went.
 
     Attributes:
-        key: Fingerprint of the key that signed every entry.
+        key: Fingerprint of the key that signs the next entry.
+        rotations: How often the ledger was handed over to a new key; every hand-over holds.
         key_was_given: Whether this key came from elsewhere; otherwise only the ledger itself vouches for it.
         head_was_checked: Whether its head file was there; otherwise entries may be missing at the end.
     """
@@ -34,6 +36,7 @@ class Verified(Frozen):
     entries: int
     charges: int
     key: str
+    rotations: int
     key_was_given: bool
     head_was_checked: bool
 
@@ -49,46 +52,44 @@ def verify_ledger(path: Path, keys: Collection[bytes] = ()) -> Verified:
 
     Args:
         path: The SQLite file.
-        keys: Public keys that the auditor trusts; the ledger's must be one of them. Without any, the ledger's own word
-            is taken.
+        keys: Public keys that the auditor trusts; one of the ledger's must be among them. Without any, the ledger's own
+            word is taken.
 
     Raises:
         LedgerError: What does not hold.
     """
-    entries = read_ledger(path)
-    if not entries:
+    chain, rules = Chain(), Rules()
+    with snapshot(path, head_path(path)) as (head, entries):
+        for entry in following(entries, chain):
+            rules.follow(entry)
+    if chain.first is None:
         raise LedgerError(f"{path} has no entries", hint="No budget was opened, or everything was cut off.")
-    first = entries[0]
-    key = _key(first, keys)
-    verify_entries(entries, key)
-    head = head_path(path)
-    if head.exists():
-        verify_head(read_head(head), entries, key)
-    problems = list(broken_rules(entries))
-    if problems:
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise LedgerError(f"{problems[0]}{more}", hint="The entries are genuine; the hospital broke its own rules.")
+    _refuse_foreign(chain, chain.first, keys)
+    if head is not None:
+        verify_head(head, chain)
+    if rules.broken:
+        more = f" (and {rules.broken - 1} more)" if rules.broken > 1 else ""
+        raise LedgerError(f"{rules.problem}{more}", hint="The entries are genuine; the hospital broke its own rules.")
     return Verified(
-        hospital=first.hospital,
-        population=first.population or "",
-        entries=len(entries),
-        charges=sum(entry.kind == "charge" for entry in entries),
-        key=fingerprint(key),
+        hospital=chain.first.hospital,
+        population=chain.first.population or "",
+        entries=chain.seq,
+        charges=rules.charges,
+        key=fingerprint(chain.keys[-1]),
+        rotations=len(chain.keys) - 1,
         key_was_given=bool(keys),
-        head_was_checked=head.exists(),
+        head_was_checked=head is not None,
     )
 
 
-def _key(first: Entry, trusted: Collection[bytes]) -> bytes:
-    key = bytes.fromhex(first.public_key or "")
-    if not key:
-        raise LedgerError("ledger entry 1: it names no key", hint="A ledger starts with the opening of a budget.")
-    if trusted and key not in trusted:
+def _refuse_foreign(chain: Chain, first: Entry, trusted: Collection[bytes]) -> None:
+    """One trusted key is enough: old keys signed for the new ones, and the new ones for the chain so far."""
+    if trusted and not set(chain.keys) & set(trusted):
         raise LedgerError(
-            f"ledger entry 1: {first.hospital}'s ledger has another key ({fingerprint(key)[:19]}…) than those given",
+            f"ledger entry 1: {first.hospital}'s ledger has another key ({fingerprint(chain.keys[-1])[:19]}…) than "
+            "those given",
             hint="It is another hospital's ledger, or a forgery. Ask the consortium for the right key.",
         )
-    return key
 
 
 @dataclass
@@ -100,25 +101,48 @@ class _Study:
     closed: bool = False
 
 
-def broken_rules(entries: Sequence[Entry]) -> Iterator[str]:
-    """Every rule of the budget that genuine entries break, each with the entry's number."""
-    opening = entries[0]
+class Rules:
+    """The rules of the budget, followed entry by entry; memory grows with the number of studies only.
+
+    Attributes:
+        broken: How many times genuine entries broke a rule.
+        problem: The first of them, with the entry's number.
+        charges: How many charges there were.
+    """
+
+    def __init__(self) -> None:
+        self.broken, self.problem, self.charges = 0, "", 0
+        self._opening: Entry | None = None
+        self._studies: dict[str | None, _Study] = {}
+
+    def follow(self, entry: Entry) -> None:
+        """Take the next entry in."""
+        for problem in self._problems(entry):
+            self.problem = self.problem or problem
+            self.broken += 1
+
+    def _problems(self, entry: Entry) -> Iterator[str]:
+        if self._opening is None:
+            self._opening = entry
+            yield from _open(entry)
+            return
+        if entry.population not in {None, self._opening.population}:
+            yield f"ledger entry {entry.seq}: it belongs to population {entry.population}"
+        if entry.kind == "plan-approved":
+            yield from _approve(entry, self._studies, self._opening)
+        elif entry.kind == "charge":
+            self.charges += 1
+            yield from _charge(entry, self._studies)
+        elif entry.kind == "study-closed" and entry.study in self._studies:
+            self._studies[entry.study].closed = True
+
+
+def _open(opening: Entry) -> Iterator[str]:
     terms = opening.budget
     if terms is None:
         yield "ledger entry 1: it opens no budget"
-        return
-    if not terms.delta * 10 * terms.public_size <= 1 + _TOLERANCE:
+    elif not terms.delta * 10 * terms.public_size <= 1 + _TOLERANCE:
         yield f"ledger entry 1: delta {terms.delta:g} is above 1 / (10 * {terms.public_size})"
-    studies: dict[str | None, _Study] = {}
-    for entry in entries[1:]:
-        if entry.population not in {None, opening.population}:
-            yield f"ledger entry {entry.seq}: it belongs to population {entry.population}"
-        if entry.kind == "plan-approved":
-            yield from _approve(entry, studies, opening)
-        elif entry.kind == "charge":
-            yield from _charge(entry, studies)
-        elif entry.kind == "study-closed" and entry.study in studies:
-            studies[entry.study].closed = True
 
 
 def _approve(entry: Entry, studies: dict[str | None, _Study], opening: Entry) -> Iterator[str]:

@@ -63,6 +63,7 @@ def _answer(message: Message, context: Context, expected: type[BodyType], statio
     """
     try:
         hospital = hospital_at(str(context.node_config["settings"]))
+        hospital.refresh()
         body, vector = decode(message.content, expected)
         answer, lanes = station(hospital, body, vector)
         hospital.egress.reply(answer, lanes, about=hospital.announcement, to=body)

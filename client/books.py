@@ -1,5 +1,6 @@
 """The hospital's books: its ledger and the budget over it, opened together; and what they say, for people and peers."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from client.settings import Settings
 from shared_models.identity import load_key, public_bytes
 from shared_models.messages import PrivacyStatement
 from shared_models.privacy.accounting import reported_epsilon
-from shared_models.privacy.ledger import Entry, Ledger, read_ledger, verify_entries
+from shared_models.privacy.ledger import Entry, Ledger, verified
 from shared_models.privacy.mechanisms import NEIGHBOURING, UNIT
 
 LEDGER = "ledger.sqlite"
@@ -34,7 +35,7 @@ class Books:
         """
         settings.state.mkdir(parents=True, exist_ok=True, mode=0o700)
         path, key = settings.state / LEDGER, load_key(settings.keys.identity)
-        started = path.exists() or any(settings.state.glob(f"{LEDGER}*"))
+        started = Ledger.begun(path, key)
         ledger = Ledger.open(path, key) if started else Ledger.create(path, key, hospital=settings.name)
         population = settings.population
         try:
@@ -95,8 +96,11 @@ class _ReadOnly(Ledger):
     """A ledger somebody else may be appending to; it can be looked at and nothing else."""
 
     def __init__(self, path: Path, public_key: bytes) -> None:
-        self._entries = read_ledger(path)
-        verify_entries(self._entries, public_key)
+        self.path, self.public_key = path, public_key
+
+    def stream(self) -> Iterator[Entry]:
+        """All entries, each once it is known to follow the one before."""
+        return verified(self.path, self.public_key)
 
 
 def report(settings: Settings) -> dict[str, Any]:

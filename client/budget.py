@@ -5,9 +5,10 @@ is in ``shared_models/privacy/mechanisms.py``.
 """
 
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from datetime import datetime
 
 from pydantic import ValidationError
 
@@ -33,6 +34,8 @@ from shared_models.privacy.mechanisms import (
 from shared_models.software import software_digest
 
 _Mechanism = PoissonGaussian | GaussianRelease
+
+NEWEST_CHARGES = 10_000  # whose times are remembered; policy's largest number of rounds a day
 
 
 class Price(Frozen):
@@ -80,12 +83,15 @@ class Budget:
     def __init__(self, ledger: Ledger) -> None:
         self._ledger, self._turn = ledger, threading.RLock()
         self._studies: dict[str, _Study] = {}
-        entries = ledger.entries()
-        if not entries or entries[0].budget is None or entries[0].population is None:
+        self._trained_at: deque[float] = deque(maxlen=NEWEST_CHARGES)
+        entries = iter(ledger.stream())
+        opening = next(entries, None)
+        if opening is None or opening.budget is None or opening.population is None:
             raise LedgerError("the ledger opens no budget", hint="Open one first, or restore the ledger.")
-        self.terms: BudgetTerms = entries[0].budget
-        self.population: str = entries[0].population
-        for entry in entries[1:]:
+        self.terms: BudgetTerms = opening.budget
+        self.population: str = opening.population
+        self._fingerprint: str | None = None  # of its patients, as last recorded
+        for entry in entries:
             self._take_in(entry)
         if not self._fits(self._committed()):
             raise LedgerError("the ledger's entries spend more than its budget", hint="Have an auditor look at it.")
@@ -110,7 +116,7 @@ class Budget:
             LedgerError: The ledger cannot be written, or its entries contradict each other.
         """
         terms = _terms(public_size=public_size, epsilon=epsilon, delta=delta, order=order)
-        if not ledger.entries():
+        if ledger.first is None:
             ledger.append("budget-opened", population=population, budget=terms, public_key=ledger.public_key.hex())
         budget = cls(ledger)
         if (budget.population, budget.terms) != (population, terms):
@@ -135,10 +141,28 @@ class Budget:
                 left_after=self.terms.epsilon - self._epsilon([*others, *mechanisms], self.terms.delta),
             )
 
-    def approve(self, plan: StudyPlan) -> Entry:
+    def population_is(self, fingerprint: str) -> None:
+        """Record, before its patients are used, that the set of patients is another one; who and how many stays unsaid.
+
+        Raises:
+            LedgerError: The change could not be written.
+        """
+        with self._turn:
+            if fingerprint != self._fingerprint:
+                self._take_in(
+                    self._ledger.append(
+                        "population-changed", population=self.population, population_fingerprint=fingerprint
+                    )
+                )
+
+    def approve(self, plan: StudyPlan, *, population_fingerprint: str | None = None) -> Entry:
         """Reserve all that a study may charge: rounds, spare charges and releases.
 
         Approving the same plan again while it is open returns the approval there is.
+
+        Args:
+            plan: What is approved.
+            population_fingerprint: Of the patients that it was approved for.
 
         Raises:
             BudgetExhaustedError: The plan does not stay within its own epsilon at the budget's order, or does not fit
@@ -155,9 +179,12 @@ class Budget:
             self._refuse_large_delta(plan)
             self._refuse_over_own_limit(plan, mechanisms)
             self._refuse_over_budget(plan, mechanisms)
+            if population_fingerprint and self._fingerprint:
+                self.population_is(population_fingerprint)
             entry = self._ledger.append(
                 "plan-approved",
                 population=self.population,
+                population_fingerprint=population_fingerprint,
                 study=plan.study,
                 plan_digest=plan.digest(),
                 limit=StudyLimit(epsilon=plan.privacy.epsilon, delta=plan.privacy.delta),
@@ -253,6 +280,15 @@ class Budget:
         with self._turn:
             return {name: known.limit.delta for name, known in self._studies.items()}
 
+    def trained_since(self, moment: float) -> int:
+        """How many of the newest ``NEWEST_CHARGES`` training runs were charged after a moment, by the ledger's times.
+
+        Args:
+            moment: Seconds since the epoch. Charges that a clock since set back has dated later count too.
+        """
+        with self._turn:
+            return sum(at > moment for at in self._trained_at)
+
     def left(self) -> float:
         """Epsilon that nothing has spent or reserved, at the budget's delta."""
         with self._turn:
@@ -326,6 +362,7 @@ class Budget:
     def _take_in(self, entry: Entry) -> None:
         """Follow one entry. What the entries contradict is never guessed at: it stops the hospital."""
         _require(entry, entry.population in {None, self.population}, "belongs to another population")
+        self._fingerprint = entry.population_fingerprint or self._fingerprint
         match entry.kind:
             case "plan-approved":
                 self._take_in_approval(entry)
@@ -354,6 +391,8 @@ class Budget:
         newest = known.newest.get(entry.mechanism.kind, (0, 0))
         _require(entry, (entry.round, entry.attempt) > newest, "charges a computation that was charged before")
         known.charged[entry.mechanism] += 1
+        if isinstance(entry.mechanism, PoissonGaussian):
+            self._trained_at.append(datetime.fromisoformat(entry.time).timestamp())
         known.newest[entry.mechanism.kind] = (entry.round, entry.attempt)
 
 

@@ -68,7 +68,7 @@ def check_data(
         )
     if settings_file is not None:
         settings = read_settings(settings_file)
-        Console().print(describe(settings.records, split_key=split_key(settings.state)))
+        Console().print(describe(settings.records, split_key=split_key(settings.state), opt_out=settings.opt_out))
     elif records is not None:
         Console().print(describe(records))
 

@@ -1,19 +1,51 @@
-"""What this hospital permits: studies, networks, minimum noise, minimum peers. The stricter of plan and policy wins.
+"""What this hospital permits: studies, networks, noise, peers, hours. The stricter of plan and policy wins.
 
 The policy is read from the hospital's own settings; a plan can only be refused by it, never change it. Whether the
 budget can still pay for a plan that the policy permits is asked in ``client/budget.py``.
 """
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from datetime import datetime
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
+from client.hours import Window, is_open
 from shared_models.config import Count, Frozen, Name, Positive
-from shared_models.errors import PolicyError
+from shared_models.errors import DailyRoundsError, OutsideHoursError, PolicyError
 from shared_models.plan import LARGEST_COHORT, SMALLEST_COHORT, StudyPlan
 
+MICRO_BATCH = 256  # most records whose gradients are in memory at once; dp_sgd's own default
+LARGEST_DAY = 10_000  # rounds; a larger limit is none
+
 NetworkName = Literal["logistic-regression", "mlp", "cnn", "lstm", "transformer"]
+DeviceName = Literal["cpu", "cuda"]
+Peers = Annotated[int, Field(ge=SMALLEST_COHORT, le=LARGEST_COHORT)]
+Address = Annotated[str, Field(pattern=r"^[^\s/]+:[0-9]{1,5}$")]  # host:port, as in the settings
+
+
+class Site(NamedTuple):
+    """What a plan would meet at this hospital, and what policy looks at besides the plan.
+
+    Attributes:
+        coordinator: Address that this hospital dials; TLS proves that whoever proposes is there.
+        device: Where this process computes.
+        parameters: Parameters of the plan's network for its task.
+    """
+
+    coordinator: str
+    device: str
+    parameters: int
+
+    @property
+    def memory_mb(self) -> float:
+        """Estimate of what training takes in memory, in megabytes: parameters and gradients per record.
+
+        For each parameter 40 bytes (two copies of the network in float32; sum, noise and update in float64), and 16
+        for each of the 256 records that are computed at once: its gradient and its patient's mean in float32, and the
+        latter once more in float64. Activations, the records and torch itself, a few hundred megabytes, come on top.
+        """
+        return self.parameters * (40 + 16 * MICRO_BATCH) / 1e6
 
 
 class Population(Frozen):
@@ -47,18 +79,66 @@ class Population(Frozen):
         return self
 
 
+class StandingApproval(Frozen):
+    """A rule that approves studies in the steward's absence: those that meet every condition that it names.
+
+    Attributes:
+        tasks: Tasks it is for.
+        networks: Networks it is for.
+        coordinators: Coordinators it is for, by address.
+        maximum_epsilon: Most that the plan may promise to cost.
+        minimum_noise_multiplier: Least sigma, of training steps and of a release.
+        maximum_rounds: Most training runs, spare ones included.
+        release_validation: False: plans that release no statistics only.
+    """
+
+    tasks: Annotated[tuple[Name, ...], Field(min_length=1)] | None = None
+    networks: Annotated[tuple[NetworkName, ...], Field(min_length=1)] | None = None
+    coordinators: Annotated[tuple[Address, ...], Field(min_length=1)] | None = None
+    maximum_epsilon: Positive | None = None
+    minimum_noise_multiplier: Positive | None = None
+    maximum_rounds: Count | None = None
+    release_validation: bool = True
+
+    @model_validator(mode="after")
+    def _says_something(self) -> "StandingApproval":
+        if not self.model_fields_set:
+            raise ValueError("a standing approval without a condition approves everything; name at least one")
+        return self
+
+    def covers(self, plan: StudyPlan, coordinator: str) -> bool:
+        """Whether a plan meets every condition. Comparisons are written so that a NaN would not."""
+        sigma, least = _least_noise(plan), self.minimum_noise_multiplier
+        return (
+            (self.tasks is None or plan.task in self.tasks)
+            and (self.networks is None or plan.network.name in self.networks)
+            and (self.coordinators is None or coordinator in self.coordinators)
+            and (self.maximum_epsilon is None or plan.privacy.epsilon <= self.maximum_epsilon)
+            and (least is None or sigma >= least)
+            and (self.maximum_rounds is None or _runs(plan) <= self.maximum_rounds)
+            and (self.release_validation or plan.evaluation is None)
+        )
+
+
 class Policy(Frozen):
-    """The hospital's own limits on every plan; there is no default that would be honest for all hospitals.
+    """The hospital's own limits on every plan; what has a default limits nothing unless it is set, or asks the steward.
 
     Attributes:
         tasks: Tasks that may be trained here, by name.
         networks: Networks that may be trained here, by name.
         minimum_noise_multiplier: Least sigma of a training step and of a release.
         maximum_epsilon_per_study: Most that one study may cost a patient.
-        minimum_hospitals: Fewest hospitals whose updates may be averaged: those invited, and the threshold of each sum.
+        minimum_hospitals: Fewest hospitals that a round may invite.
         maximum_attempts: Most attempts at one round, failed ones included.
         maximum_rounds: Most training runs of one study: its rounds and its spare charges together.
-        standing_approval: Approve whatever this policy and the budget permit, without asking the steward.
+        minimum_threshold: Fewest hospitals that must stay to the end of each sum; as many as ``minimum_hospitals``
+            unless told otherwise.
+        maximum_rounds_per_day: Most training runs that may be charged in any 24 hours, over all studies.
+        coordinators: Addresses of coordinators that may lead studies; empty: whichever the settings dial.
+        hours: Windows of local time in which rounds may run; empty: always.
+        devices: Where may be computed.
+        maximum_memory_mb: Most that training may take by the estimate ``Site.memory_mb``.
+        standing_approvals: Rules by which a study is approved without the steward; none: the steward is asked.
         release_validation: Whether noised validation statistics may leave at all.
     """
 
@@ -66,14 +146,29 @@ class Policy(Frozen):
     networks: Annotated[tuple[NetworkName, ...], Field(min_length=1)]
     minimum_noise_multiplier: Positive
     maximum_epsilon_per_study: Positive
-    minimum_hospitals: Annotated[int, Field(ge=SMALLEST_COHORT, le=LARGEST_COHORT)]
+    minimum_hospitals: Peers
     maximum_attempts: Count
     maximum_rounds: Count
-    standing_approval: bool
+    minimum_threshold: Peers | None = None
+    maximum_rounds_per_day: Annotated[int, Field(ge=1, le=LARGEST_DAY)] | None = None
+    coordinators: tuple[Address, ...] = ()
+    hours: tuple[Window, ...] = ()
+    devices: Annotated[tuple[DeviceName, ...], Field(min_length=1)] = ("cpu", "cuda")
+    maximum_memory_mb: Count | None = None
+    standing_approvals: tuple[StandingApproval, ...] = ()
     release_validation: bool = False
 
+    @property
+    def least_threshold(self) -> int:
+        """Fewest hospitals that must stay to the end of each sum."""
+        return self.minimum_threshold or self.minimum_hospitals
 
-def admit(plan: StudyPlan, policy: Policy, population: Population) -> None:
+    def stands(self, plan: StudyPlan, coordinator: str) -> bool:
+        """Whether a standing rule approves this plan; whether the policy permits it is ``admit``'s question."""
+        return any(rule.covers(plan, coordinator) for rule in self.standing_approvals)
+
+
+def admit(plan: StudyPlan, policy: Policy, population: Population, site: Site) -> None:
     """Refuse a plan that this hospital does not permit.
 
     Guarantees:
@@ -83,7 +178,7 @@ def admit(plan: StudyPlan, policy: Policy, population: Population) -> None:
     Raises:
         PolicyError: At least one clause is broken.
     """
-    refusals = list(_refusals(plan, policy, population))
+    refusals = [*_refusals(plan, policy, population), *_site_refusals(policy, site)]
     if refusals:
         raise PolicyError(
             f"study {plan.study} is refused by this hospital's policy: {'; '.join(refusals)}",
@@ -91,9 +186,55 @@ def admit(plan: StudyPlan, policy: Policy, population: Population) -> None:
         )
 
 
+def permit_now(policy: Policy, *, moment: datetime, charged_today: int) -> None:
+    """Refuse to compute now what is permitted at another time: for the coordinator this hospital has dropped out.
+
+    Args:
+        policy: The hospital's.
+        moment: Local time.
+        charged_today: Training runs that were charged in the 24 hours before, over all studies.
+
+    Raises:
+        OutsideHoursError: No window of ``hours`` is open.
+        DailyRoundsError: ``maximum_rounds_per_day`` is used up.
+    """
+    if policy.hours and not is_open(policy.hours, moment):
+        raise OutsideHoursError(
+            f"hours: it is {moment:%a %H:%M}, and rounds run in {', '.join(policy.hours)} only",
+            hint="Nothing to do: rounds are answered again when the next window opens.",
+        )
+    limit = policy.maximum_rounds_per_day
+    if limit is not None and not charged_today < limit:
+        raise DailyRoundsError(
+            f"maximum_rounds_per_day: {charged_today} rounds were charged in the last 24 hours, {limit} are permitted",
+            hint="Nothing to do: rounds are answered again when the oldest of them is a day old.",
+        )
+
+
+def _runs(plan: StudyPlan) -> int:
+    return plan.rounds + plan.privacy.spare_charges
+
+
+def _least_noise(plan: StudyPlan) -> float:
+    """Least sigma of anything that the plan computes."""
+    released = [plan.evaluation.noise_multiplier] if plan.evaluation else []
+    return min([plan.privacy.noise_multiplier, *released])
+
+
+def _site_refusals(policy: Policy, site: Site) -> Iterator[str]:
+    """The clauses on who asks and where it would run."""
+    if policy.coordinators and site.coordinator not in policy.coordinators:
+        yield f"coordinators: {site.coordinator} is not among {', '.join(policy.coordinators)}"
+    if site.device not in policy.devices:
+        yield f"devices: this process computes on {site.device}, permitted: {', '.join(policy.devices)}"
+    limit = policy.maximum_memory_mb
+    if limit is not None and not site.memory_mb <= limit:
+        yield f"maximum_memory_mb: {site.parameters} parameters need about {site.memory_mb:.0f} MB > {limit}"
+
+
 def _refusals(plan: StudyPlan, policy: Policy, population: Population) -> Iterator[str]:
     """Every broken clause in words. Comparisons are written so that a NaN would be refused."""
-    privacy, runs = plan.privacy, plan.rounds + plan.privacy.spare_charges
+    privacy, runs = plan.privacy, _runs(plan)
     if plan.task not in policy.tasks:
         yield f"tasks: {plan.task} is not among {', '.join(policy.tasks)}"
     if plan.network.name not in policy.networks:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -19,13 +20,12 @@ from client.books import Books
 from client.dp_sgd import self_check, train
 from client.egress import EgressLog
 from client.evaluate import released_statistics
-from client.keys import split_key
+from client.live import LiveSettings
 from client.pace import OnTheGrid
-from client.policy import admit
+from client.policy import Policy, Site, admit, permit_now
 from client.positions import open_positions
 from client.randomness import SecureRandom
-from client.records.manifest import read_manifest
-from client.records.tabular import read_table
+from client.records.population import Population, Source
 from client.settings import Settings, read_roster, read_settings
 from shared_models.encoding import NULL_COORDINATES, Encoding, encoding, public_weight
 from shared_models.errors import (
@@ -61,7 +61,7 @@ from shared_models.messages import (
     Vector,
     receipt_payload,
 )
-from shared_models.nets.build import build_network
+from shared_models.nets.build import build_network, count_parameters
 from shared_models.plan import StudyPlan, parse_plan
 from shared_models.privacy.mechanisms import GaussianRelease, PoissonGaussian, release_mechanism, training_mechanism
 from shared_models.receipts import Receipt
@@ -74,6 +74,7 @@ from shared_models.update import check_vector, parameters_to_vector, vector_dige
 log = logging.getLogger("konsil.hospital")
 
 TRANSCRIPTS = "transcripts.jsonl"
+DAY_S = 24 * 60 * 60
 
 UploadType = TypeVar("UploadType", bound=Upload)
 
@@ -87,6 +88,8 @@ class Study:
     """A study that this hospital approved, with everything its rounds need, kept warm.
 
     Attributes:
+        source: Where its patients' records come from.
+        population: Who is used, as of stage 1 of the attempt under way; never changed in the middle of one.
         clipped: How often what it uploads was shortened to the sum's bound since the process began.
     """
 
@@ -94,18 +97,19 @@ class Study:
     digest: str
     task: Task
     model: torch.nn.Module
-    read: Callable[[], tuple["Records", "Records"]]
+    source: Source
+    population: Population
     clipped: int = 0
 
     @property
     def training(self) -> "Records":
         """Training part of the records."""
-        return self.read()[0]
+        return self.population.training
 
     @property
     def validation(self) -> "Records":
         """Validation part of the records."""
-        return self.read()[1]
+        return self.population.validation
 
     @property
     def parameters(self) -> int:
@@ -119,28 +123,34 @@ class Hospital:
     Args:
         settings: The hospital's own.
         books: Its ledger and the privacy budget over it.
+        live: Where the policy is read again before every message; without it the policy stays as it is.
         test_random: Makes a repeatable generator for each charge. Tests only: without it every charge gets a generator
             freshly keyed by the operating system, and the trainer refuses any other.
     """
 
     def __init__(
-        self, settings: Settings, books: Books, *, test_random: Callable[[], SecureRandom] | None = None
+        self,
+        settings: Settings,
+        books: Books,
+        *,
+        live: LiveSettings | None = None,
+        test_random: Callable[[], SecureRandom] | None = None,
     ) -> None:
         self.settings = settings
         self.books = books
         self.egress = EgressLog(settings)
-        self.device = _device(settings.device)
+        self._live = live
+        self.device = _device(settings)
         self._identity = load_key(settings.keys.identity)
         self._random = test_random or SecureRandom.from_system
         self._allow_test_random = test_random is not None
         self._studies: dict[str, Study] = {}
         self._unfinished = False  # an attempt whose transcript is not kept yet
-        least = settings.policy.minimum_hospitals
         self._party = protocol.Hospital(
             settings.name,
             self._identity,
             roster=read_roster(settings.roster),
-            policy=protocol.CohortPolicy(minimum_hospitals=least, minimum_threshold=least),
+            policy=_cohort_policy(settings.policy),
             positions=open_positions(settings.state),
         )
 
@@ -152,7 +162,17 @@ class Hospital:
             ConfigError, IdentityError, LedgerError: With the reason.
         """
         settings = read_settings(settings_file)
-        return cls(settings, Books.open(settings))
+        return cls(settings, Books.open(settings), live=LiveSettings(settings_file, settings))
+
+    def refresh(self) -> None:
+        """Before every message: the policy as the settings file has it now.
+
+        Raises:
+            ConfigError: The file is gone or invalid; then no message is answered.
+        """
+        if self._live is not None:
+            self.settings = self._live.settings()
+            self._party.policy = _cohort_policy(self.settings.policy)
 
     def close(self) -> None:
         """Let go of the ledger."""
@@ -176,15 +196,15 @@ class Hospital:
         """
         plan = parse_plan(proposal.plan, "the proposed plan")
         self.books.anchors.check(proposal.anchor, study=plan.study)
-        admit(plan, self.settings.policy, self.settings.population)
-        if not self.settings.policy.standing_approval:
+        self._admit(plan, count_parameters(plan.network, find_task(plan.task)))
+        if not self.settings.policy.stands(plan, self.settings.coordinator):
             raise PolicyError(
                 f"study {plan.study} needs an approval that this hospital gives nobody in advance",
-                hint="Set standing_approval = true in [policy] if the policy's limits say all there is to say.",
+                hint="No rule among the policy's standing_approvals covers it.",
             )
         study = self._prepare(plan)
-        self.books.budget.approve(plan)
-        self._studies[plan.study] = study
+        self.books.budget.approve(plan, population_fingerprint=study.population.fingerprint)
+        study = self._studies.setdefault(plan.study, study)  # proposed again, it keeps its patients until stage 1
         log.info("study %s approved: plan %s", plan.study, study.digest)
         return Enrolment(
             plan_digest=study.digest,
@@ -192,20 +212,32 @@ class Hospital:
             software_digest=software_digest(),
         )
 
+    def _admit(self, plan: StudyPlan, parameters: int) -> None:
+        site = Site(self.settings.coordinator, self.device.type, parameters)
+        admit(plan, self.settings.policy, self.settings.population, site)
+
+    def _permit(self, study: Study, purpose: Purpose) -> None:
+        """Ask the policy of this moment whether a computation may go on."""
+        self._admit(study.plan, study.parameters)
+        now = datetime.now().astimezone()
+        charged = self.books.budget.trained_since(now.timestamp() - DAY_S) if purpose == "train" else 0
+        permit_now(self.settings.policy, moment=now, charged_today=charged)
+
     def _prepare(self, plan: StudyPlan) -> Study:
         """Validate the records and check the network before anything is approved, let alone charged."""
         task = find_task(plan.task)
-        parts = read_table(read_manifest(self.settings.records), task, split_key=split_key(self.settings.state))
+        source = Source(self.settings, task)
+        population = source.current()
         model = build_network(plan.network, task, seed=plan.seed).to(self.device)
         self_check(model, task, clip=plan.privacy.clip)
-        return Study(plan, plan.digest(), task, model, lambda: parts)
+        return Study(plan, plan.digest(), task, model, source, population)
 
     def advertise(self, request: AdvertiseRequest) -> Advertised:
         """Stage 1: allow the round before it begins, and make fresh keys for this attempt at it."""
         announcement = request.announcement
         study = self._known(announcement)
         self.books.anchors.check(request.anchor, study=announcement.study, announcement=announcement)
-        admit(study.plan, self.settings.policy, self.settings.population)
+        self._permit(study, announcement.purpose)
         if announcement.round > study.plan.rounds:
             raise ProtocolError(
                 f"round {announcement.round} of {study.plan.rounds}", hint="The approved plan has fewer."
@@ -221,11 +253,17 @@ class Hospital:
                 f"threshold {announcement.threshold} is below the plan's {study.plan.minimum_hospitals} hospitals",
                 hint="The coordinator is broken or lies.",
             )
+        population = (
+            study.source.current()
+        )  # as the disk has it now, less who said no; refused here, not after a charge
         self._encoding(study, announcement)  # what could not be encoded is refused before anything is computed
         if self._unfinished:  # of an attempt that never came to stage 5
             self._keep_transcript()
         self._unfinished = True
-        return Advertised(advertisement=self._party.advertise(announcement, plan_digest=study.digest))
+        advertisement = self._party.advertise(announcement, plan_digest=study.digest)
+        self.books.budget.population_is(population.fingerprint)
+        study.population = population
+        return Advertised(advertisement=advertisement)
 
     def share(self, request: ShareRequest) -> Dealt:
         """Stage 2: check everybody's keys against the pinned roster, and deal shares of this attempt's secrets."""
@@ -335,6 +373,7 @@ class Hospital:
         study = self._known(announcement)
         if announcement.purpose != purpose:
             raise ProtocolError(f"a request to {purpose} in an attempt to {announcement.purpose}")
+        self._permit(study, purpose)
         check_vector(parameters, study.parameters)
         complaint = self._party.accept(request.delivery, parameters_digest=vector_digest(parameters))
         if complaint is None:
@@ -393,12 +432,18 @@ class Hospital:
         return body.model_copy(update={"receipt": receipt.model_copy(update={"signature": signature})})
 
 
-def _device(setting: str) -> torch.device:
-    """CUDA when it is there, else the CPU; the setting decides.
+def _device(settings: Settings) -> torch.device:
+    """CUDA when it is there and permitted, else the CPU; the setting decides.
 
     Raises:
         ConfigError: ``cuda`` is demanded and not there.
     """
-    if setting == "cuda" and not torch.cuda.is_available():
+    there = torch.cuda.is_available()
+    if settings.device == "cuda" and not there:
         raise ConfigError("the settings demand cuda, which is not available", hint='Set device = "auto" or "cpu".')
-    return torch.device("cuda" if setting != "cpu" and torch.cuda.is_available() else "cpu")
+    wanted = settings.device == "cuda" or (settings.device == "auto" and "cuda" in settings.policy.devices)
+    return torch.device("cuda" if wanted and there else "cpu")
+
+
+def _cohort_policy(policy: Policy) -> protocol.CohortPolicy:
+    return protocol.CohortPolicy(minimum_hospitals=policy.minimum_hospitals, minimum_threshold=policy.least_threshold)

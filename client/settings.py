@@ -54,6 +54,9 @@ class Settings(Frozen):
         coordinator: Address of the coordinator, ``host:port``.
         records: Folder with ``manifest.toml`` and the file that it names.
         state: Folder for the ledger, its head file and the logs; must outlive the process.
+        registry: Folder that all populations of this hospital share, with keyed hashes of the patients whose records
+            were used: no patient is paid for out of two budgets. ``registry`` beside ``state`` unless told otherwise.
+        opt_out: List of the patients who say no, one id per line.
         roster: File with every hospital's name and identity key, as this hospital has checked them.
         device: ``auto`` takes CUDA when it is there, else the CPU.
         threads: Threads that torch may use.
@@ -63,6 +66,8 @@ class Settings(Frozen):
     coordinator: Address
     records: LocalPath
     state: LocalPath
+    registry: LocalPath | None = None
+    opt_out: LocalPath | None = None
     roster: LocalPath
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: Annotated[int, Field(ge=1, le=1024)] = 1
@@ -70,6 +75,11 @@ class Settings(Frozen):
     keys: Keys
     population: Population
     policy: Policy
+
+    @property
+    def registry_folder(self) -> Path:
+        """Where the registry lies."""
+        return self.registry or self.state.parent / "registry"
 
 
 def read_roster(path: Path) -> Roster:

@@ -208,7 +208,7 @@ def coordinator_settings(hospitals: list[str], port: int, authority: Path) -> di
 def hospital_settings(
     name: str, records: Path, public_size: int, plan: StudyPlan, port: int, authority: Path
 ) -> dict[str, Any]:
-    """One hospital's settings for a trial: a budget of its own, and a standing approval for this kind of study."""
+    """One hospital's settings for a trial: a budget of its own, and a standing approval for studies of this task."""
     delta = plan.privacy.delta
     return {
         "name": name,
@@ -235,7 +235,7 @@ def hospital_settings(
             "minimum_hospitals": plan.minimum_hospitals,
             "maximum_attempts": 10,
             "maximum_rounds": plan.rounds + plan.privacy.spare_charges,
-            "standing_approval": True,
+            "standing_approvals": [{"tasks": [plan.task], "maximum_epsilon": plan.privacy.epsilon}],
             "release_validation": plan.evaluation is not None,
         },
     }

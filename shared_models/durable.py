@@ -29,6 +29,29 @@ def replace_file(path: Path, *content: bytes | memoryview) -> None:
         raise
 
 
+def sync_file(path: Path) -> None:
+    """Make a file that something else wrote durable.
+
+    Raises:
+        OSError: The disk does not take it.
+    """
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def file_identity(path: Path) -> tuple[int, int]:
+    """Which file a path names now: (device, inode), zeros for none. A file that was replaced while open keeps nothing.
+
+    Raises:
+        OSError: It cannot be asked.
+    """
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return (0, 0)
+    return found.st_dev, found.st_ino
+
+
 def sync_folder(folder: Path) -> None:
     """Make a folder's own entries durable: a new name must reach the disk too.
 

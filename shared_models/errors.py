@@ -43,6 +43,36 @@ class PolicyError(FederationError):
     code = "policy"
 
 
+class OutsideHoursError(PolicyError):
+    """A round outside the hours that policy permits: this hospital has dropped out for a while."""
+
+    code = "outside-hours"
+
+
+class DailyRoundsError(PolicyError):
+    """More rounds in a day than policy permits: this hospital has dropped out for a while."""
+
+    code = "daily-rounds"
+
+
+class PendingError(FederationError):
+    """A study that waits for the steward: not a no, and not yet a yes."""
+
+    code = "pending"
+
+
+class ForgedApprovalError(PendingError):
+    """An approval that the hospital's own key did not sign, or not for this plan: the study goes on waiting."""
+
+    code = "forged-approval"
+
+
+class AlreadyRunningError(FederationError):
+    """A second daemon of one hospital."""
+
+    code = "already-running"
+
+
 class DropoutError(FederationError):
     """Too few hospitals answered in time."""
 

@@ -10,6 +10,9 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from client.records.manifest import check_fits, read_manifest
+from client.records.opt_out import read_opt_outs
+from client.records.patient_ids import plain
+from client.records.population import opted_out
 from client.records.records import Records
 from client.records.tabular import Table, checked_table, class_counts, split_table
 from shared_models.tasks import Categorical, Numeric, Task, find_task
@@ -39,22 +42,25 @@ class Summary:
         left_out: Rows with a missing value, where the manifest leaves such rows out.
         repeated_rows: Rows equal to an earlier one in every column of the schema. Where no patient column is named, a
             hint that such a row might not be a patient of its own.
-        parts: Training and validation part: records, patients and records of each class.
+        parts: Training and validation part, less opt-outs: records, patients and records of each class.
+        opt_outs: Ids on the opt-out list, and how many of them these records hold; None where there is no list.
     """
 
     file: Path
     left_out: int
     repeated_rows: int
     parts: dict[str, tuple[int, int, dict[str, int]]]
+    opt_outs: tuple[int, int] | None
     columns: tuple[ColumnSummary, ...]
 
 
-def summarise(folder: Path, *, split_key: bytes = bytes(32)) -> Summary:
+def summarise(folder: Path, *, split_key: bytes = bytes(32), opt_out: Path | None = None) -> Summary:
     """Read a records folder as a study would, and count.
 
     Args:
         folder: Folder with ``manifest.toml``.
         split_key: The hospital's own key shows its own split; any other key shows one of the same proportions.
+        opt_out: The list of patients who say no, if there is one.
 
     Raises:
         RecordsError, ConfigError: Whatever would keep a study from reading the records.
@@ -62,20 +68,24 @@ def summarise(folder: Path, *, split_key: bytes = bytes(32)) -> Summary:
     manifest = read_manifest(folder)
     task = find_task(manifest.task)
     table = checked_table(manifest, task)
-    training, validation = split_table(table, manifest, task, split_key=split_key)
+    listed = read_opt_outs(opt_out)
+    out = opted_out(table, manifest, listed, listed=opt_out is not None)
+    training, validation = split_table(table, manifest, task, split_key=split_key, opted_out=out)
+    here = listed & {plain(patient) for patient in table.ids}
     content = pd.DataFrame({**table.cells, "": table.labels})
     return Summary(
         file=manifest.file,
         left_out=table.left_out,
         repeated_rows=int(content.duplicated().sum()),
         parts={"training": _part(training, task), "validation": _part(validation, task)},
+        opt_outs=(len(listed), len(here)) if opt_out else None,
         columns=tuple(_column(column, table) for column in check_fits(manifest, task).columns),
     )
 
 
-def describe(folder: Path, *, split_key: bytes = bytes(32)) -> Group:
+def describe(folder: Path, *, split_key: bytes = bytes(32), opt_out: Path | None = None) -> Group:
     """``summarise`` for a terminal."""
-    summary = summarise(folder, split_key=split_key)
+    summary = summarise(folder, split_key=split_key, opt_out=opt_out)
     lines = [f"{summary.file}: fit for training"]
     for name, (records, patients, classes) in summary.parts.items():
         counts = ", ".join(f"{n} {label}" for label, n in classes.items())
@@ -83,6 +93,8 @@ def describe(folder: Path, *, split_key: bytes = bytes(32)) -> Group:
     lines.append(
         f"left out for a missing value: {summary.left_out} rows; equal to an earlier row: {summary.repeated_rows}"
     )
+    if summary.opt_outs:
+        lines.append(f"opt-out list: {summary.opt_outs[0]} ids, {summary.opt_outs[1]} of them in these records")
     grid = Grid("column", "missing", "found", "public range")
     for column in summary.columns:
         grid.add_row(*(Text(cell) for cell in (column.name, str(column.missing), column.found, column.public)))

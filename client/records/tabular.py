@@ -1,4 +1,4 @@
-"""Tables on disk -> validated tensors. Patient ids stay in this file; what leaves it is an index that means nothing.
+"""Tables on disk -> validated tensors. Patient ids stay in this folder; what leaves it is an index without meaning.
 
 All checks run when records are read, before a study is approved and before anything is charged, and their texts are for
 the hospital's own terminal: they name file, row, column and value.
@@ -66,14 +66,20 @@ def read_table(manifest: Manifest, task: Task, *, split_key: bytes) -> tuple[Rec
     return split_table(checked_table(manifest, task), manifest, task, split_key=split_key)
 
 
-def split_table(table: Table, manifest: Manifest, task: Task, *, split_key: bytes) -> tuple[Records, Records]:
-    """Encode a checked table and cut it into training and validation part; see ``read_table``."""
+def split_table(
+    table: Table, manifest: Manifest, task: Task, *, split_key: bytes, opted_out: Flags | None = None
+) -> tuple[Records, Records]:
+    """Encode a checked table and cut it into training and validation part; see ``read_table``.
+
+    Rows in ``opted_out`` are left out of both, after all checks: a part may end up without a class, or empty.
+    """
     held_out = _held_out(table.ids, manifest.validation_fraction, split_key)
-    inputs = _encode(table, task)
-    training, validation = (_records(table, task, inputs, part) for part in (~held_out, held_out))
-    _check_classes(manifest, task, training, "training")
+    _check_classes(manifest, task, table.labels[~held_out], "training")
     if manifest.validation_fraction > 0:
-        _check_classes(manifest, task, validation, "validation")
+        _check_classes(manifest, task, table.labels[held_out], "validation")
+    inputs = _encode(table, task)
+    left = np.ones(len(held_out), dtype=np.bool_) if opted_out is None else ~opted_out
+    training, validation = (_records(table, task, inputs, part & left) for part in (~held_out, held_out))
     return training, validation
 
 
@@ -263,13 +269,17 @@ def _encode(table: Table, task: Task) -> NDArray[np.float32]:
 
 def class_counts(records: Records, task: Task) -> dict[str, int]:
     """How many records of each class there are: true counts, for the hospital's own eyes."""
-    counts = np.bincount(records.targets.numpy().astype(np.int64), minlength=len(task.classes))
+    return _class_counts(records.targets.numpy().astype(np.int64), task)
+
+
+def _class_counts(labels: NDArray[np.int64], task: Task) -> dict[str, int]:
+    counts = np.bincount(labels, minlength=len(task.classes))
     return {name: int(count) for name, count in zip(task.classes, counts, strict=True)}
 
 
-def _check_classes(manifest: Manifest, task: Task, records: Records, part: str) -> None:
+def _check_classes(manifest: Manifest, task: Task, labels: NDArray[np.int64], part: str) -> None:
     """Refuse a part without a class, unless the manifest declares that this hospital never sees it."""
-    absent = [n for n, k in class_counts(records, task).items() if not k and n not in manifest.absent_classes]
+    absent = [n for n, k in _class_counts(labels, task).items() if not k and n not in manifest.absent_classes]
     if absent:
         raise RecordsError(
             f"{manifest.file}: no record of class {', '.join(map(repr, absent))} in the {part} part",

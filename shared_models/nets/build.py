@@ -36,6 +36,16 @@ def build_network(network: plan.Network, task: Task, *, seed: int) -> nn.Module:
     return model
 
 
+def count_parameters(network: plan.Network, task: Task) -> int:
+    """Parameters of a plan's network, without the memory that they would take.
+
+    Raises:
+        ConfigError: The network does not take the task's kind of input.
+    """
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in _construct(network, task).parameters())
+
+
 def _construct(network: plan.Network, task: Task) -> nn.Module:
     outputs = task.outputs
     match network, task.input:

@@ -1,159 +1,69 @@
-"""The privacy ledger, both halves: appending entries that cannot be taken back, and verifying that none was.
+"""The privacy ledger's file, both halves: appending entries that cannot be taken back, and reading them as they lie.
 
 One SQLite file per hospital holds signed entries, each with the hash of the one before. A head file beside it (or
-elsewhere) names the newest entry, so that a chain that was cut at its end is noticed too. The ledger stores mechanisms;
-epsilon is derived. It fails closed: whatever is wrong with it is a ``LedgerError``, and training stops.
+elsewhere) names the newest entry, so that a chain that was cut at its end is noticed too. It fails closed: whatever is
+wrong with it is a ``LedgerError``, and training stops. Nothing here holds more than a few entries in memory.
 """
 
 import fcntl
-import hashlib
-import json
 import os
 import sqlite3
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
-from datetime import UTC, datetime
-from functools import cached_property
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from types import MappingProxyType, TracebackType
-from typing import Annotated, Any, Literal
+from types import TracebackType
+from typing import Any
 
-import rfc8785
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from pydantic import Field, ValidationError, model_validator
+from pydantic import ValidationError
 
-from shared_models.config import Count, Frozen, Name, Positive, explain
-from shared_models.durable import replace_file, sync_folder
-from shared_models.errors import IdentityError, LedgerError
-from shared_models.identity import fingerprint, public_bytes, sign, verify
-from shared_models.privacy.mechanisms import LARGEST_ORDER, Mechanism
+from shared_models.config import explain
+from shared_models.durable import file_identity, sync_file, sync_folder
+from shared_models.errors import LedgerError
+from shared_models.identity import fingerprint, public_bytes, sign
+from shared_models.privacy.entries import (
+    GENESIS,
+    BudgetTerms,
+    Chain,
+    Entry,
+    Kind,
+    Reserved,
+    StudyLimit,
+    following,
+    parse_entry,
+    possession,
+    verify_entries,
+    verify_head,
+    wrong,
+)
+from shared_models.privacy.head import Head, HeadWriter, create_head, head_path, read_head
 
-Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Signature = Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
-Time = Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$")]
-Delta = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
-
-# Kinds are never removed and never given another meaning.
-Kind = Literal[
-    "budget-opened",
-    "plan-approved",
-    "charge",
-    "round-done",
-    "release",
-    "conformance",
-    "study-closed",
-    "population-changed",
-    "key-rotated",
-    "checkpoint",
+# Whoever needs a ledger needs its entries too, and finds both here.
+__all__ = [
+    "CLOCK_TOLERANCE",
+    "GENESIS",
+    "BudgetTerms",
+    "Chain",
+    "Entry",
+    "Head",
+    "Ledger",
+    "Reserved",
+    "StudyLimit",
+    "head_path",
+    "read_head",
+    "read_hospital",
+    "read_ledger",
+    "snapshot",
+    "stream_ledger",
+    "verified",
+    "verify_entries",
+    "verify_head",
 ]
 
-GENESIS = "0" * 64  # what the first entry names as the one before it
-
-_STUDY = frozenset({"study", "plan_digest"})
-_ROUND = _STUDY | {"round", "attempt"}
-_REQUIRED: Mapping[str, frozenset[str]] = MappingProxyType(
-    {
-        "budget-opened": frozenset({"population", "budget", "public_key"}),
-        "plan-approved": _STUDY | {"population", "limit", "reservation"},
-        "charge": _ROUND | {"population", "mechanism", "parameters_digest"},
-        "round-done": _ROUND,
-        "release": _ROUND | {"mechanism"},
-        "study-closed": _STUDY | {"population"},
-    }
-)
-
-
-class BudgetTerms(Frozen):
-    """What a population's budget was opened with; fixed from then on.
-
-    Attributes:
-        epsilon: The most that all studies together may cost a patient.
-        delta: What ``epsilon`` holds at.
-        order: Renyi order of the filter.
-        public_size: The steward's figure for the population, never recomputed from records.
-    """
-
-    epsilon: Positive
-    delta: Delta
-    order: Annotated[int, Field(ge=2, le=LARGEST_ORDER)]
-    public_size: Count
-    unit: Literal["patient"] = "patient"
-    neighbouring: Literal["add or remove one patient"] = "add or remove one patient"
-
-
-class StudyLimit(Frozen):
-    """What the plan of one study promises to stay within."""
-
-    epsilon: Positive
-    delta: Delta
-
-
-class Reserved(Frozen):
-    """Charges that an approval set aside: so many of one mechanism."""
-
-    mechanism: Mechanism
-    charges: Count
-
-
-class Entry(Frozen):
-    """One event. What an event of its kind does not have is None, and is left out of the canonical JSON.
-
-    Attributes:
-        seq: Number of the entry, from 1, without gaps.
-        previous_hash: Hash of the entry before; ``GENESIS`` for the first.
-        time: UTC, to the millisecond; the hospital's own clock, and so no proof of anything.
-        population_fingerprint: Keyed hash of the population's patients; the key never leaves.
-        signature: Ed25519 by the hospital over the canonical JSON of all the other fields.
-    """
-
-    seq: Annotated[int, Field(ge=1, le=2**53 - 1)]
-    previous_hash: Digest
-    time: Time
-    kind: Kind
-    hospital: Name
-    population: Name | None = None
-    population_fingerprint: Digest | None = None
-    public_key: Digest | None = None  # 32 raw bytes in hexadecimal
-    budget: BudgetTerms | None = None
-    study: Name | None = None
-    plan_digest: Digest | None = None
-    limit: StudyLimit | None = None
-    reservation: tuple[Reserved, ...] | None = None
-    round: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
-    attempt: Annotated[int, Field(ge=1, le=1_000)] | None = None
-    mechanism: Mechanism | None = None
-    parameters_digest: Digest | None = None
-    software_digest: Digest | None = None
-    signature: Signature
-
-    @model_validator(mode="after")
-    def _has_what_its_kind_needs(self) -> "Entry":
-        missing = sorted(name for name in _REQUIRED.get(self.kind, ()) if getattr(self, name) is None)
-        if missing:
-            raise ValueError(f"an entry of kind {self.kind} needs {', '.join(missing)}")
-        return self
-
-    @cached_property
-    def canonical(self) -> bytes:
-        """Canonical JSON (RFC 8785) of all fields but the signature: what is stored, hashed and signed.
-
-        Fields that are None are left out, so that a later version can add one without changing any older entry's hash.
-        """
-        return _canonical(self.model_dump(mode="json", exclude={"signature"}, exclude_none=True))
-
-    @cached_property
-    def hash(self) -> str:
-        """SHA-256 of ``canonical``, in hexadecimal."""
-        return hashlib.sha256(self.canonical).hexdigest()
-
-
-class Head(Frozen):
-    """The newest entry that was ever durable, as the head file names it, signed; ``seq`` is 0 when there is none."""
-
-    seq: Annotated[int, Field(ge=0)]
-    hash: Digest
-    signature: Signature
+_COLUMNS = "seq, body, signature, hash"
+CLOCK_TOLERANCE = timedelta(minutes=5)  # a clock that was set right may have stepped back by so much
 
 
 class Ledger:
@@ -165,19 +75,20 @@ class Ledger:
         * ``append`` returns after the entry is on disk (WAL, ``synchronous=FULL``), and the head file too.
         * A process killed at any point leaves a ledger that opens again, with every entry that ``append`` returned, and
           at most one more.
-        * After any failure to append, this object refuses to go on.
+        * After any failure to append, this object refuses to go on; a clock that is wrong, or fields that do not fit,
+          write nothing and break nothing.
+        * Memory does not grow with the number of entries.
     """
 
-    def __init__(self, path: Path, key: Ed25519PrivateKey, hospital: str, head: Path, lock: int) -> None:
+    def __init__(self, path: Path, key: Ed25519PrivateKey, chain: Chain, hospital: str, lock: int) -> None:
         self.path, self.hospital = path, hospital
         self.public_key = public_bytes(key)
-        self._key, self._head_path, self._lock = key, head, lock
+        self._key, self._chain, self._lock = key, chain, lock
         self._process, self._turn, self._failed = os.getpid(), threading.RLock(), False
-        self._entries: list[Entry] = []
 
     @classmethod
     def create(cls, path: Path, key: Ed25519PrivateKey, *, hospital: str, head: Path | None = None) -> "Ledger":
-        """Make an empty ledger and open it.
+        """Make an empty ledger and open it. Killed at any point, it can be called again.
 
         Args:
             path: The SQLite file to make.
@@ -189,24 +100,41 @@ class Ledger:
             LedgerError: There is a ledger, or the head file of one that is gone: what it spent is not forgotten.
         """
         head = head or head_path(path)
-        for file in (path, head):
-            if file.exists():
-                raise LedgerError(
-                    f"{file} exists: this hospital has, or had, a ledger",
-                    hint="Open it; or restore the ledger that belongs to the head file. A budget is opened once.",
-                )
         lock = _lock(path)
         try:
-            with _explained(path), closing(_connect(path)) as database:
-                _make_tables(database, hospital)
+            if cls.begun(path, key, head=head):
+                raise LedgerError(
+                    f"{path if path.exists() else head} exists: this hospital has, or had, a ledger",
+                    hint="Open it; or restore the ledger that belongs to the head file. A budget is opened once.",
+                )
+            new = path.with_name(f"{path.name}.new")
             with _explained(path):
+                for left_over in (new, new.with_name(f"{new.name}-wal"), new.with_name(f"{new.name}-shm")):
+                    left_over.unlink(missing_ok=True)
+                with closing(_connect(new)) as database:
+                    _make_tables(database, hospital)
+                sync_file(new)
+            create_head(head, key, genesis=GENESIS)
+            with _explained(path):
+                new.replace(path)  # last: from here on there is a ledger
                 sync_folder(path.parent)
-            write_head(head, key, seq=0, entry_hash=GENESIS)
-        except BaseException:
+        finally:
             os.close(lock)
-            raise
-        os.close(lock)
         return cls.open(path, key, head=head)
+
+    @staticmethod
+    def begun(path: Path, key: Ed25519PrivateKey, *, head: Path | None = None) -> bool:
+        """Whether there is, or was, a ledger here that must be opened and not created.
+
+        A head file of ours that knows no entry, without a ledger, is a creation that was cut off: nothing was spent.
+        """
+        head = head or head_path(path)
+        if path.exists() or path.with_name(f"{path.name}-wal").exists():
+            return True
+        if not head.exists():
+            return False
+        known = read_head(head)
+        return known.seq > 0 or not known.statements[0].signed_by(public_bytes(key))
 
     @classmethod
     def open(cls, path: Path, key: Ed25519PrivateKey, *, head: Path | None = None) -> "Ledger":
@@ -214,7 +142,8 @@ class Ledger:
 
         Raises:
             LedgerError: It is missing, locked by another process, unwritable, or damaged; an entry was changed,
-                removed, inserted or moved; it belongs to another key; or it is shorter than its head file says.
+                removed, inserted or moved; it belongs to another key, or its key was rotated; or it is shorter than its
+                head file says.
         """
         head = head or head_path(path)
         if not path.is_file():
@@ -223,73 +152,146 @@ class Ledger:
             )
         lock = _lock(path)
         try:
-            ledger = cls(path, key, read_hospital(path), head, lock)
-            ledger._entries = ledger._checked()
-            ledger._begin()
+            chain = verify_entries(stream_ledger(path))
+            if not chain.seq:
+                chain = Chain(public_bytes(key))
+            verify_head(read_head(head), chain, own_key=public_bytes(key), half_written=True)
+            ledger = cls(path, key, chain, read_hospital(path), lock)
+            ledger._refuse_if_not_ours()
+            ledger._begin(head)
         except BaseException:
             os.close(lock)
             raise
         return ledger
 
-    def _checked(self) -> list[Entry]:
-        """All entries on disk, once nothing is wrong with them."""
-        entries = read_ledger(self.path)
-        verify_entries(entries, self.public_key)
-        verify_head(read_head(self._head_path), entries, self.public_key)
-        if entries and entries[0].hospital != self.hospital:
-            raise _wrong(1, f"it belongs to {entries[0].hospital}, the file says {self.hospital}")
-        return entries
+    def _refuse_if_not_ours(self) -> None:
+        _refuse_other_key(self._chain, self.public_key)
+        if self.first is not None and self.first.hospital != self.hospital:
+            raise wrong(1, f"it belongs to {self.first.hospital}, the file says {self.hospital}")
 
-    def _begin(self) -> None:
+    def _begin(self, head: Path) -> None:
         """Connect for writing, and prove at once that both files can be written."""
         with _explained(self.path):
             self._database = _connect(self.path)
+            self._identity = file_identity(self.path)
         try:
             with _explained(self.path):
                 self._database.execute("BEGIN IMMEDIATE")
                 # To begin is not enough: SQLite quietly begins a read-only transaction on a read-only file.
                 self._database.execute("UPDATE about SET value = value")
                 self._database.execute("ROLLBACK")
-            # A process that was killed between the two files has left a head that is one entry behind.
-            write_head(self._head_path, self._key, seq=len(self._entries), entry_hash=self.head)
+            self._head = HeadWriter(head)
         except BaseException:
+            self._database.close()
+            raise
+        try:
+            # A process that was killed between the two files has left a head that is one entry behind.
+            self._head.write(self._key, seq=self.seq, entry_hash=self.head)
+        except BaseException:
+            self._head.close()
             self._database.close()
             raise
 
     @property
+    def seq(self) -> int:
+        """Number of the newest entry; 0 when there is none."""
+        return self._chain.seq
+
+    @property
     def head(self) -> str:
         """Hash of the newest entry; ``GENESIS`` when there is none."""
-        return self._entries[-1].hash if self._entries else GENESIS
+        return self._chain.hash
+
+    @property
+    def first(self) -> Entry | None:
+        """The entry that opened the budget; None when there is none."""
+        return self._chain.first
+
+    @property
+    def keys(self) -> tuple[bytes, ...]:
+        """Public keys that have signed entries, or sign the next, in the order in which they came into force."""
+        return tuple(self._chain.keys)
+
+    def stream(self) -> Iterator[Entry]:
+        """All entries, oldest first, one at a time, as they are when this is called."""
+        return stream_ledger(self.path)
 
     def entries(self) -> tuple[Entry, ...]:
-        """All entries, oldest first."""
-        return tuple(self._entries)
+        """All entries, oldest first, at once: for ledgers known to be small."""
+        return tuple(self.stream())
+
+    def find(self, entry_hash: str) -> Entry | None:
+        """The entry with this hash, if it is in the ledger; by an index.
+
+        Raises:
+            LedgerError: The ledger cannot be read.
+        """
+        with _reading(self.path) as database:
+            # Only a miss costs a look at every entry: a damaged index must not make one disappear.
+            for which in ("", "NOT INDEXED"):
+                row = database.execute(
+                    f"SELECT {_COLUMNS} FROM entries {which} WHERE hash = ?",  # noqa: S608 - two constants
+                    (bytes.fromhex(entry_hash),),
+                ).fetchone()
+                if row is not None and (entry := _read_row(row)).hash == entry_hash:
+                    return entry
+        return None
 
     def append(self, kind: Kind, **fields: Any) -> Entry:
         """Write one entry; durable before this returns.
 
         Args:
-            kind: What happened.
+            kind: What happened; for ``key-rotated`` there is ``rotate``.
             fields: Fields of ``Entry`` that an event of this kind has.
 
         Raises:
-            LedgerError: The fields do not fit the kind; or the entry could not be written, and nothing more will be.
+            LedgerError: The fields do not fit the kind, or the clock was set back, and nothing was written; or the
+                entry could not be written, and nothing more will be.
         """
+        if kind == "key-rotated":
+            raise LedgerError("a key is not rotated by an entry alone", hint="Use rotate: the new key has to agree.")
         with self._turn:
             self._refuse_if_unusable()
             entry = self._sign(kind, fields)
-            self._failed = True  # until both files are safe
-            with _explained(self.path):
-                self._database.execute("BEGIN IMMEDIATE")
-                self._database.execute(
-                    "INSERT INTO entries (seq, body, signature) VALUES (?, ?, ?)",
-                    (entry.seq, entry.canonical, bytes.fromhex(entry.signature)),
-                )
-                self._database.execute("COMMIT")
-            self._entries.append(entry)
-            write_head(self._head_path, self._key, seq=entry.seq, entry_hash=entry.hash)
-            self._failed = False
+            self._write(entry, self._key)
             return entry
+
+    def rotate(self, new_key: Ed25519PrivateKey) -> Entry:
+        """Hand the ledger over to a new key, which signs from the next entry on; the old one opens it no more.
+
+        Raises:
+            LedgerError: The new key was in use before; else as ``append``.
+        """
+        with self._turn:
+            self._refuse_if_unusable()
+            new = public_bytes(new_key)
+            if new in self._chain.keys:
+                raise LedgerError("this key was in use before", hint="Make a new one; an old key never comes back.")
+            if not self.seq:
+                raise LedgerError("the ledger is empty", hint="Open the budget first; or create it with the new key.")
+            agreed = possession(self.hospital, seq=self.seq + 1, previous_hash=self.head, new_public_key=new)
+            proof = sign(new_key, "ledger-key", agreed)
+            entry = self._sign("key-rotated", {"new_public_key": new.hex(), "new_key_signature": proof.hex()})
+            self._chain.keys.append(new)
+            self._write(entry, new_key)
+            self._key, self.public_key = new_key, new
+            return entry
+
+    def _write(self, entry: Entry, next_key: Ed25519PrivateKey) -> None:
+        """Both files, the entry first: killed between the two, a charge counts that nobody was told of."""
+        self._failed = True  # until both files are safe
+        with _explained(self.path):
+            if file_identity(self.path) != self._identity:
+                raise OSError("it was removed or replaced while in use")
+            self._database.execute("BEGIN IMMEDIATE")
+            self._database.execute(
+                "INSERT INTO entries (seq, body, signature, hash) VALUES (?, ?, ?, ?)",
+                (entry.seq, entry.canonical, bytes.fromhex(entry.signature), bytes.fromhex(entry.hash)),
+            )
+            self._database.execute("COMMIT")
+        self._chain.take(entry)
+        self._head.write(next_key, seq=entry.seq, entry_hash=entry.hash)
+        self._failed = False
 
     def _refuse_if_unusable(self) -> None:
         if self._process != os.getpid():
@@ -301,24 +303,28 @@ class Ledger:
 
     def _sign(self, kind: Kind, fields: Mapping[str, Any]) -> Entry:
         """The next entry of the chain, complete and validated; nothing is written."""
-        now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-        fixed = {"seq": len(self._entries) + 1, "previous_hash": self.head, "time": now, "hospital": self.hospital}
+        now = _next_time(self._chain.time)
+        fixed = {"seq": self.seq + 1, "previous_hash": self.head, "time": now, "hospital": self.hospital}
         try:
             unsigned = Entry.model_validate({"kind": kind, **fields, **fixed, "signature": "0" * 128})
-            signature = sign(self._key, "ledger-entry", unsigned.canonical)
-            return _parse(unsigned.canonical, signature)
+            body = unsigned.canonical
+            # Read back as it will be read from the disk: a model that was made without validation must not get there.
+            entry = parse_entry(body, sign(self._key, "ledger-entry", body))
+            entry.__dict__["canonical"] = body  # what the property would compute again
         except (ValidationError, TypeError, ValueError) as error:
             text = explain(error) if isinstance(error, ValidationError) else str(error)
             raise LedgerError(f"no valid entry of kind {kind}: {text}", hint="Nothing was written.") from None
+        return entry
 
     def close(self) -> None:
-        """Let go of the file and of the lock; can be called twice."""
+        """Let go of the files and of the lock; can be called twice."""
         with self._turn:
             self._failed = True
             if self._lock < 0 or self._process != os.getpid():
                 return
             with suppress(sqlite3.Error):
                 self._database.close()
+            self._head.close()
             os.close(self._lock)
             self._lock = -1
 
@@ -331,8 +337,8 @@ class Ledger:
         self.close()
 
 
-def read_ledger(path: Path) -> list[Entry]:
-    """Read a ledger without a key and without changing it: for the auditor.
+def stream_ledger(path: Path) -> Iterator[Entry]:
+    """Read a ledger entry by entry, without a key and without changing it.
 
     Every body must be canonical and agree with its row; whether the entries belong together and to whom is
     ``verify_entries``'s question.
@@ -341,8 +347,44 @@ def read_ledger(path: Path) -> list[Entry]:
         LedgerError: It is missing, unreadable or damaged; the message names the entry.
     """
     with _reading(path) as database:
-        rows = database.execute("SELECT seq, body, signature FROM entries ORDER BY seq").fetchall()
-    return [_read_row(row) for row in rows]
+        yield from _rows(database)
+
+
+def read_ledger(path: Path) -> list[Entry]:
+    """All entries that ``stream_ledger`` gives, at once: for ledgers known to be small."""
+    return list(stream_ledger(path))
+
+
+@contextmanager
+def snapshot(path: Path, head: Path) -> Iterator[tuple[Head | None, Iterator[Entry]]]:
+    """A ledger and its head file as of one moment, also while its hospital appends: for whoever does not hold the lock.
+
+    Returns:
+        What the head file says, None if there is none; and the entries, oldest first, to be read once.
+
+    Raises:
+        LedgerError: As ``stream_ledger`` and ``read_head``.
+    """
+    with _reading(path) as database:
+        for _ in range(100):
+            known = read_head(head) if head.exists() else None
+            database.execute("BEGIN")
+            database.execute("SELECT count(*) FROM about").fetchone()  # reading is what fixes the moment
+            if known == (read_head(head) if head.exists() else None):
+                break
+            database.execute("ROLLBACK")  # an entry was written in between
+        yield known, _rows(database)
+
+
+def verified(path: Path, public_key: bytes) -> Iterator[Entry]:
+    """Read our own ledger entry by entry without locking it, each once it is known to follow.
+
+    Raises:
+        LedgerError: As ``stream_ledger`` and ``Chain.follow``; or, at the end, its newest key is not this one.
+    """
+    chain = Chain()
+    yield from following(stream_ledger(path), chain)
+    _refuse_other_key(chain, public_key)
 
 
 def read_hospital(path: Path) -> str:
@@ -358,127 +400,56 @@ def read_hospital(path: Path) -> str:
     return str(row[0])
 
 
-def verify_entries(entries: Sequence[Entry], public_key: bytes) -> None:
-    """Check that entries are one unbroken chain, signed by one key, that starts with the opening of a budget.
-
-    Guarantees:
-        * Any edit, deletion (but at the end: see ``verify_head``), insertion, reordering or replay is found.
-
-    Raises:
-        LedgerError: The first entry that is wrong, by its number, and what is wrong with it.
-    """
-    previous = GENESIS
-    for place, entry in enumerate(entries, start=1):
-        if entry.seq != place:
-            raise _wrong(place, f"entry {entry.seq} stands in its place: entries were removed, inserted or reordered")
-        if entry.previous_hash != previous:
-            raise _wrong(place, "it does not follow the entry before it: one of the two was changed or replaced")
-        try:
-            verify(public_key, "ledger-entry", entry.canonical, bytes.fromhex(entry.signature))
-        except IdentityError:
-            raise _wrong(
-                place, f"it is not signed by {fingerprint(public_key)[:19]}…: it was changed, or the key is another's"
-            ) from None
-        if entry.hospital != entries[0].hospital:
-            raise _wrong(place, f"it belongs to {entry.hospital}, the first one to {entries[0].hospital}")
-        if (place == 1) != (entry.kind == "budget-opened"):
-            raise _wrong(place, "a ledger opens exactly one budget, in its first entry")
-        previous = entry.hash
-    if entries and entries[0].public_key != public_key.hex():
-        raise _wrong(1, "it names another public key than the one that signed it")
+def _rows(database: sqlite3.Connection) -> Iterator[Entry]:
+    for row in database.execute(f"SELECT {_COLUMNS} FROM entries ORDER BY seq"):  # noqa: S608 - a constant
+        entry = _read_row(row)
+        yield entry
+        # Once its reader has looked at the entry: a signature that is wrong says more than a hash that is.
+        if row[3] != bytes.fromhex(entry.hash):
+            raise wrong(entry.seq, "its hash is not the one that is stored beside it")
 
 
-def verify_head(head: Head, entries: Sequence[Entry], public_key: bytes) -> None:
-    """Check that no entry is missing at the end: the chain reaches at least as far as its head file says.
-
-    Raises:
-        LedgerError: The chain is shorter, or another entry stands where the head file points; or the head file is
-            foreign.
-    """
-    try:
-        verify(public_key, "ledger-head", _head_statement(head.seq, head.hash), bytes.fromhex(head.signature))
-    except IdentityError:
-        raise LedgerError(
-            "the head file is not signed by this ledger's key", hint="It was changed, or belongs to another ledger."
-        ) from None
-    if head.seq > len(entries):
-        raise LedgerError(
-            f"the ledger ends at entry {len(entries)}, but its head file knows entry {head.seq}",
-            hint="It was cut, or an old backup was restored. Restore the newest: a budget is never refunded.",
-        )
-    if head.hash != (entries[head.seq - 1].hash if head.seq else GENESIS):
-        raise _wrong(head.seq, "it is not the one that the head file knows")
-
-
-def head_path(path: Path) -> Path:
-    """Where the head file of a ledger lies unless told otherwise."""
-    return path.with_name(path.name + ".head")
-
-
-def read_head(path: Path) -> Head:
-    """Read a head file.
-
-    Raises:
-        LedgerError: It is missing or malformed.
-    """
-    try:
-        return Head.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
-        what = "is missing" if isinstance(error, FileNotFoundError) else "is damaged or cannot be read"
-        raise LedgerError(f"the head file {path} {what}", hint="Restore it together with its ledger.") from None
-
-
-def write_head(path: Path, key: Ed25519PrivateKey, *, seq: int, entry_hash: str) -> None:
-    """Replace the head file: durable, and never half-written.
-
-    Raises:
-        LedgerError: It could not be written.
-    """
-    signature = sign(key, "ledger-head", _head_statement(seq, entry_hash)).hex()
-    text = _canonical({"seq": seq, "hash": entry_hash, "signature": signature})
-    try:
-        replace_file(path, text)
-    except OSError as error:
-        raise LedgerError(
-            f"the head file {path} cannot be written: {error.strerror}", hint="Check the folder and the space left."
-        ) from None
-
-
-def _head_statement(seq: int, entry_hash: str) -> bytes:
-    return _canonical({"seq": seq, "hash": entry_hash})
-
-
-def _canonical(fields: Mapping[str, Any]) -> bytes:
-    return rfc8785.dumps(dict(fields))
-
-
-def _parse(body: bytes, signature: bytes) -> Entry:
-    """An entry from what is stored. Python's lists and JSON's tuples differ to the strict model, so it reads JSON."""
-    fields = json.loads(body)
-    if not isinstance(fields, dict) or "signature" in fields:
-        raise ValueError("not an entry")
-    return Entry.model_validate_json(json.dumps(fields | {"signature": signature.hex()}))
-
-
-def _read_row(row: tuple[Any, Any, Any]) -> Entry:
-    seq, body, signature = row
+def _read_row(row: tuple[Any, Any, Any, Any]) -> Entry:
+    seq, body, signature, _ = row
     if not (isinstance(body, bytes) and isinstance(signature, bytes)):
-        raise _wrong(seq, "it is not stored as bytes")
+        raise wrong(seq, "it is not stored as bytes")
     try:
-        entry = _parse(body, signature)
+        entry = parse_entry(body, signature)
     except (ValueError, TypeError, RecursionError):
-        raise _wrong(seq, "it cannot be read") from None
+        raise wrong(seq, "it cannot be read") from None
     if entry.canonical != body:
-        raise _wrong(seq, "it is not in canonical form")
+        raise wrong(seq, "it is not in canonical form")
     if entry.seq != seq:
-        raise _wrong(seq, f"its content says that it is entry {entry.seq}")
+        raise wrong(seq, f"its content says that it is entry {entry.seq}")
     return entry
 
 
-def _wrong(seq: int, what: str) -> LedgerError:
-    return LedgerError(
-        f"ledger entry {seq}: {what}", hint="Restore the ledger from a good copy, and find out who changed it."
-    )
+def _refuse_other_key(chain: Chain, public_key: bytes) -> None:
+    """Whether a chain that holds is one that this key may continue."""
+    if not chain.keys or chain.keys[-1] == public_key:
+        return
+    ours = fingerprint(public_key)[:19]
+    if public_key in chain.keys:
+        raise LedgerError(
+            f"the ledger's key was rotated: {ours}… signs it no more, {fingerprint(chain.keys[-1])[:19]}… does",
+            hint="Name the new key in the settings. The old one must not be used again.",
+        )
+    raise wrong(1, f"it is not signed by {ours}…: the ledger is another's, or the key is")
+
+
+def _next_time(last: str) -> str:
+    """Now, but never before the last entry: a step back that is small is not written, a large one stops the hospital.
+
+    Raises:
+        LedgerError: The clock was set back by more than ``CLOCK_TOLERANCE``.
+    """
+    now = datetime.now(UTC)
+    if last and now < datetime.fromisoformat(last) - CLOCK_TOLERANCE:
+        raise LedgerError(
+            f"the clock says {now:%Y-%m-%dT%H:%M:%SZ}, but the ledger's newest entry is of {last}: it was set back",
+            hint="Set the clock right. Nothing was written.",
+        )
+    return max(last, now.isoformat(timespec="milliseconds").replace("+00:00", "Z"))
 
 
 def _connect(path: Path) -> sqlite3.Connection:
@@ -501,7 +472,8 @@ def _make_tables(database: sqlite3.Connection, hospital: str) -> None:
     database.execute("BEGIN IMMEDIATE")
     database.execute("CREATE TABLE about (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT")
     database.execute(
-        "CREATE TABLE entries (seq INTEGER PRIMARY KEY, body BLOB NOT NULL, signature BLOB NOT NULL) STRICT"
+        "CREATE TABLE entries (seq INTEGER PRIMARY KEY, body BLOB NOT NULL, signature BLOB NOT NULL, "
+        "hash BLOB NOT NULL UNIQUE) STRICT"  # the hash is known from the body; stored, it can be looked up
     )
     for verb in ("UPDATE", "DELETE"):
         database.execute(

@@ -384,7 +384,7 @@ class Hospital:
         if roster.identities.get(name) != public_bytes(identity):
             raise UnknownHospitalError(f"{name} is not on its own roster with this key", hint="Pin the roster anew.")
         self.name = name
-        self._identity, self._roster, self._policy = identity, roster, policy
+        self._identity, self._roster, self.policy = identity, roster, policy
         self._positions, self._entropy = positions, entropy
         self._attempt: _Attempt | None = None
         self._charges: set[str] = set()  # that an upload was paid with
@@ -445,14 +445,14 @@ class Hospital:
         if unknown := set(invited) - self._roster.identities.keys():
             raise UnknownHospitalError(f"invited, but not on the roster: {sorted(unknown)}", hint=_HOSTILE)
         check_cohort_rule(invited, threshold)
-        if threshold < self._policy.minimum_threshold:
+        if threshold < self.policy.minimum_threshold:
             raise ThresholdError(f"threshold {threshold} is below this hospital's policy", hint="Raise it.")
         self._check_enough_peers(len(invited))
 
     def _check_enough_peers(self, hospitals: int) -> None:
-        if hospitals < self._policy.minimum_hospitals:
+        if hospitals < self.policy.minimum_hospitals:
             raise TooFewHospitalsError(
-                f"{hospitals} hospitals, this hospital's policy wants {self._policy.minimum_hospitals}",
+                f"{hospitals} hospitals, this hospital's policy wants {self.policy.minimum_hospitals}",
                 hint="Invite more, or ask the hospital.",
             )
 

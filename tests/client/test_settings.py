@@ -38,7 +38,7 @@ maximum_epsilon_per_study = 1.0
 minimum_hospitals = 3
 maximum_attempts = 10
 maximum_rounds = 100
-standing_approval = false
+hours = ["mon-fri 20:00-06:00"]
 """
 
 

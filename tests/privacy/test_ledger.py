@@ -32,7 +32,6 @@ from shared_models.privacy.ledger import (
     read_ledger,
     verify_entries,
     verify_head,
-    write_head,
 )
 from shared_models.privacy.mechanisms import PoissonGaussian
 
@@ -96,8 +95,7 @@ def change(path: Path, *statements: tuple[str, tuple[object, ...]]) -> None:
 def check(path: Path) -> list[Entry]:
     """What both the hospital and an auditor check."""
     entries = read_ledger(path)
-    verify_entries(entries, PUBLIC)
-    verify_head(read_head(head_path(path)), entries, PUBLIC)
+    verify_head(read_head(head_path(path)), verify_entries(entries, PUBLIC))
     return entries
 
 
@@ -193,8 +191,11 @@ TAMPERING: dict[str, Change] = {
     "the last removed": lambda rows: ("DELETE FROM entries WHERE seq = ?", (len(rows),)),
     "half of them removed": lambda _: ("DELETE FROM entries WHERE seq > 4", ()),
     "all removed": lambda _: ("DELETE FROM entries", ()),
-    "an old one repeated": lambda rows: ("INSERT INTO entries VALUES (?, ?, ?)", (len(rows) + 1, *rows[3][1:])),
-    "one before the first": lambda rows: ("INSERT INTO entries VALUES (0, ?, ?)", rows[0][1:]),
+    "an old one repeated": lambda rows: (
+        "INSERT INTO entries VALUES (?, ?, ?, ?)",
+        (len(rows) + 1, *rows[3][1:3], bytes(32)),
+    ),
+    "one before the first": lambda rows: ("INSERT INTO entries VALUES (0, ?, ?, ?)", (*rows[0][1:3], bytes(32))),
     "less noise claimed": lambda _: (
         "UPDATE entries SET body = CAST(replace(CAST(body AS TEXT), '8.8', '9.8') AS BLOB) WHERE seq = 4",
         (),
@@ -476,16 +477,13 @@ def open_folder() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize("read_only", ["folder", "ledger", "head's folder"])
+@pytest.mark.parametrize("read_only", ["folder", "ledger", "head"])
 def test_a_ledger_that_cannot_be_written_does_not_open(open_folder: Path, read_only: str) -> None:
     """Noticed at the start of the day, not at the first charge; an auditor can still read it."""
-    heads = open_folder / "heads"
-    heads.mkdir(mode=0o777)
-    heads.chmod(0o777)
-    path, head = open_folder / "ledger.sqlite", heads / "head"
+    path, head = open_folder / "ledger.sqlite", open_folder / "head"
     with without_privileges(), Ledger.create(path, KEY, hospital="north", head=head) as ledger:
         open_budget(ledger)
-    {"folder": open_folder, "ledger": path, "head's folder": heads}[read_only].chmod(0o555)
+    {"folder": open_folder, "ledger": path, "head": head}[read_only].chmod(0o555)
 
     with without_privileges():
         with pytest.raises(LedgerError, match=r"writable|written|readonly|read-only|cannot be"):
@@ -513,17 +511,27 @@ def test_a_full_disk_stops_the_ledger(path: Path) -> None:
 
 def test_a_head_file_that_cannot_be_written_stops_the_ledger(path: Path) -> None:
     """The entry is on disk by then, so it counts: one too many, never one too few."""
-    obstacle = head_path(path).with_name(head_path(path).name + ".new")
+    full = os.open("/dev/full", os.O_RDWR)
     with Ledger.open(path, KEY) as ledger:
-        obstacle.mkdir()
-        with pytest.raises(LedgerError, match=r"head file .* cannot be written"):
+        os.dup2(full, ledger._head._file)
+        with pytest.raises(LedgerError, match=r"head file .* cannot be written: No space left on device"):
             charge(ledger, CHARGES + 1)
         with pytest.raises(LedgerError, match="failed before"):
             charge(ledger, CHARGES + 2)
-    obstacle.rmdir()
+    os.close(full)
 
     with Ledger.open(path, KEY) as ledger:
         assert ledger.entries()[-1].round == CHARGES + 1
+
+
+@pytest.mark.parametrize("which", ["ledger", "head file"])
+def test_a_file_that_is_removed_in_use_stops_the_ledger(path: Path, which: str) -> None:
+    """Writing to what has no name any more would succeed, and keep nothing."""
+    file = {"ledger": path, "head file": head_path(path)}[which]
+    with Ledger.open(path, KEY) as ledger:
+        file.rename(file.with_name("aside"))
+        with pytest.raises(LedgerError, match="removed or replaced while in use"):
+            charge(ledger, CHARGES + 1)
 
 
 def test_a_closed_ledger_takes_nothing(path: Path) -> None:
@@ -543,8 +551,8 @@ WRITER = """
 import os, signal, sys
 from pathlib import Path
 from shared_models.identity import load_key
-from shared_models import durable
 from shared_models.privacy import ledger as module
+from shared_models.privacy.head import HeadWriter
 from shared_models.privacy.ledger import Ledger
 from tests.privacy.test_ledger import charge
 
@@ -569,11 +577,12 @@ match sys.argv[3]:
     case "before the commit":
         ledger._database.set_trace_callback(lambda statement: die() if statement.startswith("COMMIT") else None)
     case "before the head file":
-        module.write_head = die
-    case "before the head file is in place":
-        Path.replace = die
-    case "before the folder is durable":
-        durable.sync_folder = die
+        HeadWriter.write = die
+    case "within the head file":
+        pwrite = os.pwrite
+        os.pwrite = lambda file, slot, place: (pwrite(file, slot[:80], place), die())
+    case "before the head file is durable":
+        os.fdatasync = die
 charge(ledger, number + 2)
 """
 
@@ -582,8 +591,8 @@ KILLED_AT = {
     "before the insert": 0,
     "before the commit": 0,
     "before the head file": 1,
-    "before the head file is in place": 1,
-    "before the folder is durable": 1,
+    "within the head file": 1,
+    "before the head file is durable": 1,
 }
 
 
@@ -682,11 +691,52 @@ def test_a_writer_killed_at_each_step_leaves_a_ledger_that_opens(
         charge(ledger, 99)
 
 
-def test_the_head_file_is_never_half_written(tmp_path: Path) -> None:
-    """What a crash leaves beside it does not matter."""
-    write_head(tmp_path / "head", KEY, seq=3, entry_hash="ab" * 32)
-    (tmp_path / "head.new").write_bytes(b'{"seq":')
+CREATOR = """
+import os, signal, sys
+from pathlib import Path
+from shared_models.identity import load_key
+from shared_models.privacy import ledger as module
+from shared_models.privacy.ledger import Ledger
 
-    assert read_head(tmp_path / "head").seq == 3
-    write_head(tmp_path / "head", KEY, seq=4, entry_hash="cd" * 32)
-    assert read_head(tmp_path / "head").seq == 4
+def die(*_args, **_kwargs):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+match sys.argv[3]:
+    case "before the tables":
+        module._make_tables = die
+    case "before the head file":
+        module.create_head = die
+    case "before it has its name":
+        Path.replace = lambda *_: die() if _[0].name == "ledger.sqlite.new" else os.replace(*_)
+    case "before the folder is durable":
+        module.sync_folder = die
+Ledger.create(Path(sys.argv[1]), load_key(Path(sys.argv[2])), hospital="north")
+"""
+
+
+@pytest.mark.parametrize(
+    "moment", ["before the tables", "before the head file", "before it has its name", "before the folder is durable"]
+)
+def test_a_creation_killed_at_each_step_can_be_repeated(tmp_path: Path, key_file: Path, moment: str) -> None:
+    """Nothing was spent, and nobody has to clean up."""
+    from shared_models.identity import load_key
+
+    path, key = tmp_path / "ledger.sqlite", load_key(key_file)
+    child = subprocess.run([sys.executable, "-c", CREATOR, str(path), str(key_file), moment], check=False)
+    assert child.returncode == -signal.SIGKILL
+
+    begun = Ledger.begun(path, key)
+
+    assert begun == (moment == "before the folder is durable")
+    with Ledger.open(path, key) if begun else Ledger.create(path, key, hospital="north") as ledger:
+        open_budget(ledger)
+    assert len(read_ledger(path)) == 1
+
+
+def test_a_head_file_of_another_key_is_no_creation_cut_off(tmp_path: Path) -> None:
+    """Whoever changed the key must not get a second budget by it."""
+    Ledger.create(tmp_path / "l", OTHER_KEY, hospital="north").close()
+    (tmp_path / "l").unlink()
+
+    with pytest.raises(LedgerError, match="has, or had, a ledger"):
+        Ledger.create(tmp_path / "l", KEY, hospital="north")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from shared_models import plan
 from shared_models.errors import ConfigError
-from shared_models.nets.build import SUPPORTED_LAYERS, build_network, check_supported
+from shared_models.nets.build import SUPPORTED_LAYERS, build_network, check_supported, count_parameters
 from shared_models.nets.losses import loss_per_record, scores
 from shared_models.tasks import ImageInput, Numeric, SeriesInput, TableInput, Task, TokensInput
 from shared_models.update import parameters_to_vector
@@ -77,6 +77,25 @@ NETWORKS: dict[str, tuple[plan.Network, Task]] = {
 }
 each_network = pytest.mark.parametrize("which", NETWORKS)
 WITH_MISSING_VALUES: list[tuple[plan.Network, Task]] = [(LSTM, _task(SERIES)), (TRANSFORMER, _task(SERIES))]
+
+
+@each_network
+def test_parameters_can_be_counted_without_making_them(which: str) -> None:
+    """A plan is judged by its size before its network exists; and counting draws no random number."""
+    network, task = NETWORKS[which]
+    before = torch.get_rng_state()
+
+    counted = count_parameters(network, task)
+
+    assert counted == sum(parameter.numel() for parameter in build_network(network, task, seed=0).parameters())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_network_too_large_for_any_memory_can_be_counted() -> None:
+    """A million times a million parameters, in no time."""
+    wide = plan.Mlp(name="mlp", hidden=(10**6, 10**6))
+
+    assert count_parameters(wide, _task(TABLE)) > 10**12
 
 
 @each_network

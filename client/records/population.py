@@ -1,0 +1,124 @@
+"""The patients that a round uses: the records as they are on the disk now, less those who said no.
+
+Files of patients are opened for reading only. Nothing of them is written anywhere: there is no cache on a disk, and
+what is in memory is gone with the process.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from client.keys import local_key, split_key
+from client.records.manifest import Manifest, read_manifest
+from client.records.opt_out import read_opt_outs
+from client.records.patient_ids import fingerprint, members, plain
+from client.records.records import Records
+from client.records.tabular import Flags, Table, checked_table, split_table
+from client.settings import Settings
+from shared_models.errors import RecordsError
+from shared_models.tasks import Task
+
+_Stamp = tuple[int, ...]
+_State = tuple[Manifest, _Stamp, frozenset[str]]
+
+
+@dataclass(frozen=True, eq=False)
+class Population:
+    """Who is used, fixed for one attempt at a round. No true count of it ever leaves.
+
+    Attributes:
+        training: Records to train on; possibly of nobody.
+        validation: Records to evaluate on.
+        fingerprint: Keyed hash of all these patients, for the ledger.
+        members: Keyed hash of each, for the hospital's registry.
+    """
+
+    training: Records
+    validation: Records
+    fingerprint: str
+    members: frozenset[bytes]
+
+
+class Source:
+    """Reads one hospital's records for one task, again only when manifest, file or opt-out list have changed."""
+
+    def __init__(self, settings: Settings, task: Task) -> None:
+        self._settings, self._task = settings, task
+        self._read: tuple[_State, Population] | None = None
+
+    def current(self) -> Population:
+        """The population as it is on the disk now.
+
+        Guarantees:
+            * Nobody on the opt-out list is in it.
+            * It is refused, or not, by what the file holds before opt-outs: nobody is noticed by saying no.
+
+        Raises:
+            RecordsError: The records do not fit the task, have no patient ids to hold the list against, or changed
+                while they were read.
+            ConfigError: The opt-out list cannot be read.
+        """
+        opt_outs = read_opt_outs(self._settings.opt_out)
+        manifest = read_manifest(self._settings.records)
+        state = (manifest, _stamp(manifest.file), opt_outs)
+        if self._read is None or self._read[0] != state:
+            population = self._population(manifest, opt_outs)
+            if _stamp(manifest.file) != state[1]:
+                raise RecordsError(f"{manifest.file} changed while it was read", hint="Replace it by renaming.")
+            self._read = state, population
+        return self._read[1]
+
+    def _population(self, manifest: Manifest, opt_outs: frozenset[str]) -> Population:
+        """Read and check everything, then leave out who said no."""
+        state = self._settings.state
+        table = checked_table(manifest, self._task)
+        out = opted_out(table, manifest, opt_outs, listed=self._settings.opt_out is not None)
+        parts = split_table(table, manifest, self._task, split_key=split_key(state), opted_out=out)
+        patients = {patient for patient, left in zip(table.ids, out, strict=True) if not left}
+        return Population(
+            *parts,
+            fingerprint=fingerprint(patients, local_key(state, "population fingerprint")),
+            members=members(patients, local_key(self._settings.registry_folder, "patients")),
+        )
+
+
+def opted_out(table: Table, manifest: Manifest, opt_outs: frozenset[str], *, listed: bool) -> Flags:
+    """Which rows belong to patients who said no.
+
+    Args:
+        table: As it was read, with everybody.
+        manifest: Of this table.
+        opt_outs: As ``read_opt_outs`` returned them.
+        listed: The settings name a list, if an empty one.
+
+    Raises:
+        RecordsError: There is a list, and the records cannot be held against it.
+    """
+    if listed and manifest.patient is None:
+        raise RecordsError(
+            f"the settings name an opt-out list, and {manifest.file} has no patient column to hold it against",
+            hint='Name the column in the manifest: patient = "...".',
+        )
+    if listed and any(patient.startswith("#") for patient in table.ids):
+        raise RecordsError(
+            f"{manifest.file} has patient ids that begin with #, which would be comments in the opt-out list",
+            hint="Export ids without it.",
+        )
+    found = {patient: plain(patient) in opt_outs for patient in set(table.ids)}
+    return np.array([found[patient] for patient in table.ids], dtype=np.bool_)
+
+
+def _stamp(path: Path) -> _Stamp:
+    """What changes when a file is written, replaced or restored; the inode's own time cannot be set back.
+
+    Raises:
+        RecordsError: The file is not there.
+    """
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise RecordsError(
+            f"{path} cannot be read: {error.strerror}", hint="Check file = ... in the manifest."
+        ) from None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
