@@ -4,18 +4,15 @@ A reply's line is written before its first byte goes out, or nothing goes out.
 """
 
 import hashlib
-import json
 import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from client.evidence import EvidenceFile, evidence_files
-from shared_models.errors import LedgerError
+from client.evidence import EvidenceFile
 from shared_models.messages import Body, Lanes, Proposal, Upload
 from shared_models.secagg.key_agreement import Announcement
 
@@ -116,22 +113,6 @@ def _subject(body: Body, about: Announcement | None, to: Body | None) -> dict[st
         return {"study": to.plan["study"]}
     of = body if hasattr(body, "study") else about
     return {name: getattr(of, name) for name in ("study", "round", "attempt") if hasattr(of, name)}
-
-
-def read_egress(state: Path) -> Iterator[dict[str, Any]]:
-    """All lines of the log, oldest first.
-
-    Raises:
-        LedgerError: A line is damaged; the last one may be cut by a crash.
-    """
-    for path in evidence_files(state / EGRESS):
-        lines = path.read_bytes().splitlines() if path.exists() else []
-        for number, line in enumerate(lines, start=1):
-            try:
-                yield json.loads(line)
-            except ValueError:
-                if number < len(lines):
-                    raise LedgerError(f"{path}, line {number} is damaged", hint="Somebody else wrote to it.") from None
 
 
 def summary(lines: Iterator[dict[str, Any]]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from client.books import Books
+from client.bundle import keep_receipt, keep_transcript
 from client.dp_sgd import self_check, train
 from client.egress import EgressLog
 from client.evaluate import released_statistics
@@ -60,6 +61,7 @@ from shared_models.messages import (
     Upload,
     Vector,
     receipt_payload,
+    signed_receipt,
 )
 from shared_models.nets.build import build_network, count_parameters
 from shared_models.plan import StudyPlan, parse_plan
@@ -73,7 +75,6 @@ from shared_models.update import check_vector, parameters_to_vector, vector_dige
 
 log = logging.getLogger("konsil.hospital")
 
-TRANSCRIPTS = "transcripts.jsonl"
 DAY_S = 24 * 60 * 60
 
 UploadType = TypeVar("UploadType", bound=Upload)
@@ -358,8 +359,7 @@ class Hospital:
         transcript = self._party.transcript()
         self._unfinished = False
         if transcript is not None:
-            with (self.settings.state / TRANSCRIPTS).open("a", encoding="utf-8") as file:
-                file.write(transcript.model_dump_json() + "\n")
+            keep_transcript(self.settings.state, transcript)
 
     def _known(self, request: Announcement | StudyEnd) -> Study:
         study = self._studies.get(request.study)
@@ -429,7 +429,9 @@ class Hospital:
         context = self._party.context.hex()
         body = kind(study=now.study, round=now.round, attempt=now.attempt, context=context, receipt=receipt)
         signature = sign(self._identity, "receipt", receipt_payload(body)).hex()
-        return body.model_copy(update={"receipt": receipt.model_copy(update={"signature": signature})})
+        signed = body.model_copy(update={"receipt": receipt.model_copy(update={"signature": signature})})
+        keep_receipt(self.settings.state, signed_receipt(signed))
+        return signed
 
 
 def _device(settings: Settings) -> torch.device:

@@ -103,6 +103,12 @@ class ForeignReceiptError(ProtocolError):
     code = "foreign-receipt"
 
 
+class EvidenceError(FederationError):
+    """An evidence bundle, or evidence of several parties side by side, that does not hold."""
+
+    code = "evidence"
+
+
 class RecordsError(FederationError):
     """The hospital's data does not fit the task."""
 

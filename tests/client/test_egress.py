@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import client.egress
-from client.egress import EGRESS, FREE, EgressLog, read_egress, summary
+from client.egress import EGRESS, FREE, EgressLog, summary
+from client.evidence import read_evidence
 from client.settings import Settings
 from shared_models.errors import LedgerError
 from shared_models.messages import Enrolment, Proposal, Refusal, Update
@@ -32,7 +33,7 @@ def test_fields_add_up_to_the_bytes_that_leave(settings: Settings) -> None:
 
     EgressLog(settings).reply(body, np.arange(5, dtype=np.uint32))
 
-    (line,) = read_egress(settings.state)
+    (line,) = read_evidence(settings.state / EGRESS)
     assert line["bytes"] == len(body.model_dump_json().encode()) + 20
     assert sum(field["bytes"] for field in line["fields"].values()) == line["bytes"]
     assert (line["study"], line["round"], line["attempt"], line["to"]) == ("a-study", 2, 1, settings.coordinator)
@@ -47,19 +48,19 @@ def test_an_enrolment_is_listed_under_the_study_that_was_proposed(settings: Sett
 
     EgressLog(settings).reply(body, None, to=Proposal(plan={"study": "a-study"}))
 
-    assert [line["study"] for line in read_egress(settings.state)] == ["a-study"]
+    assert [line["study"] for line in read_evidence(settings.state / EGRESS)] == ["a-study"]
 
 
 def test_calls_are_counted_and_written_in_time(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     """Quiet hours are not unlisted hours: counts are written while there are only polls."""
     log, request = EgressLog(settings), httpx.Request("POST", "https://h/v1/fleet/pull-messages", content=b"12345")
     log.count(request)
-    assert list(read_egress(settings.state)) == []
+    assert list(read_evidence(settings.state / EGRESS)) == []
     monkeypatch.setattr(client.egress, "COUNTS_EVERY_S", 0.0)
 
     log.count(request)
 
-    (line,) = read_egress(settings.state)
+    (line,) = read_evidence(settings.state / EGRESS)
     head = b"POST /v1/fleet/pull-messages HTTP/1.1\r\n"
     rest = b"".join(name + b": " + value + b"\r\n" for name, value in request.headers.raw) + b"\r\n"
     expected = {"count": 2, "line": 2 * len(head), "headers": 2 * len(rest), "body": 10}
@@ -85,10 +86,12 @@ def test_only_a_last_line_may_be_cut(settings: Settings) -> None:
     whole = path.read_bytes()
 
     path.write_bytes(whole[:-20])
-    assert len(list(read_egress(settings.state))) == 2
+    assert len(list(read_evidence(settings.state / EGRESS))) == 2
+    EgressLog(settings).reply(Refusal(code="ledger"), None)
+    assert len(list(read_evidence(settings.state / EGRESS))) == 3
     path.write_bytes(whole[20:])
     with pytest.raises(LedgerError, match="line 1 is damaged"):
-        list(read_egress(settings.state))
+        list(read_evidence(settings.state / EGRESS))
 
 
 def test_the_summary_counts_charges_and_bytes(settings: Settings) -> None:
@@ -99,7 +102,7 @@ def test_the_summary_counts_charges_and_bytes(settings: Settings) -> None:
         body = Update(study="a-study", round=number, attempt=1, context="d" * 64, receipt=receipt)
         log.reply(body, np.arange(5, dtype=np.uint32))
 
-    rows = {row["field"]: row for row in summary(read_egress(settings.state))["fields"]}
+    rows = {row["field"]: row for row in summary(read_evidence(settings.state / EGRESS))["fields"]}
 
     assert (rows["vector"]["times"], rows["vector"]["bytes"], rows["vector"]["price"]) == (2, 40, "2 charges")
     assert rows["receipt"]["price"] == FREE

@@ -20,7 +20,8 @@ from flwr.proto.message_pb2 import PushObjectRequest
 from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 
-from client.egress import EGRESS, FREE, read_egress
+from client.egress import EGRESS, FREE
+from client.evidence import read_evidence
 from server.demo import free_port, lay_out, start_coordinator, start_hospital
 from server.examples import write_example
 from server.processes import Children
@@ -105,7 +106,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Watched:
         hospitals[victim].send_signal(signal.SIGTERM)
         hospitals[victim].wait(timeout=30)
         sent = proxy.requests()
-    return Watched(home / "state", example.hospitals[0].folder, list(read_egress(home / "state")), sent)
+    return Watched(home / "state", example.hospitals[0].folder, list(read_evidence(home / "state" / EGRESS)), sent)
 
 
 def test_every_byte_on_the_connection_is_counted(watched: Watched) -> None:
