@@ -7,7 +7,7 @@ list that was shown to another.
 
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -20,6 +20,7 @@ from shared_models.errors import EvidenceError, FederationError, ForeignReceiptE
 from shared_models.privacy.entries import Entry
 from shared_models.privacy.evidence import Bundle, unpack
 from shared_models.receipts import SignedReceipt
+from shared_models.secagg.key_agreement import Roster
 from shared_models.secagg.protocol import Transcript
 from shared_models.secagg.transcripts import verify_transcript
 
@@ -198,8 +199,9 @@ def cross_check(witnesses: Sequence[Witness], studies: Sequence[StudyFolder]) ->
         What does not agree, in words; empty if everything does.
     """
     problems = [*_doubles(witnesses), *_rosters(witnesses), *_forks(witnesses, studies), *_digests(witnesses)]
+    rosters = {witness.bundle.roster.digest: witness.bundle.roster for witness in witnesses}
     for study in studies:
-        problems += _order(study)
+        problems += [*_order(study), *_unsound(study, rosters)]
         problems += [found for witness in witnesses for found in _both_sides(witness, study)]
     problems += [found for witness in witnesses for found in _uploads(witness, witnesses, studies)]
     return list(dict.fromkeys(problems))
@@ -237,6 +239,9 @@ def _fork(one: Transcript, other: Transcript) -> str | None:
         return "announcements"
     if one.cohort and other.cohort and one.context != other.context:
         return "cohorts (U1)"
+    digests = {signed.dealer: signed.digest for signed in one.commitments}
+    if any(digests.get(signed.dealer, signed.digest) != signed.digest for signed in other.commitments):
+        return "commitments (U2)"
     if one.uploaders and other.uploaders and one.uploaders != other.uploaders:
         return "lists of uploaders (U3)"
     return None
@@ -278,6 +283,16 @@ def _order(study: StudyFolder) -> Iterator[str]:
         yield f"{study.path}: a receipt belongs to no sum that the coordinator kept"
     if places != sorted(set(places)):
         yield f"{study.path / 'receipts.jsonl'} is out of order, or has a receipt twice"
+
+
+def _unsound(study: StudyFolder, rosters: Mapping[str, Roster]) -> Iterator[str]:
+    for kept in study.transcripts:
+        roster = rosters.get(kept.announcement.roster_digest)
+        try:
+            if roster is not None:
+                verify_transcript(kept, roster=roster)
+        except FederationError as error:
+            yield f"{_named(kept)}: the coordinator's transcript: {error}"
 
 
 def _both_sides(witness: Witness, study: StudyFolder) -> Iterator[str]:

@@ -245,7 +245,7 @@ def test_whatever_a_hospital_changes_in_its_bundle_is_found(evidence: Evidence, 
 
 def test_whatever_a_coordinator_changes_is_found(evidence: Evidence, tmp_path: Path) -> None:
     """Random changes of its receipts and transcripts: no signature of hospitals can be made for another content."""
-    rng, folder = random.Random(3), tmp_path / "study"
+    rng, folder, meaningless = random.Random(3), tmp_path / "study", 0
     for number in range(MUTATIONS // 2):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
@@ -257,7 +257,12 @@ def test_whatever_a_coordinator_changes_is_found(evidence: Evidence, tmp_path: P
         changed = _mutate(lines, rng, edit)
         path.write_text("".join(json.dumps(line) + "\n" for line in changed), encoding="utf-8")
 
-        assert evidence.problems(study=folder) != [], (number, path.name)
+        found = evidence.problems(study=folder)
+        if not found:  # the last letter of base64 has bits without a meaning
+            kept, whole = read_study(folder), read_study(evidence.study)
+            assert (kept.receipts, kept.transcripts) == (whole.receipts, whole.transcripts), (number, path.name)
+            meaningless += 1
+    assert meaningless < MUTATIONS // 50
 
 
 def test_a_fork_is_named(evidence: Evidence, tmp_path: Path) -> None:
