@@ -4,7 +4,6 @@ import json
 import logging
 import signal
 import sys
-import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,6 +30,7 @@ ledger_app = typer.Typer(help="Show, verify or export this hospital's privacy le
 app.add_typer(ledger_app, name="ledger")
 
 SettingsFile = Annotated[Path, typer.Argument(help="The hospital's settings, hospital.toml.")]
+Study = Annotated[str, typer.Argument(help="Name of the study, as `studies` lists it.")]
 RecordsFolder = Annotated[Path, typer.Option("--records", help="Folder with manifest.toml and the data it names.")]
 
 
@@ -40,19 +40,99 @@ def start(settings_file: SettingsFile) -> None:
 
     Dials out only; opens no port. A coordinator that isn't there is tried again, with back-off, until it is.
     """
-    from client import app as flower_app
-    from client.daemon import serve
+    from client.process import Ending, announced, refuse_second
     from client.settings import read_settings
 
     settings = read_settings(settings_file)
+    refuse_second(settings.state)
+    from client import app as flower_app  # torch and Flower take seconds: not before it is clear that they are needed
+    from client.daemon import serve
+
     _log(settings)
     _use(settings)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    until = Ending()
+    signal.signal(signal.SIGTERM, until.on_signal)
     try:
         flower_app.hospital_at(str(settings_file))  # a ledger or a key that is wrong stops us before we connect
-        serve(settings, settings_file, flower_app.app, until=threading.Event())
+        with announced(settings.state):
+            serve(settings, settings_file, flower_app.app, until=until)
     finally:
         flower_app.close_hospitals()
+
+
+@app.command()
+def stop(
+    settings_file: SettingsFile,
+    wait_s: Annotated[float, typer.Option("--wait", min=0, help="Seconds to wait for the daemon's end.")] = 600,
+) -> None:
+    """End the running daemon after the message that it is answering, and wait until it is gone."""
+    from client.process import stop as stop_daemon
+    from client.settings import read_settings
+
+    ended = stop_daemon(read_settings(settings_file).state, patience_s=wait_s)
+    typer.echo("no daemon of this hospital runs" if ended is None else f"the daemon, process {ended.pid}, has ended")
+
+
+@app.command()
+def studies(
+    settings_file: SettingsFile,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """List the studies that wait for an approval, and those that were approved, refused or closed."""
+    from client.decide import list_studies, studies_table
+    from client.settings import read_settings
+
+    found = list_studies(read_settings(settings_file))
+    if as_json:
+        typer.echo(json.dumps([study._asdict() for study in found], indent=2))
+        return
+    _print(studies_table(found) if found else "No study was proposed here.")
+
+
+@app.command()
+def approve(
+    settings_file: SettingsFile,
+    study: Study,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask; needs --digest.")] = False,
+    digest: Annotated[str, typer.Option("--digest", help="The plan's digest, or its first 8 digits or more.")] = "",
+) -> None:
+    """Show what a waiting study would do and what it costs, ask, and approve it. Works while the daemon runs.
+
+    The approval is signed with the identity key, and is for exactly this plan. The daemon takes it up when the
+    coordinator proposes the study again.
+    """
+    from client.decide import confirm_digest, sign_and_keep, weigh
+    from client.settings import read_settings
+
+    settings = read_settings(settings_file)
+    weighed = weigh(settings, study)
+    _print(weighed.table)
+    if yes or digest:
+        confirm_digest(weighed.proposal, digest)
+    if not yes:
+        typer.confirm(f"Approve {study}?", abort=True)
+    sign_and_keep(settings, weighed)
+    typer.echo(f"study {study} is approved; it begins when the coordinator proposes it again, within half a minute")
+
+
+@app.command()
+def refuse(
+    settings_file: SettingsFile,
+    study: Study,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Show what a waiting study would do, ask, and refuse it for good. Works while the daemon runs."""
+    from client.consent import Consents
+    from client.decide import glance
+    from client.settings import read_settings
+
+    settings = read_settings(settings_file)
+    proposal, seen = glance(settings, study)
+    _print(seen)
+    if not yes:
+        typer.confirm(f"Refuse {study} for good?", abort=True)
+    Consents(settings.state).refuse(proposal)
+    typer.echo(f"study {study} is refused; its name is used up here")
 
 
 @app.command("check-data")
@@ -65,6 +145,7 @@ def check_data(
 
     from client.keys import split_key
     from client.records.report import describe
+    from client.registry import check_records
     from client.settings import read_settings
     from shared_models.errors import ConfigError
 
@@ -75,6 +156,7 @@ def check_data(
     if settings_file is not None:
         settings = read_settings(settings_file)
         Console().print(describe(settings.records, split_key=split_key(settings.state), opt_out=settings.opt_out))
+        check_records(settings)
     elif records is not None:
         Console().print(describe(records))
 
@@ -230,6 +312,12 @@ def evaluate(
         if path.exists():  # a study drops old checkpoints; one that is gone has a newer one behind it
             typer.echo(json.dumps({"model": str(path), **evaluate_folder(path, records)}))
             sys.stdout.flush()
+
+
+def _print(what: object) -> None:
+    from rich.console import Console
+
+    Console(highlight=False).print(what)
 
 
 def _log(settings: "Settings") -> None:

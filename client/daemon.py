@@ -61,6 +61,7 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from client.egress import EgressLog
+from client.process import Ending
 from client.settings import Settings
 from shared_models.errors import ConnectionLostError, FederationError, IdentityError, ProtocolError
 from shared_models.messages import REPLIES, not_admitted
@@ -193,7 +194,7 @@ class FleetConnection:
                 self.egress.write_counts()
 
 
-def serve(settings: Settings, settings_file: Path, handler: Handler, *, until: threading.Event) -> None:
+def serve(settings: Settings, settings_file: Path, handler: Handler, *, until: Ending) -> None:
     """Stay connected and answer messages, one at a time, until told to stop.
 
     A coordinator that isn't there is tried again with exponential back-off and jitter, and the log says so.
@@ -216,9 +217,7 @@ def serve(settings: Settings, settings_file: Path, handler: Handler, *, until: t
             retry_s = min(2 * retry_s, LONGEST_RETRY_S)
 
 
-def _answer_messages(
-    connection: FleetConnection, settings_file: Path, handler: Handler, until: threading.Event
-) -> None:
+def _answer_messages(connection: FleetConnection, settings_file: Path, handler: Handler, until: Ending) -> None:
     context = Context(0, connection.node.node_id, {"settings": str(settings_file)}, RecordDict(), {})
     poll_s = SHORTEST_POLL_S
     while not until.is_set():
@@ -227,7 +226,8 @@ def _answer_messages(
             message = connection.receive()
             if message is not None:
                 poll_s = SHORTEST_POLL_S
-                connection.send(_admit(message, context, handler, connection.egress))
+                with until.answering():
+                    connection.send(_admit(message, context, handler, connection.egress))
                 continue
         except ProtocolError as error:
             log.warning("%s (%s)", error, error.hint)

@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 
 from client.books import Books
 from client.bundle import keep_receipt, keep_transcript
+from client.consent import Consents
+from client.device import choose_device
 from client.dp_sgd import self_check, train
 from client.egress import EgressLog
 from client.evaluate import released_statistics
@@ -27,17 +29,17 @@ from client.policy import Policy, Site, admit, permit_now
 from client.positions import open_positions
 from client.randomness import SecureRandom
 from client.records.population import Population, Source
+from client.registry import open_registry
 from client.settings import Settings, read_roster, read_settings
 from shared_models.encoding import NULL_COORDINATES, Encoding, encoding, public_weight
 from shared_models.errors import (
-    ConfigError,
     FederationError,
     NotEnrolledError,
     PolicyError,
     ProtocolError,
     ThresholdError,
 )
-from shared_models.identity import load_key, sign
+from shared_models.identity import load_key, public_bytes, sign
 from shared_models.messages import (
     Advertised,
     AdvertiseRequest,
@@ -141,10 +143,12 @@ class Hospital:
         self.books = books
         self.egress = EgressLog(settings)
         self._live = live
-        self.device = _device(settings)
+        self.device = choose_device(settings)
+        self._consents = Consents(settings.state)
         self._identity = load_key(settings.keys.identity)
         self._random = test_random or SecureRandom.from_system
         self._allow_test_random = test_random is not None
+        self._registry = open_registry(settings, books)
         self._studies: dict[str, Study] = {}
         self._unfinished = False  # an attempt whose transcript is not kept yet
         self._party = protocol.Hospital(
@@ -187,24 +191,33 @@ class Hospital:
         return None
 
     def enrol(self, proposal: Proposal) -> Enrolment:
-        """A study is proposed: allow it by policy, check data and network, reserve its price; or refuse.
+        """A study is proposed: permitted by policy, affordable, approved by somebody, fit for the records; or refused.
 
-        Approving again what was approved before, after a restart, reserves nothing twice.
+        Approving again what was approved before, after a restart, reserves nothing twice. No record is read before all
+        of the rest holds.
 
         Raises:
             RolledBackError: This hospital's ledger lacks what it signed for.
+            PendingError: Nobody has approved it yet.
             FederationError: The plan is malformed, not permitted, too dear, or does not fit the records.
         """
         plan = parse_plan(proposal.plan, "the proposed plan")
         self.books.anchors.check(proposal.anchor, study=plan.study)
+        policy, coordinator = self.settings.policy, self.settings.coordinator
         self._admit(plan, count_parameters(plan.network, find_task(plan.task)))
-        if not self.settings.policy.stands(plan, self.settings.coordinator):
-            raise PolicyError(
-                f"study {plan.study} needs an approval that this hospital gives nobody in advance",
-                hint="No rule among the policy's standing_approvals covers it.",
+        if self.books.budget.check(plan) is None:
+            stands = policy.stands(plan, coordinator)
+            consent = self._consents.of(plan, public_bytes(self._identity), stands=stands)
+            study = self._prepare(plan)
+            self.books.budget.approve(
+                plan,
+                population_fingerprint=study.population.fingerprint,
+                approved_by=consent.approved_by,
+                approval=consent.approval,
             )
-        study = self._prepare(plan)
-        self.books.budget.approve(plan, population_fingerprint=study.population.fingerprint)
+        else:
+            study = self._prepare(plan)
+        self._consents.settle(plan.study)
         study = self._studies.setdefault(plan.study, study)  # proposed again, it keeps its patients until stage 1
         log.info("study %s approved: plan %s", plan.study, study.digest)
         return Enrolment(
@@ -229,6 +242,7 @@ class Hospital:
         task = find_task(plan.task)
         source = Source(self.settings, task)
         population = source.current()
+        self._registry.check(population.members, has_spent=self.books.budget.has_spent)
         model = build_network(plan.network, task, seed=plan.seed).to(self.device)
         self_check(model, task, clip=plan.privacy.clip)
         return Study(plan, plan.digest(), task, model, source, population)
@@ -257,6 +271,7 @@ class Hospital:
         population = (
             study.source.current()
         )  # as the disk has it now, less who said no; refused here, not after a charge
+        self._registry.claim(population.members, has_spent=self.books.budget.has_spent)
         self._encoding(study, announcement)  # what could not be encoded is refused before anything is computed
         if self._unfinished:  # of an attempt that never came to stage 5
             self._keep_transcript()
@@ -432,19 +447,6 @@ class Hospital:
         signed = body.model_copy(update={"receipt": receipt.model_copy(update={"signature": signature})})
         keep_receipt(self.settings.state, signed_receipt(signed))
         return signed
-
-
-def _device(settings: Settings) -> torch.device:
-    """CUDA when it is there and permitted, else the CPU; the setting decides.
-
-    Raises:
-        ConfigError: ``cuda`` is demanded and not there.
-    """
-    there = torch.cuda.is_available()
-    if settings.device == "cuda" and not there:
-        raise ConfigError("the settings demand cuda, which is not available", hint='Set device = "auto" or "cpu".')
-    wanted = settings.device == "cuda" or (settings.device == "auto" and "cuda" in settings.policy.devices)
-    return torch.device("cuda" if wanted and there else "cpu")
 
 
 def _cohort_policy(policy: Policy) -> protocol.CohortPolicy:

@@ -121,6 +121,12 @@ class ComputationError(FederationError):
     code = "error"
 
 
+class PopulationError(FederationError):
+    """The records hold patients of another budget, or the registry that would show it cannot be trusted."""
+
+    code = "records"  # the coordinator hears no more than that the records don't fit
+
+
 class ConnectionLostError(FederationError):
     """The coordinator cannot be reached."""
 

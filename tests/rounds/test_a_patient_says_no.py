@@ -9,6 +9,7 @@ import pytest
 import torch
 from flwr.app import Message
 
+import client.app
 import client.round
 from client.dp_sgd import TrainingReport, train
 from client.records.manifest import read_manifest
@@ -29,6 +30,7 @@ from shared_models.messages import (
 from shared_models.privacy.ledger import Entry, verify_entries
 from shared_models.tasks import find_task
 from tests.federation import Federation, make_federation, restart
+from tests.rounds.test_data_stays_intact import hold_out
 
 HOSPITAL = "hospital-1"
 
@@ -229,7 +231,10 @@ def test_nothing_on_the_wire_changes_with_who_said_no(tmp_path: Path, monkeypatc
     evaluation = {"every": 1, "clip": 1.0, "noise_multiplier": 30.0}
     stories = [Story(tmp_path / name, monkeypatch, evaluation=evaluation) for name in ("all", "half")]
     for number, story in enumerate(stories):
-        _hold_out(story.federation)
+        for name in story.federation.names:
+            hold_out(
+                story.federation.settings(name).records / "manifest.toml", find_task(story.federation.plan.task).classes
+            )
         monkeypatch.setattr(client.round, "train", story._train)
         if number:
             story.acts[AdvertiseRequest, 2] = story.says_no(*story.patients[::2])
@@ -242,14 +247,6 @@ def test_nothing_on_the_wire_changes_with_who_said_no(tmp_path: Path, monkeypatc
     assert {type(body) for body, _ in story.answers} >= {Enrolment, Update, ReleasedStatistics, PrivacyStatement}
     sizes = [[len(sent) for origin, _, sent in s.federation.wire.trace if origin == HOSPITAL] for s in stories]
     np.testing.assert_allclose(sizes[1], sizes[0], atol=8)  # varints of times and ids in Flower's envelope
-
-
-def _hold_out(federation: Federation) -> None:
-    """Keep a fifth of every hospital's patients for validation."""
-    for name in federation.names:
-        manifest = federation.settings(name).records / "manifest.toml"
-        text = manifest.read_text(encoding="utf-8")
-        manifest.write_text(text.replace("validation_fraction = 0.0", "validation_fraction = 0.2"), encoding="utf-8")
 
 
 def _visible(body: Body, length: int) -> tuple[object, ...]:
