@@ -53,8 +53,8 @@ def verify_ledger(path: Path, keys: Collection[bytes] = ()) -> Verified:
 
     Args:
         path: The SQLite file.
-        keys: Public keys that the auditor trusts; one of the ledger's must be among them. Without any, the ledger's own
-            word is taken.
+        keys: Public keys that the auditor trusts; one of the ledger's must be among them. Best the newest: an old
+            key still vouches for whatever it signed. Without any, the ledger's own word is taken.
 
     Raises:
         LedgerError: What does not hold.
