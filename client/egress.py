@@ -61,7 +61,7 @@ class EgressLog:
         text = body.model_dump_json().encode()
         data = np.ascontiguousarray(vector if vector is not None else [], dtype=body.vector or "<u4")
         digest = hashlib.sha256(text)
-        digest.update(data)
+        digest.update(data.data)
         charge = f"charge {body.receipt.entry_hash}" if isinstance(body, Upload) else FREE
         sizes = {name: _size(body, name) for name in type(body).model_fields}
         fields = {name: {"bytes": size, "price": FREE} for name, size in sizes.items()}
