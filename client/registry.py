@@ -176,7 +176,7 @@ def check_records(settings: Settings) -> None:
     ledger = settings.state / LEDGER
     entries = read_ledger(ledger) if ledger.exists() else []
     has_spent = any(entry.kind == "charge" for entry in entries)
-    population = Source(settings, find_task(read_manifest(settings.records).task)).current()
+    population = Source(find_task(read_manifest(settings.records).task)).current(settings)
     Registry(settings, entries[0].hash if entries else None).check(population.members, has_spent=has_spent)
 
 

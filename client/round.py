@@ -240,8 +240,8 @@ class Hospital:
     def _prepare(self, plan: StudyPlan) -> Study:
         """Validate the records and check the network before anything is approved, let alone charged."""
         task = find_task(plan.task)
-        source = Source(self.settings, task)
-        population = source.current()
+        source = Source(task)
+        population = source.current(self.settings)
         self._registry.check(population.members, has_spent=self.books.budget.has_spent)
         model = build_network(plan.network, task, seed=plan.seed).to(self.device)
         self_check(model, task, clip=plan.privacy.clip)
@@ -268,11 +268,9 @@ class Hospital:
                 f"threshold {announcement.threshold} is below the plan's {study.plan.minimum_hospitals} hospitals",
                 hint="The coordinator is broken or lies.",
             )
-        population = (
-            study.source.current()
-        )  # as the disk has it now, less who said no; refused here, not after a charge
-        self._registry.claim(population.members, has_spent=self.books.budget.has_spent)
         self._encoding(study, announcement)  # what could not be encoded is refused before anything is computed
+        population = study.source.current(self.settings)  # less who said no by now; refused here, not after a charge
+        self._registry.claim(population.members, has_spent=self.books.budget.has_spent)
         if self._unfinished:  # of an attempt that never came to stage 5
             self._keep_transcript()
         self._unfinished = True
