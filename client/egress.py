@@ -59,21 +59,23 @@ class EgressLog:
             LedgerError: It could not be written; then nothing may leave.
         """
         text = body.model_dump_json().encode()
-        data = np.ascontiguousarray(vector, dtype=body.vector).tobytes() if vector is not None else b""
+        data = np.ascontiguousarray(vector if vector is not None else [], dtype=body.vector or "<u4")
+        digest = hashlib.sha256(text)
+        digest.update(data.data)
         charge = f"charge {body.receipt.entry_hash}" if isinstance(body, Upload) else FREE
         sizes = {name: _size(body, name) for name in type(body).model_fields}
         fields = {name: {"bytes": size, "price": FREE} for name, size in sizes.items()}
         fields["JSON punctuation"] = {"bytes": len(text) - sum(sizes.values()), "price": FREE}
-        if data:
-            fields["vector"] = {"bytes": len(data), "price": charge}
+        if vector is not None:
+            fields["vector"] = {"bytes": data.nbytes, "price": charge}
         self._file.write(
             what="reply",
             message=type(body).__name__,
             to=self._to,
             **_subject(body, about, to),
             fields=fields,
-            bytes=len(text) + len(data),
-            sha256=hashlib.sha256(text + data).hexdigest(),
+            bytes=len(text) + data.nbytes,
+            sha256=digest.hexdigest(),
         )
 
     def not_admitted(self) -> None:
