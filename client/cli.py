@@ -12,7 +12,12 @@ import typer
 from shared_models import terminal
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from rich.table import Table
+
     from client.settings import Settings
+    from shared_models.privacy.entries import Entry
 
 app = typer.Typer(
     help="One hospital: trains the shared model next to its data, under its own policy and privacy budget.",
@@ -20,6 +25,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+
+ledger_app = typer.Typer(help="Show, verify or export this hospital's privacy ledger.", no_args_is_help=True)
+app.add_typer(ledger_app, name="ledger")
 
 SettingsFile = Annotated[Path, typer.Argument(help="The hospital's settings, hospital.toml.")]
 Study = Annotated[str, typer.Argument(help="Name of the study, as `studies` lists it.")]
@@ -171,6 +179,76 @@ def budget(
 
 
 @app.command()
+def egress(
+    settings_file: SettingsFile,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Show what has left this hospital, by study, message and field, with its price. Reads the egress log only."""
+    from rich.console import Console
+
+    from client.egress import EGRESS, summary
+    from client.evidence import read_evidence
+    from client.settings import read_settings
+
+    found = summary(read_evidence(read_settings(settings_file).state / EGRESS))
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    for table in _egress_tables(found):
+        Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+@ledger_app.command("show")
+def ledger_show(
+    settings_file: SettingsFile,
+    study: Annotated[str | None, typer.Option("--study", help="Only entries of this study.")] = None,
+    last: Annotated[int, typer.Option("--last", min=1, help="Only so many entries, the newest.")] = 20,
+    as_json: Annotated[bool, typer.Option("--json", help="Print each whole entry as a line of JSON.")] = False,
+) -> None:
+    """Show the newest entries of the ledger, each once its place in the chain is verified."""
+    from collections import deque
+
+    from rich.console import Console
+
+    from client.bundle import entries_of
+    from client.settings import read_settings
+
+    entries = deque(entries_of(read_settings(settings_file), study), maxlen=last)
+    if as_json:
+        for entry in entries:
+            typer.echo(entry.model_dump_json(exclude_none=True))
+        return
+    Console(width=None if sys.stdout.isatty() else 120).print(_ledger_table(entries))
+
+
+@ledger_app.command("verify")
+def ledger_verify(settings_file: SettingsFile) -> None:
+    """Check chain, signatures, head file and the rules of the budget. The exit status is 0 only if all hold."""
+    from client.bundle import verify_own
+    from client.settings import read_settings
+
+    found = verify_own(read_settings(settings_file))
+    head = "no entry missing at the end" if found["head_file"] else "NO HEAD FILE: entries may be missing at the end"
+    typer.echo(
+        f"holds: {found['entries']} entries, {found['charges']} charges; {head}; epsilon {found['epsilon_filter']:.4f} "
+        f"spent (filter, enforced), {found['epsilon_left']:.4f} left"
+    )
+
+
+@ledger_app.command("export")
+def ledger_export(
+    settings_file: SettingsFile, file: Annotated[Path, typer.Argument(help="Where to write the bundle.")]
+) -> None:
+    """Pack ledger, receipts, transcripts and roster into one signed file for an auditor. It holds no record."""
+    from client.bundle import export
+    from client.settings import read_settings
+
+    manifest = export(read_settings(settings_file), file)
+    size = sum(part.bytes for part in manifest.parts.values())
+    typer.echo(f"{file}: {len(manifest.parts)} parts, {size} bytes, signed; konsil-audit verify {file}")
+
+
+@app.command()
 def withdraw(
     settings_file: SettingsFile, study: Annotated[str, typer.Argument(help="Name of the approved study.")]
 ) -> None:
@@ -259,6 +337,29 @@ def _use(settings: "Settings") -> None:
     import torch
 
     torch.set_num_threads(settings.threads)
+
+
+def _egress_tables(found: dict[str, Any]) -> list["Table"]:
+    from rich.table import Table
+
+    fields = Table("study", "message", "field", "times", "bytes", "price", title="Replies, by field")
+    for row in found["fields"]:
+        fields.add_row(*(str(cell) for cell in row.values()))
+    calls = Table("call", "times", "bytes", title="Everything on the connection: request lines, headers, bodies")
+    for row in found["calls"]:
+        calls.add_row(row["call"], str(row["count"]), str(row["line"] + row["headers"] + row["body"]))
+    return [fields, calls]
+
+
+def _ledger_table(entries: "Iterable[Entry]") -> "Table":
+    from rich.table import Table
+
+    table = Table("entry", "time", "kind", "study", "round", "attempt", "mechanism", "hash")
+    for entry in entries:
+        cells = (entry.seq, entry.time, entry.kind, entry.study, entry.round, entry.attempt)
+        mechanism = entry.mechanism.kind if entry.mechanism else ""
+        table.add_row(*("" if cell is None else str(cell) for cell in cells), mechanism, f"{entry.hash[:12]}…")
+    return table
 
 
 def _budget_lines(report: dict[str, Any]) -> list[str]:

@@ -3,8 +3,11 @@
 import hashlib
 import hmac
 import os
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 
+from shared_models.durable import sync_folder
 from shared_models.errors import IdentityError
 
 KEY_BYTES = 32
@@ -29,19 +32,30 @@ def local_key(state: Path, purpose: str) -> bytes:
 def _secret(path: Path) -> bytes:
     """What the file holds; it is made if it isn't there."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        pass
-    else:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(os.urandom(KEY_BYTES))
-            file.flush()
-            os.fsync(file.fileno())
+    if not path.exists():
+        _make(path)
     secret = path.read_bytes()
     if path.stat().st_mode & 0o077:
         raise IdentityError(f"{path} can be read by others", hint=f"Run: chmod 600 {path}")
     return secret
+
+
+def _make(path: Path) -> None:
+    """Make the file with its content or not at all: a process killed here leaves no half of a secret.
+
+    Of two processes that make it at once the first one's counts.
+    """
+    descriptor, unnamed = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(os.urandom(KEY_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+        with suppress(FileExistsError):
+            os.link(unnamed, path)
+    finally:
+        Path(unnamed).unlink()
+    sync_folder(path.parent)
 
 
 def split_key(state: Path) -> bytes:

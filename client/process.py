@@ -76,11 +76,11 @@ def announced(state: Path) -> Iterator[None]:
         LedgerError: The file cannot be written.
     """
     path = state / PROCESS
-    try:
-        replace_file(path, json.dumps(Process(os.getpid(), _began(os.getpid()))._asdict()).encode())
-    except OSError as error:
-        raise LedgerError(f"{path} cannot be written: {error.strerror}", hint="Check the disk.") from None
-    try:
+    try:  # from here on, because a signal may come before the first message does
+        try:
+            replace_file(path, json.dumps(Process(os.getpid(), _began(os.getpid()))._asdict()).encode())
+        except OSError as error:
+            raise LedgerError(f"{path} cannot be written: {error.strerror}", hint="Check the disk.") from None
         yield
     finally:
         path.unlink(missing_ok=True)

@@ -4,7 +4,9 @@ Each line of ``Hospital.train`` is one file of this folder. Everything that leav
 """
 
 import logging
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -15,11 +17,14 @@ import torch
 from numpy.typing import NDArray
 
 from client.books import Books
+from client.bundle import keep_receipt, keep_transcript
 from client.consent import Consents
 from client.device import choose_device
 from client.dp_sgd import self_check, train
+from client.egress import EgressLog
 from client.evaluate import released_statistics
 from client.live import LiveSettings
+from client.pace import OnTheGrid
 from client.policy import Policy, Site, admit, permit_now
 from client.positions import open_positions
 from client.randomness import SecureRandom
@@ -27,7 +32,13 @@ from client.records.population import Population, Source
 from client.registry import open_registry
 from client.settings import Settings, read_roster, read_settings
 from shared_models.encoding import NULL_COORDINATES, Encoding, encoding, public_weight
-from shared_models.errors import NotEnrolledError, PolicyError, ProtocolError, ThresholdError
+from shared_models.errors import (
+    FederationError,
+    NotEnrolledError,
+    PolicyError,
+    ProtocolError,
+    ThresholdError,
+)
 from shared_models.identity import load_key, public_bytes, sign
 from shared_models.messages import (
     Advertised,
@@ -52,6 +63,7 @@ from shared_models.messages import (
     Upload,
     Vector,
     receipt_payload,
+    signed_receipt,
 )
 from shared_models.nets.build import build_network, count_parameters
 from shared_models.plan import StudyPlan, parse_plan
@@ -65,7 +77,6 @@ from shared_models.update import check_vector, parameters_to_vector, vector_dige
 
 log = logging.getLogger("konsil.hospital")
 
-TRANSCRIPTS = "transcripts.jsonl"
 DAY_S = 24 * 60 * 60
 
 UploadType = TypeVar("UploadType", bound=Upload)
@@ -130,6 +141,7 @@ class Hospital:
     ) -> None:
         self.settings = settings
         self.books = books
+        self.egress = EgressLog(settings)
         self._live = live
         self.device = choose_device(settings)
         self._consents = Consents(settings.state)
@@ -170,6 +182,13 @@ class Hospital:
     def close(self) -> None:
         """Let go of the ledger."""
         self.books.close()
+
+    @property
+    def announcement(self) -> Announcement | None:
+        """The attempt at hand, or the last one; None before the first."""
+        with suppress(FederationError):
+            return self._party.announcement
+        return None
 
     def enrol(self, proposal: Proposal) -> Enrolment:
         """A study is proposed: permitted by policy, affordable, approved by somebody, fit for the records; or refused.
@@ -266,38 +285,41 @@ class Hospital:
 
     def train(self, request: TrainRequest, parameters: Vector) -> tuple[Update | Complained, Lanes | None]:
         """Stage 3 of a round: accept, charge, load, train, encode, mask, answer."""
+        received = time.monotonic()
         study, complaint = self._accept(request, parameters, "train")
         if complaint is not None:
             return complaint, None
         mechanism = training_mechanism(study.plan, self.settings.population.public_size)
         charge = self._charge(mechanism)
-        records = study.training  # from here on records are used: the charge is on the disk
-        vector_to_parameters(parameters, study.model)
-        null = np.zeros(NULL_COORDINATES)
-        random = self._random()
-        train(
-            study.model,
-            records,
-            study.task,
-            training=study.plan.training,
-            privacy=study.plan.privacy,
-            expected_batch=mechanism.expected_batch,
-            random=random,
-            device=self.device,
-            null=null,
-            allow_test_random=self._allow_test_random,
-        )
-        update = np.concatenate([parameters_to_vector(study.model).astype(np.float64) - parameters, null])
-        weight = public_weight(self.settings.population.public_size, study.plan.weight_cap)
-        masked = self._masked(study, update, weight, charge, random)
-        self.books.round_done(charge)
-        self._log("trained")
-        return self._signed(Update, charge), masked
+        with OnTheGrid(received, study.plan.reply_grid_s):
+            records = study.training  # from here on records are used: the charge is on the disk
+            vector_to_parameters(parameters, study.model)
+            null = np.zeros(NULL_COORDINATES)
+            random = self._random()
+            train(
+                study.model,
+                records,
+                study.task,
+                training=study.plan.training,
+                privacy=study.plan.privacy,
+                expected_batch=mechanism.expected_batch,
+                random=random,
+                device=self.device,
+                null=null,
+                allow_test_random=self._allow_test_random,
+            )
+            update = np.concatenate([parameters_to_vector(study.model).astype(np.float64) - parameters, null])
+            weight = public_weight(self.settings.population.public_size, study.plan.weight_cap)
+            masked = self._masked(study, update, weight, charge, random)
+            self.books.round_done(charge)
+            self._log("trained")
+            return self._signed(Update, charge), masked
 
     def evaluate(
         self, request: EvaluateRequest, parameters: Vector
     ) -> tuple[ReleasedStatistics | Complained, Lanes | None]:
         """Stage 3 of a release of validation statistics: accept, charge, load, evaluate with noise, mask, answer."""
+        received = time.monotonic()
         study, complaint = self._accept(request, parameters, "evaluate")
         if complaint is not None:
             return complaint, None
@@ -305,20 +327,21 @@ class Hospital:
         if evaluation is None:
             raise ProtocolError(f"study {study.plan.study} releases no statistics", hint="See [evaluation].")
         charge = self._charge(release_mechanism(study.plan))
-        vector_to_parameters(parameters, study.model)
-        random = self._random()
-        released = released_statistics(
-            study.model,
-            study.validation,
-            study.task,
-            plan=evaluation,
-            random=random,
-            allow_test_random=self._allow_test_random,
-        )
-        masked = self._masked(study, released, 1.0, charge, random)
-        self.books.released(charge)
-        self._log("released statistics")
-        return self._signed(ReleasedStatistics, charge), masked
+        with OnTheGrid(received, study.plan.reply_grid_s):
+            vector_to_parameters(parameters, study.model)
+            random = self._random()
+            released = released_statistics(
+                study.model,
+                study.validation,
+                study.task,
+                plan=evaluation,
+                random=random,
+                allow_test_random=self._allow_test_random,
+            )
+            masked = self._masked(study, released, 1.0, charge, random)
+            self.books.released(charge)
+            self._log("released statistics")
+            return self._signed(ReleasedStatistics, charge), masked
 
     def agree(self, request: AgreeRequest) -> Agreed:
         """Stage 4: sign the list of those who uploaded; one list per attempt, ever."""
@@ -349,8 +372,7 @@ class Hospital:
         transcript = self._party.transcript()
         self._unfinished = False
         if transcript is not None:
-            with (self.settings.state / TRANSCRIPTS).open("a", encoding="utf-8") as file:
-                file.write(transcript.model_dump_json() + "\n")
+            keep_transcript(self.settings.state, transcript)
 
     def _known(self, request: Announcement | StudyEnd) -> Study:
         study = self._studies.get(request.study)
@@ -420,7 +442,9 @@ class Hospital:
         context = self._party.context.hex()
         body = kind(study=now.study, round=now.round, attempt=now.attempt, context=context, receipt=receipt)
         signature = sign(self._identity, "receipt", receipt_payload(body)).hex()
-        return body.model_copy(update={"receipt": receipt.model_copy(update={"signature": signature})})
+        signed = body.model_copy(update={"receipt": receipt.model_copy(update={"signature": signature})})
+        keep_receipt(self.settings.state, signed_receipt(signed))
+        return signed
 
 
 def _cohort_policy(policy: Policy) -> protocol.CohortPolicy:

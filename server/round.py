@@ -303,7 +303,7 @@ def secure_sum(study: Study, purpose: Purpose, number: int, attempt: int, cohort
         log.warning("round %d, attempt %d to %s: %s", number, attempt, purpose, error)
     receipts = {hospital: signed_receipt(upload) for hospital, upload in run.uploads.items()}
     study.receipts.keep(receipts)
-    for hospital, kept in receipts.items():
+    for hospital, kept in sorted(receipts.items()):  # an order that an auditor can check
         study.away.forget(hospital)
         study.epsilons[hospital] = kept.receipt.epsilon_filter
         _keep(study.folder / "receipts.jsonl", {"hospital": hospital, "upload": kept.model_dump(mode="json")})

@@ -103,10 +103,22 @@ class ForeignReceiptError(ProtocolError):
     code = "foreign-receipt"
 
 
+class EvidenceError(FederationError):
+    """An evidence bundle, or evidence of several parties side by side, that does not hold."""
+
+    code = "evidence"
+
+
 class RecordsError(FederationError):
     """The hospital's data does not fit the task."""
 
     code = "records"
+
+
+class ComputationError(FederationError):
+    """Something failed after a charge; there is one code for everything, because a record may have been the cause."""
+
+    code = "error"
 
 
 class PopulationError(FederationError):

@@ -46,7 +46,7 @@ from shared_models.secagg.protocol import Positions
 from tests.federation import Federation, changed
 
 KILLED = -signal.SIGKILL
-DURABLE = ("fsync", "fdatasync", "pwrite", "replace", "rename", "link")
+SYSTEM = ("write", "pwrite", "fsync", "fdatasync", "replace", "rename", "link", "urandom")
 STAGES = ("enrol", "advertise", "share", "train", "evaluate", "agree", "unmask", "finish")
 READS = ("before train/select", "before evaluate/select")  # the self-check of a network selects made-up records
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
@@ -63,6 +63,7 @@ class Fuse:
     def __init__(self, trace: Path, point: str | None) -> None:
         self._trace = os.open(trace, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         self._point, self._path = point, list[str]()
+        self._write = os.write  # which is about to be wrapped
         self._counts: list[Counter[str]] = [Counter()]
         self.computation = ""
 
@@ -96,7 +97,7 @@ class Fuse:
         self._reach(f"after {place}")
 
     def _reach(self, place: str) -> None:
-        os.write(self._trace, f"{place}\t{self.computation}\n".encode())
+        self._write(self._trace, f"{place}\t{self.computation}\n".encode())
         if place == self._point:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -120,7 +121,7 @@ class Fuse:
             setattr(Ledger, method, classmethod(self.wrap(Ledger.__dict__[method].__func__, method)))
         self._wrap_in(connection, "send", _what_is_sent)
         self._wrap_in(client.daemon, "push_objects", "objects")
-        for call in DURABLE:
+        for call in SYSTEM:
             self._wrap_in(os, call, call)
         sqlite3.connect = partial(sqlite3.connect, factory=self._connection())  # type: ignore[assignment]
         wrap_sqlite_writes(lambda write: self.wrap(write, "write"))

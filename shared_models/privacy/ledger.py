@@ -209,6 +209,11 @@ class Ledger:
         """The entry that opened the budget; None when there is none."""
         return self._chain.first
 
+    @property
+    def keys(self) -> tuple[bytes, ...]:
+        """Public keys that have signed entries, or sign the next, in the order in which they came into force."""
+        return tuple(self._chain.keys)
+
     def stream(self) -> Iterator[Entry]:
         """All entries, oldest first, one at a time, as they are when this is called."""
         return stream_ledger(self.path)

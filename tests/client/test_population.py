@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import example, given
+from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from client.records.patient_ids import fingerprint, members, plain
@@ -24,6 +25,7 @@ KEY, OTHER_KEY = b"k" * 32, b"o" * 32
 # fingerprints
 
 
+@examples(deadline=None)
 @given(one=IDS, other=IDS, seed=st.integers(0, 2**16))
 @example(one={"a", "b"}, other={"ab"}, seed=0)
 @example(one=set(), other={""}, seed=0)
@@ -36,12 +38,14 @@ def test_a_fingerprint_changes_if_and_only_if_the_set_does(one: set[str], other:
     assert (fingerprint(one, KEY) == fingerprint(other, KEY)) is (one == other)
 
 
+@examples(deadline=None)
 @given(patients=IDS, more=st.text(min_size=1, max_size=8))
 def test_one_patient_more_or_less_is_another_fingerprint(patients: set[str], more: str) -> None:
     """The smallest change there is."""
     assert fingerprint(patients | {more}, KEY) != fingerprint(patients - {more}, KEY)
 
 
+@examples(deadline=None)
 @given(patients=IDS)
 def test_hospitals_with_the_same_patients_have_different_fingerprints(patients: set[str]) -> None:
     """Whoever sees both cannot tell that they are equal; nor test a guess without the key."""
@@ -49,6 +53,7 @@ def test_hospitals_with_the_same_patients_have_different_fingerprints(patients: 
     assert members(patients, KEY).isdisjoint(members(patients, OTHER_KEY))
 
 
+@examples(deadline=None)
 @given(patient=st.text(max_size=20))
 def test_white_space_and_case_never_tell_patients_apart(patient: str) -> None:
     """Whatever else is in an id."""

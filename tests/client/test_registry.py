@@ -5,7 +5,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from client.books import LEDGER
@@ -19,7 +19,7 @@ from tests.client.test_settings import SETTINGS, read
 KEY = b"k" * 32
 
 
-def settings(folder: Path, population: str) -> Settings:
+def settings_of(folder: Path, population: str) -> Settings:
     """A population's settings; all of one folder share its registry."""
     text = SETTINGS.replace("/var/lib/konsil", population).replace('"all-patients"', f'"{population}"')
     return read(folder, text)
@@ -27,7 +27,7 @@ def settings(folder: Path, population: str) -> Settings:
 
 def registry(folder: Path, population: str) -> Registry:
     """As a population's daemon opens it. Its ledger is there, and tests name its first entry after it."""
-    found = settings(folder, population)
+    found = settings_of(folder, population)
     found.state.mkdir(exist_ok=True)
     (found.state / LEDGER).touch()
     return Registry(found, population)
@@ -67,6 +67,7 @@ def test_looking_claims_nothing(tmp_path: Path) -> None:
     registry(tmp_path, "lung").claim(some("a"), has_spent=False)
 
 
+@settings(max_examples=40, deadline=None)
 @given(rounds=st.lists(st.sets(st.integers(0, 9).map(str)), min_size=1, max_size=5), late=st.integers(0, 9).map(str))
 def test_a_set_only_ever_grows(tmp_path_factory: pytest.TempPathFactory, rounds: list[set[str]], late: str) -> None:
     """Whoever was ever used is refused elsewhere, also after saying no, after a new export, and after a restart."""
@@ -142,6 +143,7 @@ def test_a_registry_with_another_key_is_refused(tmp_path: Path) -> None:
     assert "key is another one" in refusal(registry(tmp_path, "heart"), "a", has_spent=True)
 
 
+@settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_any_change_of_a_file_is_noticed(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     """A flipped bit, a file cut short or grown could hide a patient; none passes."""
@@ -199,7 +201,7 @@ def test_a_folder_that_is_none_is_refused(tmp_path: Path) -> None:
 def test_a_state_folder_may_move_and_must_not_be_copied(tmp_path: Path) -> None:
     """A copied ledger would pay once more out of the same budget; a moved one is the only one there is."""
     registry(tmp_path, "heart").claim(some("a"), has_spent=False)
-    copy = settings(tmp_path, "elsewhere")
+    copy = settings_of(tmp_path, "elsewhere")
     copy.state.mkdir()
     (copy.state / LEDGER).touch()
 

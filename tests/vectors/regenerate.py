@@ -5,6 +5,7 @@ the project's own code; a difference to the committed file means that older peer
 another version would no longer agree.
 """
 
+import hashlib
 import json
 from contextlib import closing
 from dataclasses import asdict
@@ -39,6 +40,7 @@ from shared_models.messages import (
 )
 from shared_models.metrics import compute_metrics, record_statistics
 from shared_models.privacy.entries import GENESIS, BudgetTerms, Chain, Entry, StudyLimit, possession
+from shared_models.privacy.evidence import PARTS, Manifest, Part
 from shared_models.privacy.head import HeadWriter, create_head
 from shared_models.privacy.mechanisms import (
     GaussianRelease,
@@ -119,6 +121,8 @@ def known_answers() -> dict[str, Any]:
             "public_key": public_bytes(KEY).hex(),
             "signature": sign(KEY, "receipt", receipt_payload(update)).hex(),
         },
+        "anchor": {"last": last["ann"].digest, "everybody": anchor.everybody},
+        "evidence_manifest": _manifest().payload().hex(),
         "approval": {"json": approval.model_dump(mode="json"), "payload": approval.payload().hex()},
         "ledger": _ledger(),
         "random": {"uniform": random.uniform(3).tolist(), "gaussian": random.gaussian(3).tolist()},
@@ -131,6 +135,19 @@ def known_answers() -> dict[str, Any]:
         "calibrate_noise": calibrate_noise(sample_rate=0.5, steps=208, epsilon=1.0, delta=3e-4),
         "metrics": compute_metrics(2, record_statistics(2, scores, labels, bins=20).sum(axis=0), bins=20),
     }
+
+
+def _manifest() -> Manifest:
+    """An empty bundle's, as it is signed."""
+    empty = Part(bytes=0, sha256=hashlib.sha256(b"").hexdigest())
+    return Manifest(
+        hospital="ann",
+        time="2026-01-01T00:00:00.000Z",
+        public_key=public_bytes(KEY).hex(),
+        software_digest="a" * 64,
+        egress_digest="b" * 64,
+        parts=dict.fromkeys(PARTS, empty),
+    )
 
 
 def _ledger() -> dict[str, Any]:
