@@ -237,12 +237,13 @@ def _has_released(places: list[str]) -> bool:
 
 def _of_a_round(places: list[str], *, every: bool) -> list[str]:
     """Where to die in a round: each place once."""
-    found = [place for place in points(places, every=every) if place.split(maxsplit=1)[1].startswith(ROUND)]
+    found = [place for place in points(places, every=True) if place.split(maxsplit=1)[1].startswith(ROUND)]
     found = [place for place in found if not _is_sqlites(place) or place in COMMIT_WRITES]
     if every:
         return found
     assert {*BRIEF, *COMMIT_WRITES} <= set(found), {*BRIEF, *COMMIT_WRITES} - set(found)
-    return [place for place in found if place in BRIEF or "train/charge" in place]
+    of_the_charge = [place for place in points(places, every=False) if "train/charge" in place]
+    return [place for place in found if place in BRIEF or place in of_the_charge]
 
 
 def _is_sqlites(place: str) -> bool:
@@ -360,7 +361,7 @@ def test_a_first_start_can_end_at_any_write(every: bool, tmp_path: Path) -> None
         hospital.open()
         found = points(lives.places(VICTIM), every=False)
         planned = [place for place in found if every or not _is_sqlites(place) or "budget-opened" in place]
-        assert len(planned) >= 30
+        assert len(planned) >= 20
         assert any(map(_is_sqlites, planned))
 
         for point in planned:
