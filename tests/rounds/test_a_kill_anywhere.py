@@ -233,11 +233,12 @@ def _has_released(places: list[str]) -> bool:
 
 def _of_a_round(places: list[str], *, every: bool) -> list[str]:
     """Where to die in a round: each place once."""
-    found = [place for place in points(places, every=every) if place.split(maxsplit=1)[1].startswith(ROUND)]
+    found = [place for place in points(places, every=True) if place.split(maxsplit=1)[1].startswith(ROUND)]
     if every:
         return found
     assert set(BRIEF) <= set(found), set(BRIEF) - set(found)
-    return [place for place in found if place in BRIEF or "train/charge" in place]
+    of_the_charge = [place for place in points(places, every=False) if "train/charge" in place]
+    return [place for place in found if place in BRIEF or place in of_the_charge]
 
 
 def _steps(hospital: Watched) -> tuple[list[str], list[str]]:
@@ -344,7 +345,7 @@ def test_a_first_start_can_end_at_any_write(tmp_path: Path) -> None:
         state = hospital.ledger.parent
         hospital.open()
         planned = points(lives.places(VICTIM), every=False)
-        assert len(planned) >= 30
+        assert len(planned) >= 20
 
         for point in planned:
             shutil.rmtree(state)
