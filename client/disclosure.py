@@ -4,9 +4,8 @@ True counts are for the steward's own terminal. Nothing of this leaves the hospi
 """
 
 from client.budget import Budget, Price
-from client.keys import split_key
 from client.records.manifest import Manifest, read_manifest
-from client.records.tabular import read_table
+from client.records.population import Source
 from client.settings import Settings, read_roster
 from shared_models.encoding import NULL_COORDINATES
 from shared_models.nets.build import count_parameters
@@ -55,16 +54,19 @@ def _peers(settings: Settings, plan: StudyPlan) -> Rows:
 
 
 def _training(settings: Settings, plan: StudyPlan, task: Task, manifest: Manifest) -> Rows:
-    training, validation = (
-        part.patient_count for part in read_table(manifest, task, split_key=split_key(settings.state))
-    )
+    population = Source(task).current(settings)
+    training, validation = population.training.patient_count, population.validation.patient_count
     parameters = count_parameters(plan.network, task)
     privacy = plan.privacy
     return [
         ("task", f"{task.name}: {task.description}"),
         ("network", f"{plan.network.name}, {parameters} parameters"),
         ("columns", _columns(manifest, task)),
-        ("patients", f"{training} to train with, {validation} to validate with (true counts: for your eyes only)"),
+        (
+            "patients",
+            f"{training} to train with, {validation} to validate with, without those who said no (true counts: for "
+            "your eyes only)",
+        ),
         (
             "mechanism",
             f"{plan.rounds} rounds, and {privacy.spare_charges} in reserve, of {plan.training.steps} steps; in each "

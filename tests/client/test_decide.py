@@ -1,11 +1,13 @@
 """The steward's commands: what they show, and that a price stands on it."""
 
+import csv
 import json
 
 import pytest
 
 from client.books import read_budget
 from client.consent import Consents
+from client.records.manifest import read_manifest
 from shared_models.errors import ConfigError, FederationError
 from shared_models.tasks import TableInput, find_task
 from tests.client.test_cli import run
@@ -71,6 +73,18 @@ def test_the_patients_it_counts_are_those_of_the_records(waiting: Federation) ->
     approve(waiting, HOSPITAL)
     kept = "".join(path.read_text(encoding="utf-8") for path in (settings.state / "studies").iterdir())
     assert f"{rows}" not in kept.replace(waiting.plan.digest(), "")
+
+
+def test_who_said_no_is_not_counted(waiting: Federation) -> None:
+    """The steward decides about the patients that would really be used."""
+    settings, file = waiting.settings(HOSPITAL), waiting.settings_file(HOSPITAL)
+    manifest = read_manifest(settings.records)
+    with manifest.file.open(encoding="utf-8", newline="") as stream:
+        patients = [row[manifest.patient or ""] for row in csv.DictReader(stream)]
+    file.write_text('opt_out = "no.txt"\n' + file.read_text(encoding="utf-8"), encoding="utf-8")
+    (file.parent / "no.txt").write_text("\n".join(patients[:2]), encoding="utf-8")
+
+    assert f"{len(set(patients)) - 2} to train with" in shown(waiting)
 
 
 def test_a_release_of_statistics_is_shown(tmp_path_factory: pytest.TempPathFactory) -> None:
