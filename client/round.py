@@ -18,11 +18,12 @@ from client.books import Books
 from client.dp_sgd import self_check, train
 from client.evaluate import released_statistics
 from client.live import LiveSettings
+from client.membership import Membership
 from client.policy import Policy, Site, admit, permit_now
 from client.positions import open_positions
 from client.randomness import SecureRandom
 from client.records.population import Population, Source
-from client.settings import Settings, read_roster, read_settings
+from client.settings import Settings, read_settings
 from shared_models.encoding import NULL_COORDINATES, Encoding, encoding, public_weight
 from shared_models.errors import ConfigError, NotEnrolledError, PolicyError, ProtocolError, ThresholdError
 from shared_models.identity import load_key, sign
@@ -130,6 +131,9 @@ class Hospital:
         self._live = live
         self.device = _device(settings)
         self._identity = load_key(settings.keys.identity)
+        self._membership = Membership(settings)
+        if books.ledger.first is not None:
+            self._membership.check_genesis(books.ledger.first.hash)
         self._random = test_random or SecureRandom.from_system
         self._allow_test_random = test_random is not None
         self._studies: dict[str, Study] = {}
@@ -137,7 +141,7 @@ class Hospital:
         self._party = protocol.Hospital(
             settings.name,
             self._identity,
-            roster=read_roster(settings.roster),
+            roster=self._membership.now(),
             policy=_cohort_policy(settings.policy),
             positions=open_positions(settings.state),
         )
@@ -153,11 +157,13 @@ class Hospital:
         return cls(settings, Books.open(settings), live=LiveSettings(settings_file, settings))
 
     def refresh(self) -> None:
-        """Before every message: the policy as the settings file has it now.
+        """Before every message: the policy and the roster as their files have them now.
 
         Raises:
-            ConfigError: The file is gone or invalid; then no message is answered.
+            ConfigError: The settings file is gone or invalid; then no message is answered.
+            RosterError: The roster is refused, or this hospital is a member no longer.
         """
+        self._party.pin(self._membership.now())
         if self._live is not None:
             self.settings = self._live.settings()
             self._party.policy = _cohort_policy(self.settings.policy)

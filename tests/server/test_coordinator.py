@@ -15,6 +15,7 @@ from flwr.proto.fleet_pb2 import ActivateNodeRequest, RegisterNodeFleetRequest
 from client.daemon import FleetConnection, _tls
 from server.coordinator import FLEET_CALLS, SuperLink
 from server.gather import Gather
+from server.trial import hand_out
 from shared_models.errors import ConfigError, IdentityError
 from shared_models.messages import Enrolment, Proposal, reply
 from tests.link import Keys
@@ -190,8 +191,10 @@ def test_an_expired_certificate_of_the_coordinator_is_refused_at_start(keys: Key
 
 def test_a_node_key_that_is_none_is_refused_at_start(keys: Keys) -> None:
     """The hospital and the file are named."""
-    key = keys.coordinator().hospitals[0].node_key
-    key.write_text("ssh-ed25519 AAAA nobody", encoding="ascii")
+    roster = keys.roster(version=2)
+    broken = roster.members[0].model_copy(update={"node_key": "ecdsa-sha2-nistp384 AAAA"})
+    changed = roster.model_copy(update={"members": (broken, *roster.members[1:])})
+    hand_out(keys.root, changed, [keys.folder / "coordinator"])
 
     with pytest.raises(IdentityError, match=r"the node key of north"):
         SuperLink(keys.coordinator())
