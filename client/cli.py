@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from client import cli_enrol
 from shared_models import terminal
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+cli_enrol.add_to(app)
 
 SettingsFile = Annotated[Path, typer.Argument(help="The hospital's settings, hospital.toml.")]
 RecordsFolder = Annotated[Path, typer.Option("--records", help="Folder with manifest.toml and the data it names.")]

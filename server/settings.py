@@ -10,11 +10,16 @@ from shared_models.config import Frozen, LocalPath
 
 
 class Tls(Frozen):
-    """Certificate and key of the coordinator, and the authority that signs the hospitals' certificates."""
+    """Certificate and key of the coordinator, and the authority that signs the hospitals' certificates.
+
+    Attributes:
+        authority_key: The authority's private key, where this coordinator enrols hospitals itself.
+    """
 
     ca: LocalPath
     certificate: LocalPath
     key: LocalPath
+    authority_key: LocalPath | None = None
 
 
 class Settings(Frozen):

@@ -1,6 +1,6 @@
 """A throw-away consortium for trials on one machine: a root key, and a roster over the keys that hospitals made.
 
-The real steps are in ``server/enrolment.py``; a trial plays them at once.
+The real steps are in ``server/enrol.py``; a trial plays them at once.
 """
 
 import hashlib

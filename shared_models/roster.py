@@ -74,10 +74,17 @@ class Member(Frozen):
 
 
 class Coordinator(Frozen):
-    """Who runs the studies, and at which ``host:port`` it is reached."""
+    """Who runs the studies.
+
+    Attributes:
+        name: Its name.
+        address: ``host:port`` at which hospitals reach it.
+        authority: SHA-256 of the TLS authority's certificate (DER), in hexadecimal; None where each party checks it.
+    """
 
     name: Name
     address: Text
+    authority: Hex32 | None = None
 
 
 class UnsignedRoster(Frozen):

@@ -57,7 +57,7 @@ KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 ROSTER = UnsignedRoster(
     consortium="a-consortium",
     version=3,
-    coordinator=Coordinator(name="centre", address="centre.example.org:9092"),
+    coordinator=Coordinator(name="centre", address="centre.example.org:9092", authority="d" * 64),
     members=(
         Member(
             name="ann",
