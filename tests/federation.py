@@ -157,10 +157,12 @@ class Federation:
         """A hospital's settings."""
         return read_settings(self.settings_file(hospital))
 
-    def sign_roster(self, *, version: int, revoked: Iterable[str] = ()) -> None:
+    def sign_roster(self, *, version: int, revoked: Iterable[str] = (), genesis: dict[str, str] | None = None) -> None:
         """Sign a roster of all hospitals and give it to each."""
         root, sizes = trial_root(self.folder / "root"), {h.name: h.public_size for h in self.example.hospitals}
         roster = trial_roster(root, self.folder / "public", sizes, version=version, revoked=revoked)
+        members = [m.model_copy(update={"ledger_genesis": (genesis or {}).get(m.name)}) for m in roster.members]
+        roster = roster.model_copy(update={"members": tuple(members)})
         hand_out(root, roster, [self.settings_file(name).parent for name in sizes])
 
     def roster(self) -> Roster:

@@ -1,0 +1,70 @@
+"""From empty folders to a model: every step is a command in a process of its own, as people would type it."""
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from server.demo import fit_plan, free_port, plan_text
+from server.examples import write_example
+from server.journal import read_events
+from server.processes import Children
+from shared_models.identity import fingerprint
+
+PATIENCE_S = 240
+
+
+def after(word: str, text: str) -> str:
+    """What a command printed after a word."""
+    return next(line.removeprefix(word).strip() for line in text.splitlines() if line.startswith(word))
+
+
+@pytest.mark.timeout(PATIENCE_S + 60)
+def test_three_hospitals_enrol_and_train(tmp_path: Path) -> None:
+    """Init, enrol, sign, join, start: a study runs to its end, paid for by ledgers that init opened."""
+    example = write_example("breast-cancer", tmp_path / "data", hospitals=3, seed=0)
+    address, centre = f"127.0.0.1:{free_port()}", tmp_path / "centre"
+    plan, settings = tmp_path / "plan.toml", str(centre / "coordinator.toml")
+    plan.write_text(plan_text(fit_plan(example, 2)), encoding="utf-8")
+    names = [hospital.name for hospital in example.hospitals]
+    with Children(tmp_path / "logs") as children:
+        said = children.run("init", "konsil-coordinator", "init", str(centre), "--address", address)
+        root = after("root key", said)
+        for hospital in example.hospitals:
+            home = tmp_path / hospital.name
+            figures = ("--public-size", str(hospital.public_size), "--epsilon", "4", "--delta", "1e-4", "--order", "8")
+            options = ("--name", hospital.name, "--coordinator", address, *figures)
+            said = children.run("init-hospital", "konsil-hospital", "init", str(home), *options)
+            shown, request = after("fingerprint", said), after("request", said)
+            options = ("--settings", settings, "--fingerprint", shown)
+            children.run("enrol", "konsil-coordinator", "enrol", request, *options)
+            shutil.copytree(hospital.folder, home / "records")
+            file = home / "hospital.toml"
+            text = file.read_text("utf-8").replace(
+                "# standing_approvals = [{tasks", 'standing_approvals = [{tasks = ["breast-cancer"]}]  # [{tasks'
+            )
+            file.write_text(text, encoding="utf-8")
+        options = ("--root-key", str(centre / "root" / "root.key"), "--settings", settings)
+        children.run("sign", "konsil-coordinator", "sign", str(centre / "roster.next.json"), *options)
+        children.start("run", "konsil-coordinator", "run", str(plan), "--settings", settings)
+        for name in names:
+            file, kit = str(tmp_path / name / "hospital.toml"), str(centre / "kits" / f"{name}.kit.json")
+            children.run("join", "konsil-hospital", "join", file, kit, "--root-fingerprint", root)
+            children.start(name, "konsil-hospital", "start", file)
+        deadline = time.monotonic() + PATIENCE_S
+        while children.check("run") and time.monotonic() < deadline:
+            time.sleep(0.2)
+        status = json.loads(
+            children.run("status", "konsil-hospital", "status", str(tmp_path / names[0] / "hospital.toml"), "--json")
+        )
+    events = read_events(next((centre / "state" / "studies").iterdir()) / "events.jsonl")[0]
+
+    assert [event["answered"] for event in events if event["event"] == "round"] == [names] * 2
+    assert events[-1]["event"] == "finished"
+    assert Path(events[-1]["model"]).exists()
+    assert status["members"] == names
+    assert status["ledger_entries"] > 1
+    assert status["epsilon_left"] < 4
+    assert root == fingerprint(bytes.fromhex((centre / "root.pub").read_text("ascii")))
