@@ -38,21 +38,21 @@ def test_three_hospitals_enrol_and_train(tmp_path: Path) -> None:
             options = ("--name", hospital.name, "--coordinator", address, *figures)
             said = children.run("init-hospital", "konsil-hospital", "init", str(home), *options)
             shown, request = after("fingerprint", said), after("request", said)
-            options = ("--settings", settings, "--fingerprint", shown)
-            children.run("enrol", "konsil-coordinator", "enrol", request, *options)
+            heard = ("--settings", settings, "--fingerprint", shown)
+            children.run("enrol", "konsil-coordinator", "enrol", request, *heard)
             shutil.copytree(hospital.folder, home / "records")
             file = home / "hospital.toml"
             text = file.read_text("utf-8").replace(
                 "# standing_approvals = [{tasks", 'standing_approvals = [{tasks = ["breast-cancer"]}]  # [{tasks'
             )
             file.write_text(text, encoding="utf-8")
-        options = ("--root-key", str(centre / "root" / "root.key"), "--settings", settings)
-        children.run("sign", "konsil-coordinator", "sign", str(centre / "roster.next.json"), *options)
+        key = ("--root-key", str(centre / "root" / "root.key"), "--settings", settings)
+        children.run("sign", "konsil-coordinator", "sign", str(centre / "roster.next.json"), *key)
         children.start("run", "konsil-coordinator", "run", str(plan), "--settings", settings)
         for name in names:
-            file, kit = str(tmp_path / name / "hospital.toml"), str(centre / "kits" / f"{name}.kit.json")
-            children.run("join", "konsil-hospital", "join", file, kit, "--root-fingerprint", root)
-            children.start(name, "konsil-hospital", "start", file)
+            own, kit = str(tmp_path / name / "hospital.toml"), str(centre / "kits" / f"{name}.kit.json")
+            children.run("join", "konsil-hospital", "join", own, kit, "--root-fingerprint", root)
+            children.start(name, "konsil-hospital", "start", own)
         deadline = time.monotonic() + PATIENCE_S
         while children.check("run") and time.monotonic() < deadline:
             time.sleep(0.2)
