@@ -6,8 +6,6 @@ from typing import Annotated
 
 import typer
 
-from shared_models.enrolment import Request
-
 SettingsFile = Annotated[Path, typer.Option("--settings", help="The coordinator's settings, coordinator.toml.")]
 
 
@@ -33,6 +31,7 @@ def enrol(
     """Check a hospital's request and stage the roster with it; it counts once it is signed."""
     from server.enrol import enrol as admit
     from server.settings import read_settings
+    from shared_models.enrolment import Request
 
     def confirm(found: Request) -> bool:
         if fingerprint is not None:
