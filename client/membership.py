@@ -119,6 +119,15 @@ def own_member(signed: SignedRoster, name: str, keys: tuple[str, str], now: floa
     return member
 
 
+def read_roster(settings: Settings) -> Roster:
+    """Everybody's identity keys at this moment, for looking at: by a command beside the daemon, for example.
+
+    Raises:
+        RosterError: The roster is refused, or this hospital is no member.
+    """
+    return Membership(settings).now()
+
+
 def accept(settings: Settings, content: bytes, root: bytes) -> SignedRoster:
     """Verify a roster against what was seen before, and remember it durably if it is newer.
 
