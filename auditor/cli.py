@@ -9,6 +9,7 @@ import typer
 from shared_models import terminal
 
 if TYPE_CHECKING:
+    from auditor.evidence import Witness
     from auditor.recompute import BudgetReport, Figures
     from auditor.verify import Verified
 
@@ -20,32 +21,55 @@ app = typer.Typer(
 )
 
 Ledgers = Annotated[list[Path], typer.Argument(metavar="LEDGER...", help="Ledger files (ledger.sqlite).")]
+Evidence = Annotated[list[Path], typer.Argument(metavar="FILE...", help="Evidence bundles, or ledger files.")]
+Studies = Annotated[
+    list[Path] | None,
+    typer.Option("--study", help="A study's folder at the coordinator, to compare bundles with; several can be given."),
+]
 Keys = Annotated[
     list[Path] | None, typer.Option("--key", help="Public key file of a hospital; can be given more than once.")
 ]
 
 
 @app.command()
-def verify(ledgers: Ledgers, key: Keys = None) -> None:
-    """Check chain, signatures, head file, and every charge against the plan that was approved.
+def verify(files: Evidence, key: Keys = None, study: Studies = None) -> None:
+    """Check chain, signatures, head file, and every charge; of bundles also receipts and transcripts, side by side.
 
-    Every ledger is looked at, whatever was wrong with those before. The exit status is 0 only if all hold.
+    Every file is looked at, whatever was wrong with those before. The exit status is 0 only if all hold and agree.
     """
+    from zipfile import is_zipfile
+
+    from auditor.evidence import cross_check, read_study, verify_bundle
     from auditor.verify import verify_ledger
-    from shared_models.errors import FederationError, LedgerError
+    from shared_models.errors import EvidenceError, FederationError, LedgerError
     from shared_models.identity import read_public
 
     keys = {read_public(path) for path in key or []}
-    broken = []
-    for path in ledgers:
+    broken, witnesses = [], []
+    for path in files:
         try:
-            typer.echo(f"holds   {path}: {_describe(verify_ledger(path, keys))}")
+            if is_zipfile(path):
+                witnesses.append(verify_bundle(path, keys))
+                found, more = witnesses[-1].verified, _evidence(witnesses[-1])
+            else:
+                found, more = verify_ledger(path, keys), ""
+            typer.echo(f"holds   {path}: {_describe(found)}{more}")
         except FederationError as error:
             broken.append((path, error))
             typer.echo(f"BROKEN  {path}: {error}")
     if broken:
         path, first = broken[0]
-        raise LedgerError(f"{len(broken)} of {len(ledgers)} ledgers do not hold: {path}: {first}", hint=first.hint)
+        what = "ledgers" if not witnesses and isinstance(first, LedgerError) else "files"
+        raise LedgerError(f"{len(broken)} of {len(files)} {what} do not hold: {path}: {first}", hint=first.hint)
+    problems = cross_check(witnesses, [read_study(folder) for folder in study or []])
+    for problem in problems:
+        typer.echo(f"DIFFERS {problem}")
+    if problems:
+        raise EvidenceError(
+            f"{problems[0]} (and {len(problems) - 1} more)", hint="Ask both sides; one of them changed."
+        )
+    if witnesses:
+        typer.echo(f"agree   {len(witnesses)} bundles and {len(study or [])} study folders")
 
 
 @app.command()
@@ -87,6 +111,12 @@ def _describe(verified: "Verified") -> str:
         f"{verified.hospital}, population {verified.population}, {verified.entries} entries, "
         f"{verified.charges} charges; signed by {key} ({verified.key[:19]}…{rotations}); {head}"
     )
+
+
+def _evidence(witness: "Witness") -> str:
+    bundle = witness.bundle
+    other = f", {witness.unchecked} of them under another roster: not checked" if witness.unchecked else ""
+    return f"; {len(bundle.receipts)} receipts, {len(bundle.transcripts)} transcripts{other}"
 
 
 def _lines(report: "BudgetReport") -> list[str]:

@@ -4,7 +4,7 @@ The rules of the budget are checked by code of the auditor's own, not by the hos
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from shared_models.config import Frozen
 from shared_models.errors import LedgerError
 from shared_models.identity import fingerprint
 from shared_models.privacy.entries import Chain, Entry, following, verify_head
+from shared_models.privacy.head import Head
 from shared_models.privacy.ledger import head_path, snapshot
 from shared_models.privacy.mechanisms import GaussianRelease, PoissonGaussian
 
@@ -52,25 +53,44 @@ def verify_ledger(path: Path, keys: Collection[bytes] = ()) -> Verified:
 
     Args:
         path: The SQLite file.
-        keys: Public keys that the auditor trusts; one of the ledger's must be among them. Without any, the ledger's own
-            word is taken.
+        keys: Public keys that the auditor trusts; one of the ledger's must be among them. Best the newest: an old
+            key still vouches for whatever it signed. Without any, the ledger's own word is taken.
+
+    Raises:
+        LedgerError: What does not hold.
+    """
+    with snapshot(path, head_path(path)) as (head, entries):
+        return check_entries(entries, head, keys)[0]
+
+
+def check_entries(
+    entries: Iterable[Entry], head: Head | None, keys: Collection[bytes] = ()
+) -> tuple[Verified, list[bytes]]:
+    """Verify a ledger's entries, wherever they were read.
+
+    Args:
+        entries: Oldest first; read once.
+        head: What the head file says; None if there is none.
+        keys: As for ``verify_ledger``.
+
+    Returns:
+        What was verified, and all public keys of the chain, oldest first.
 
     Raises:
         LedgerError: What does not hold.
     """
     chain, rules = Chain(), Rules()
-    with snapshot(path, head_path(path)) as (head, entries):
-        for entry in following(entries, chain):
-            rules.follow(entry)
+    for entry in following(entries, chain):
+        rules.follow(entry)
     if chain.first is None:
-        raise LedgerError(f"{path} has no entries", hint="No budget was opened, or everything was cut off.")
+        raise LedgerError("the ledger has no entries", hint="No budget was opened, or everything was cut off.")
     _refuse_foreign(chain, chain.first, keys)
     if head is not None:
         verify_head(head, chain)
     if rules.broken:
         more = f" (and {rules.broken - 1} more)" if rules.broken > 1 else ""
         raise LedgerError(f"{rules.problem}{more}", hint="The entries are genuine; the hospital broke its own rules.")
-    return Verified(
+    verified = Verified(
         hospital=chain.first.hospital,
         population=chain.first.population or "",
         entries=chain.seq,
@@ -80,6 +100,7 @@ def verify_ledger(path: Path, keys: Collection[bytes] = ()) -> Verified:
         key_was_given=bool(keys),
         head_was_checked=head is not None,
     )
+    return verified, chain.keys
 
 
 def _refuse_foreign(chain: Chain, first: Entry, trusted: Collection[bytes]) -> None:

@@ -76,24 +76,19 @@ class Anchors:
 
     def _require_ours(self, kept: SignedReceipt) -> None:
         """Signed with our key, or with one that we had when we signed."""
-        former = {entry.public_key for entry in self._ledger.entries() if entry.public_key}
-        for key in former - {self._ledger.public_key.hex()}:
+        for key in set(self._ledger.keys) - {self._ledger.public_key}:
             with suppress(ForeignReceiptError):
-                return kept.check(bytes.fromhex(key))
+                return kept.check(key)
         return kept.check(self._ledger.public_key)
 
     def _require(self, kept: SignedReceipt) -> None:
-        if not all(_knows(self._ledger, digest) for digest in (kept.receipt.entry_hash, kept.receipt.chain_head)):
+        if not all(self._ledger.find(digest) for digest in (kept.receipt.entry_hash, kept.receipt.chain_head)):
             error = _rolled_back(kept)
             try:
                 replace_file(self._mark, kept.model_dump_json().encode())
             except OSError as full:
                 raise LedgerError(f"{error}; and {self._mark} cannot be written: {full.strerror}", hint=_HINT) from None
             raise error
-
-
-def _knows(ledger: Ledger, digest: str) -> bool:
-    return any(entry.hash == digest for entry in reversed(ledger.entries()))
 
 
 def _read(path: Path) -> SignedReceipt:

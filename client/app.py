@@ -14,7 +14,7 @@ from flwr.clientapp import ClientApp
 
 from client.evidence import REFUSALS, EvidenceFile, refusal
 from client.round import Hospital
-from shared_models.errors import FederationError, LedgerError, RecordsError
+from shared_models.errors import FederationError, LedgerError, PendingError, RecordsError
 from shared_models.messages import (
     AdvertiseRequest,
     AgreeRequest,
@@ -28,7 +28,7 @@ from shared_models.messages import (
     UnmaskRequest,
     body_text,
     decode,
-    refuse,
+    refusal_of,
     reply,
 )
 
@@ -56,15 +56,24 @@ def close_hospitals() -> None:
 
 
 def _answer(message: Message, context: Context, expected: type[BodyType], station: Station) -> Message:
-    """Run one station of the round. Whatever goes wrong, only a code leaves the hospital."""
+    """Run one station of the round. Whatever goes wrong, only a code leaves the hospital.
+
+    Raises:
+        LedgerError: It cannot be written down what is about to leave. So nothing leaves, and the daemon stops.
+    """
     try:
         hospital = hospital_at(str(context.node_config["settings"]))
         hospital.refresh()
         body, vector = decode(message.content, expected)
-        return reply(*station(hospital, body, vector), to=message)
+        answer, lanes = station(hospital, body, vector)
+        hospital.egress.reply(answer, lanes, about=hospital.announcement, to=body)
+        return reply(answer, lanes, to=message)
     except RecordsError as error:  # its text names a cell: for the steward's terminal, not for a log
         log.warning("refused %s: the records do not fit; run konsil-hospital check-data", expected.__name__)
         return _refuse(message, context, error)
+    except PendingError as error:  # the log has it once, and the coordinator asks again and again
+        log.log(logging.WARNING if type(error) is not PendingError else logging.DEBUG, "%s", error)
+        return _refuse(message, context, error, keep=False)
     except FederationError as error:
         log.warning("refused %s: %s (%s)", expected.__name__, error, error.hint)
         return _refuse(message, context, error)
@@ -74,17 +83,19 @@ def _answer(message: Message, context: Context, expected: type[BodyType], statio
         return _refuse(message, context, error)
 
 
-def _refuse(message: Message, context: Context, error: Exception) -> Message:
+def _refuse(message: Message, context: Context, error: Exception, *, keep: bool = True) -> Message:
     """Say no, and keep what was refused: what the peer sent and the code it got, never the error's text."""
+    answer = refusal_of(error)
     hospital = _hospitals.get(str(context.node_config["settings"]))
     if hospital is not None:
-        code = error.code if isinstance(error, FederationError) else FederationError.code
-        kept = refusal(message.metadata.message_type, code, message.metadata.message_id, body_text(message))
+        hospital.egress.reply(answer, None)
+    if hospital is not None and keep:
+        kept = refusal(message.metadata.message_type, answer.code, message.metadata.message_id, body_text(message))
         try:
             EvidenceFile(hospital.settings.state / REFUSALS).write(**kept)
         except LedgerError as full:  # the answer is no either way
             log.warning("%s (%s)", full, full.hint)
-    return refuse(error, to=message)
+    return reply(answer, None, to=message)
 
 
 def _where(error: Exception) -> str:

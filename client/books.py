@@ -103,14 +103,22 @@ class _ReadOnly(Ledger):
         return verified(self.path, self.public_key)
 
 
+def read_budget(settings: Settings) -> Budget:
+    """The budget as the ledger has it, read without locking it: also while the daemon runs. It can approve nothing.
+
+    Raises:
+        LedgerError: There is no ledger yet, it cannot be read, or its chain is broken.
+    """
+    return Budget(_ReadOnly(settings.state / LEDGER, public_bytes(load_key(settings.keys.identity))))
+
+
 def report(settings: Settings) -> dict[str, Any]:
     """What the budget has paid for and what is left, read without locking the ledger: also while the daemon runs.
 
     Raises:
         LedgerError: There is no ledger yet, it cannot be read, or its chain is broken.
     """
-    key = load_key(settings.keys.identity)
-    budget = Budget(_ReadOnly(settings.state / LEDGER, public_bytes(key)))
+    budget = read_budget(settings)
     studies = []
     for name, delta in budget.studies().items():
         reported = reported_epsilon(budget.spent(name), delta)

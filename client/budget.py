@@ -9,6 +9,7 @@ from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import datetime
+from typing import Literal
 
 from pydantic import ValidationError
 
@@ -90,6 +91,7 @@ class Budget:
             raise LedgerError("the ledger opens no budget", hint="Open one first, or restore the ledger.")
         self.terms: BudgetTerms = opening.budget
         self.population: str = opening.population
+        self.opening: str = opening.hash  # tells this ledger from any other
         self._fingerprint: str | None = None  # of its patients, as last recorded
         for entry in entries:
             self._take_in(entry)
@@ -155,21 +157,14 @@ class Budget:
                     )
                 )
 
-    def approve(self, plan: StudyPlan, *, population_fingerprint: str | None = None) -> Entry:
-        """Reserve all that a study may charge: rounds, spare charges and releases.
+    def check(self, plan: StudyPlan) -> Entry | None:
+        """Whether a study could be approved, by the ledger alone; writes nothing.
 
-        Approving the same plan again while it is open returns the approval there is.
-
-        Args:
-            plan: What is approved.
-            population_fingerprint: Of the patients that it was approved for.
+        Returns:
+            The approval there is, if exactly this plan was approved and is open; None if it could be approved now.
 
         Raises:
-            BudgetExhaustedError: The plan does not stay within its own epsilon at the budget's order, or does not fit
-                into what the population has left.
-            PolicyError: A study of this name was approved with another plan, or is closed; or the plan's delta is too
-                large for the population.
-            LedgerError: The approval could not be written.
+            BudgetExhaustedError, PolicyError: As ``approve`` would.
         """
         with self._turn:
             known = self._studies.get(plan.study)
@@ -179,6 +174,38 @@ class Budget:
             self._refuse_large_delta(plan)
             self._refuse_over_own_limit(plan, mechanisms)
             self._refuse_over_budget(plan, mechanisms)
+            return None
+
+    def approve(
+        self,
+        plan: StudyPlan,
+        *,
+        population_fingerprint: str | None = None,
+        approved_by: Literal["steward", "standing-rule"] | None = None,
+        approval: str | None = None,
+    ) -> Entry:
+        """Reserve all that a study may charge: rounds, spare charges and releases.
+
+        Approving the same plan again while it is open returns the approval there is.
+
+        Args:
+            plan: What was approved.
+            population_fingerprint: Of the patients that it was approved for.
+            approved_by: Whether a steward said yes to it, or a standing rule of the policy.
+            approval: The steward's signature.
+
+        Raises:
+            BudgetExhaustedError: The plan does not stay within its own epsilon at the budget's order, or does not fit
+                into what the population has left.
+            PolicyError: A study of this name was approved with another plan, or is closed; or the plan's delta is too
+                large for the population.
+            LedgerError: The approval could not be written.
+        """
+        with self._turn:
+            known = self.check(plan)
+            if known is not None:
+                return known
+            mechanisms = study_mechanisms(plan, self.terms.public_size)
             if population_fingerprint and self._fingerprint:
                 self.population_is(population_fingerprint)
             entry = self._ledger.append(
@@ -189,6 +216,8 @@ class Budget:
                 plan_digest=plan.digest(),
                 limit=StudyLimit(epsilon=plan.privacy.epsilon, delta=plan.privacy.delta),
                 reservation=tuple(Reserved(mechanism=m, charges=n) for m, n in Counter(mechanisms).items()),
+                approved_by=approved_by,
+                approval=approval,
                 software_digest=software_digest(),
             )
             self._take_in(entry)
@@ -270,6 +299,12 @@ class Budget:
             studies = self._studies.values() if study is None else [self._find(study)]
             return [mechanism for known in studies for mechanism in known.charged.elements()]
 
+    @property
+    def has_spent(self) -> bool:
+        """Whether anything was ever charged."""
+        with self._turn:
+            return any(known.charged for known in self._studies.values())
+
     def filter_spent(self, study: str | None = None) -> float:
         """The enforced epsilon of what was charged: of one study at its own delta, of all at the budget's."""
         delta = self.terms.delta if study is None else self._find(study).limit.delta
@@ -279,6 +314,11 @@ class Budget:
         """Names of all studies that were approved, oldest first, each with the delta it holds at."""
         with self._turn:
             return {name: known.limit.delta for name, known in self._studies.items()}
+
+    def approvals(self) -> list[tuple[Entry, bool]]:
+        """The approval of every study, oldest first, and whether the study is closed."""
+        with self._turn:
+            return [(known.approval, known.closed) for known in self._studies.values()]
 
     def trained_since(self, moment: float) -> int:
         """How many of the newest ``NEWEST_CHARGES`` training runs were charged after a moment, by the ledger's times.

@@ -4,7 +4,6 @@ import json
 import logging
 import signal
 import sys
-import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +13,12 @@ from client import cli_enrol
 from shared_models import terminal
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from rich.table import Table
+
     from client.settings import Settings
+    from shared_models.privacy.entries import Entry
 
 app = typer.Typer(
     help="One hospital: trains the shared model next to its data, under its own policy and privacy budget.",
@@ -24,7 +28,11 @@ app = typer.Typer(
 )
 cli_enrol.add_to(app)
 
+ledger_app = typer.Typer(help="Show, verify or export this hospital's privacy ledger.", no_args_is_help=True)
+app.add_typer(ledger_app, name="ledger")
+
 SettingsFile = Annotated[Path, typer.Argument(help="The hospital's settings, hospital.toml.")]
+Study = Annotated[str, typer.Argument(help="Name of the study, as `studies` lists it.")]
 RecordsFolder = Annotated[Path, typer.Option("--records", help="Folder with manifest.toml and the data it names.")]
 
 
@@ -34,19 +42,99 @@ def start(settings_file: SettingsFile) -> None:
 
     Dials out only; opens no port. A coordinator that isn't there is tried again, with back-off, until it is.
     """
-    from client import app as flower_app
-    from client.daemon import serve
+    from client.process import Ending, announced, refuse_second
     from client.settings import read_settings
 
     settings = read_settings(settings_file)
+    refuse_second(settings.state)
+    from client import app as flower_app  # torch and Flower take seconds: not before it is clear that they are needed
+    from client.daemon import serve
+
     _log(settings)
     _use(settings)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    until = Ending()
+    signal.signal(signal.SIGTERM, until.on_signal)
     try:
         flower_app.hospital_at(str(settings_file))  # a ledger or a key that is wrong stops us before we connect
-        serve(settings, settings_file, flower_app.app, until=threading.Event())
+        with announced(settings.state):
+            serve(settings, settings_file, flower_app.app, until=until)
     finally:
         flower_app.close_hospitals()
+
+
+@app.command()
+def stop(
+    settings_file: SettingsFile,
+    wait_s: Annotated[float, typer.Option("--wait", min=0, help="Seconds to wait for the daemon's end.")] = 600,
+) -> None:
+    """End the running daemon after the message that it is answering, and wait until it is gone."""
+    from client.process import stop as stop_daemon
+    from client.settings import read_settings
+
+    ended = stop_daemon(read_settings(settings_file).state, patience_s=wait_s)
+    typer.echo("no daemon of this hospital runs" if ended is None else f"the daemon, process {ended.pid}, has ended")
+
+
+@app.command()
+def studies(
+    settings_file: SettingsFile,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """List the studies that wait for an approval, and those that were approved, refused or closed."""
+    from client.decide import list_studies, studies_table
+    from client.settings import read_settings
+
+    found = list_studies(read_settings(settings_file))
+    if as_json:
+        typer.echo(json.dumps([study._asdict() for study in found], indent=2))
+        return
+    _print(studies_table(found) if found else "No study was proposed here.")
+
+
+@app.command()
+def approve(
+    settings_file: SettingsFile,
+    study: Study,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask; needs --digest.")] = False,
+    digest: Annotated[str, typer.Option("--digest", help="The plan's digest, or its first 8 digits or more.")] = "",
+) -> None:
+    """Show what a waiting study would do and what it costs, ask, and approve it. Works while the daemon runs.
+
+    The approval is signed with the identity key, and is for exactly this plan. The daemon takes it up when the
+    coordinator proposes the study again.
+    """
+    from client.decide import confirm_digest, sign_and_keep, weigh
+    from client.settings import read_settings
+
+    settings = read_settings(settings_file)
+    weighed = weigh(settings, study)
+    _print(weighed.table)
+    if yes or digest:
+        confirm_digest(weighed.proposal, digest)
+    if not yes:
+        typer.confirm(f"Approve {study}?", abort=True)
+    sign_and_keep(settings, weighed)
+    typer.echo(f"study {study} is approved; it begins when the coordinator proposes it again, within half a minute")
+
+
+@app.command()
+def refuse(
+    settings_file: SettingsFile,
+    study: Study,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Show what a waiting study would do, ask, and refuse it for good. Works while the daemon runs."""
+    from client.consent import Consents
+    from client.decide import glance
+    from client.settings import read_settings
+
+    settings = read_settings(settings_file)
+    proposal, seen = glance(settings, study)
+    _print(seen)
+    if not yes:
+        typer.confirm(f"Refuse {study} for good?", abort=True)
+    Consents(settings.state).refuse(proposal)
+    typer.echo(f"study {study} is refused; its name is used up here")
 
 
 @app.command("check-data")
@@ -59,6 +147,7 @@ def check_data(
 
     from client.keys import split_key
     from client.records.report import describe
+    from client.registry import check_records
     from client.settings import read_settings
     from shared_models.errors import ConfigError
 
@@ -69,6 +158,7 @@ def check_data(
     if settings_file is not None:
         settings = read_settings(settings_file)
         Console().print(describe(settings.records, split_key=split_key(settings.state), opt_out=settings.opt_out))
+        check_records(settings)
     elif records is not None:
         Console().print(describe(records))
 
@@ -88,6 +178,76 @@ def budget(
         return
     for line in _budget_lines(found):
         typer.echo(line)
+
+
+@app.command()
+def egress(
+    settings_file: SettingsFile,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Show what has left this hospital, by study, message and field, with its price. Reads the egress log only."""
+    from rich.console import Console
+
+    from client.egress import EGRESS, summary
+    from client.evidence import read_evidence
+    from client.settings import read_settings
+
+    found = summary(read_evidence(read_settings(settings_file).state / EGRESS))
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    for table in _egress_tables(found):
+        Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+@ledger_app.command("show")
+def ledger_show(
+    settings_file: SettingsFile,
+    study: Annotated[str | None, typer.Option("--study", help="Only entries of this study.")] = None,
+    last: Annotated[int, typer.Option("--last", min=1, help="Only so many entries, the newest.")] = 20,
+    as_json: Annotated[bool, typer.Option("--json", help="Print each whole entry as a line of JSON.")] = False,
+) -> None:
+    """Show the newest entries of the ledger, each once its place in the chain is verified."""
+    from collections import deque
+
+    from rich.console import Console
+
+    from client.bundle import entries_of
+    from client.settings import read_settings
+
+    entries = deque(entries_of(read_settings(settings_file), study), maxlen=last)
+    if as_json:
+        for entry in entries:
+            typer.echo(entry.model_dump_json(exclude_none=True))
+        return
+    Console(width=None if sys.stdout.isatty() else 120).print(_ledger_table(entries))
+
+
+@ledger_app.command("verify")
+def ledger_verify(settings_file: SettingsFile) -> None:
+    """Check chain, signatures, head file and the rules of the budget. The exit status is 0 only if all hold."""
+    from client.bundle import verify_own
+    from client.settings import read_settings
+
+    found = verify_own(read_settings(settings_file))
+    head = "no entry missing at the end" if found["head_file"] else "NO HEAD FILE: entries may be missing at the end"
+    typer.echo(
+        f"holds: {found['entries']} entries, {found['charges']} charges; {head}; epsilon {found['epsilon_filter']:.4f} "
+        f"spent (filter, enforced), {found['epsilon_left']:.4f} left"
+    )
+
+
+@ledger_app.command("export")
+def ledger_export(
+    settings_file: SettingsFile, file: Annotated[Path, typer.Argument(help="Where to write the bundle.")]
+) -> None:
+    """Pack ledger, receipts, transcripts and roster into one signed file for an auditor. It holds no record."""
+    from client.bundle import export
+    from client.settings import read_settings
+
+    manifest = export(read_settings(settings_file), file)
+    size = sum(part.bytes for part in manifest.parts.values())
+    typer.echo(f"{file}: {len(manifest.parts)} parts, {size} bytes, signed; konsil-audit verify {file}")
 
 
 @app.command()
@@ -156,6 +316,12 @@ def evaluate(
             sys.stdout.flush()
 
 
+def _print(what: object) -> None:
+    from rich.console import Console
+
+    Console(highlight=False).print(what)
+
+
 def _log(settings: "Settings") -> None:
     """Log to standard error and to a file in the state folder: counts, rounds and digests, never records."""
     settings.state.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -173,6 +339,29 @@ def _use(settings: "Settings") -> None:
     import torch
 
     torch.set_num_threads(settings.threads)
+
+
+def _egress_tables(found: dict[str, Any]) -> list["Table"]:
+    from rich.table import Table
+
+    fields = Table("study", "message", "field", "times", "bytes", "price", title="Replies, by field")
+    for row in found["fields"]:
+        fields.add_row(*(str(cell) for cell in row.values()))
+    calls = Table("call", "times", "bytes", title="Everything on the connection: request lines, headers, bodies")
+    for row in found["calls"]:
+        calls.add_row(row["call"], str(row["count"]), str(row["line"] + row["headers"] + row["body"]))
+    return [fields, calls]
+
+
+def _ledger_table(entries: "Iterable[Entry]") -> "Table":
+    from rich.table import Table
+
+    table = Table("entry", "time", "kind", "study", "round", "attempt", "mechanism", "hash")
+    for entry in entries:
+        cells = (entry.seq, entry.time, entry.kind, entry.study, entry.round, entry.attempt)
+        mechanism = entry.mechanism.kind if entry.mechanism else ""
+        table.add_row(*("" if cell is None else str(cell) for cell in cells), mechanism, f"{entry.hash[:12]}…")
+    return table
 
 
 def _budget_lines(report: dict[str, Any]) -> list[str]:

@@ -60,6 +60,8 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
+from client.egress import EgressLog
+from client.process import Ending
 from client.settings import Settings
 from shared_models.errors import ConnectionLostError, FederationError, IdentityError, ProtocolError
 from shared_models.messages import REPLIES, not_admitted
@@ -98,6 +100,10 @@ class FleetConnection:
             verify=_tls(settings),
         )
         self._over = threading.Event()
+        # A coordinator that sends us elsewhere is not followed: what leaves would leave to somebody else.
+        self._client._client.follow_redirects = False
+        self.egress = EgressLog(settings)
+        self._client._client.event_hooks = {"request": [self.egress.count]}
 
     def __enter__(self) -> "FleetConnection":
         request = ActivateNodeRequest(public_key=self._public_key, heartbeat_interval=HEARTBEAT_INTERVAL_S)
@@ -124,6 +130,7 @@ class FleetConnection:
         with suppress(httpx.HTTPError):
             self._client.DeactivateNode(DeactivateNodeRequest(node_id=self.node.node_id))
         self._client.close()
+        self.egress.write_counts()
 
     def receive(self) -> Message | None:
         """The next message with all its objects, or None. Objects are addressed by their SHA-256, which is checked.
@@ -183,15 +190,18 @@ class FleetConnection:
                 raise ProtocolError(
                     f"the coordinator did not take the answer: {error}", hint="It was too late."
                 ) from None
+            finally:
+                self.egress.write_counts()
 
 
-def serve(settings: Settings, settings_file: Path, handler: Handler, *, until: threading.Event) -> None:
+def serve(settings: Settings, settings_file: Path, handler: Handler, *, until: Ending) -> None:
     """Stay connected and answer messages, one at a time, until told to stop.
 
     A coordinator that isn't there is tried again with exponential back-off and jitter, and the log says so.
 
     Raises:
         IdentityError: A key or certificate is refused: trying again would not help.
+        LedgerError: It cannot be written down what leaves.
     """
     retry_s = SHORTEST_RETRY_S
     while not until.is_set():
@@ -207,9 +217,7 @@ def serve(settings: Settings, settings_file: Path, handler: Handler, *, until: t
             retry_s = min(2 * retry_s, LONGEST_RETRY_S)
 
 
-def _answer_messages(
-    connection: FleetConnection, settings_file: Path, handler: Handler, until: threading.Event
-) -> None:
+def _answer_messages(connection: FleetConnection, settings_file: Path, handler: Handler, until: Ending) -> None:
     context = Context(0, connection.node.node_id, {"settings": str(settings_file)}, RecordDict(), {})
     poll_s = SHORTEST_POLL_S
     while not until.is_set():
@@ -218,7 +226,8 @@ def _answer_messages(
             message = connection.receive()
             if message is not None:
                 poll_s = SHORTEST_POLL_S
-                connection.send(_admit(message, context, handler))
+                with until.answering():
+                    connection.send(_admit(message, context, handler, connection.egress))
                 continue
         except ProtocolError as error:
             log.warning("%s (%s)", error, error.hint)
@@ -227,10 +236,11 @@ def _answer_messages(
             poll_s = min(1.5 * poll_s, LONGEST_POLL_S)
 
 
-def _admit(message: Message, context: Context, handler: Handler) -> Message:
+def _admit(message: Message, context: Context, handler: Handler, egress: EgressLog) -> Message:
     """Hand a message of a known kind to the installed app; anything else gets a fixed refusal."""
     if message.metadata.message_type not in REPLIES or not message.has_content():
         log.warning("a message of an unknown kind was not admitted")
+        egress.not_admitted()
         return not_admitted(message)
     return handler(message, context)
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import threading
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ class EvidenceFile:
     """One file of JSON lines in the state folder, readable by its owner alone.
 
     Guarantees:
-        * A line is whole, or it is the last one and a crash cut it. Lines that were written survive the process; a
-          power cut can take the newest.
+        * Lines are whole. One that a crash cut is dropped before the next is written: what it was about to say never
+          happened. Lines that were written survive the process; a power cut can take the newest.
         * A full file is set aside, and at most two are kept besides the one that grows: the very first, so that a
           flood cannot wash away how it began, and the newest. A peer can fill three times ``largest``, and no more.
 
@@ -31,6 +32,7 @@ class EvidenceFile:
 
     def __init__(self, path: Path, *, largest: int = LARGEST_FILE) -> None:
         self.path, self._largest, self._turn = path, largest, threading.Lock()
+        self._whole = False
 
     def write(self, **fields: Any) -> None:
         """Append one line, with its time (UTC).
@@ -39,22 +41,63 @@ class EvidenceFile:
             LedgerError: It could not be written.
         """
         now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-        line = json.dumps({"time": now, **fields}, allow_nan=False).encode() + b"\n"
+        self.append(json.dumps({"time": now, **fields}, allow_nan=False).encode())
+
+    def append(self, text: bytes) -> None:
+        """Append one line of JSON as it is.
+
+        Raises:
+            LedgerError: It could not be written.
+        """
+        line = text + b"\n"
         try:
             with self._turn:
+                if not self._whole:
+                    _drop_cut_line(self.path)
+                self._whole = False  # until this line is
                 self._make_room(len(line))
                 file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
                 try:
-                    os.write(file, line)
+                    written = os.write(file, line)
                 finally:
                     os.close(file)
+                self._whole = written == len(line)
         except OSError as error:
             raise LedgerError(f"{self.path} cannot be written: {error.strerror}", hint="Check the disk.") from None
+        if not self._whole:
+            raise LedgerError(f"{self.path} cannot be written: the disk took a part only", hint="Check the disk.")
 
     def _make_room(self, more: int) -> None:
         if self.path.exists() and self.path.stat().st_size + more > self._largest:
             first, last = evidence_files(self.path)[0], self.path.with_name(f"{self.path.name}.last")
             self.path.replace(last if first.exists() else first)
+
+
+def _drop_cut_line(path: Path) -> None:
+    if not path.exists():
+        return
+    with path.open("rb+") as file:
+        end = file.seek(0, os.SEEK_END)
+        while end and (file.seek(end - 1), file.read(1))[1] != b"\n":
+            end -= 1
+        file.truncate(end)
+
+
+def read_evidence(path: Path) -> Iterator[dict[str, Any]]:
+    """All lines that were kept, oldest first; a last one that a crash cut is left out.
+
+    Raises:
+        LedgerError: Another line is damaged.
+    """
+    for part in evidence_files(path):
+        lines = part.read_bytes().splitlines(keepends=True) if part.exists() else []
+        for number, line in enumerate(lines, start=1):
+            if not line.endswith(b"\n"):
+                continue
+            try:
+                yield json.loads(line)
+            except ValueError:
+                raise LedgerError(f"{part}, line {number} is damaged", hint="Somebody else wrote to it.") from None
 
 
 def evidence_files(path: Path) -> list[Path]:

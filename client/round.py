@@ -4,7 +4,9 @@ Each line of ``Hospital.train`` is one file of this folder. Everything that leav
 """
 
 import logging
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -15,18 +17,30 @@ import torch
 from numpy.typing import NDArray
 
 from client.books import Books
+from client.bundle import keep_receipt, keep_transcript
+from client.consent import Consents
+from client.device import choose_device
 from client.dp_sgd import self_check, train
+from client.egress import EgressLog
 from client.evaluate import released_statistics
 from client.live import LiveSettings
 from client.membership import Membership
+from client.pace import OnTheGrid
 from client.policy import Policy, Site, admit, permit_now
 from client.positions import open_positions
 from client.randomness import SecureRandom
 from client.records.population import Population, Source
+from client.registry import open_registry
 from client.settings import Settings, read_settings
 from shared_models.encoding import NULL_COORDINATES, Encoding, encoding, public_weight
-from shared_models.errors import ConfigError, NotEnrolledError, PolicyError, ProtocolError, ThresholdError
-from shared_models.identity import load_key, sign
+from shared_models.errors import (
+    FederationError,
+    NotEnrolledError,
+    PolicyError,
+    ProtocolError,
+    ThresholdError,
+)
+from shared_models.identity import load_key, public_bytes, sign
 from shared_models.messages import (
     Advertised,
     AdvertiseRequest,
@@ -50,6 +64,7 @@ from shared_models.messages import (
     Upload,
     Vector,
     receipt_payload,
+    signed_receipt,
 )
 from shared_models.nets.build import build_network, count_parameters
 from shared_models.plan import StudyPlan, parse_plan
@@ -63,7 +78,6 @@ from shared_models.update import check_vector, parameters_to_vector, vector_dige
 
 log = logging.getLogger("konsil.hospital")
 
-TRANSCRIPTS = "transcripts.jsonl"
 DAY_S = 24 * 60 * 60
 
 UploadType = TypeVar("UploadType", bound=Upload)
@@ -128,14 +142,17 @@ class Hospital:
     ) -> None:
         self.settings = settings
         self.books = books
+        self.egress = EgressLog(settings)
         self._live = live
-        self.device = _device(settings)
+        self.device = choose_device(settings)
+        self._consents = Consents(settings.state)
         self._identity = load_key(settings.keys.identity)
         self._membership = Membership(settings)
         if books.ledger.first is not None:
             self._membership.check_genesis(books.ledger.first.hash)
         self._random = test_random or SecureRandom.from_system
         self._allow_test_random = test_random is not None
+        self._registry = open_registry(settings, books)
         self._studies: dict[str, Study] = {}
         self._unfinished = False  # an attempt whose transcript is not kept yet
         self._party = protocol.Hospital(
@@ -172,25 +189,41 @@ class Hospital:
         """Let go of the ledger."""
         self.books.close()
 
-    def enrol(self, proposal: Proposal) -> Enrolment:
-        """A study is proposed: allow it by policy, check data and network, reserve its price; or refuse.
+    @property
+    def announcement(self) -> Announcement | None:
+        """The attempt at hand, or the last one; None before the first."""
+        with suppress(FederationError):
+            return self._party.announcement
+        return None
 
-        Approving again what was approved before, after a restart, reserves nothing twice.
+    def enrol(self, proposal: Proposal) -> Enrolment:
+        """A study is proposed: permitted by policy, affordable, approved by somebody, fit for the records; or refused.
+
+        Approving again what was approved before, after a restart, reserves nothing twice. No record is read before all
+        of the rest holds.
 
         Raises:
             RolledBackError: This hospital's ledger lacks what it signed for.
+            PendingError: Nobody has approved it yet.
             FederationError: The plan is malformed, not permitted, too dear, or does not fit the records.
         """
         plan = parse_plan(proposal.plan, "the proposed plan")
         self.books.anchors.check(proposal.anchor, study=plan.study)
+        policy, coordinator = self.settings.policy, self.settings.coordinator
         self._admit(plan, count_parameters(plan.network, find_task(plan.task)))
-        if not self.settings.policy.stands(plan, self.settings.coordinator):
-            raise PolicyError(
-                f"study {plan.study} needs an approval that this hospital gives nobody in advance",
-                hint="No rule among the policy's standing_approvals covers it.",
+        if self.books.budget.check(plan) is None:
+            stands = policy.stands(plan, coordinator)
+            consent = self._consents.of(plan, public_bytes(self._identity), stands=stands)
+            study = self._prepare(plan)
+            self.books.budget.approve(
+                plan,
+                population_fingerprint=study.population.fingerprint,
+                approved_by=consent.approved_by,
+                approval=consent.approval,
             )
-        study = self._prepare(plan)
-        self.books.budget.approve(plan, population_fingerprint=study.population.fingerprint)
+        else:
+            study = self._prepare(plan)
+        self._consents.settle(plan.study)
         study = self._studies.setdefault(plan.study, study)  # proposed again, it keeps its patients until stage 1
         log.info("study %s approved: plan %s", plan.study, study.digest)
         return Enrolment(
@@ -213,8 +246,9 @@ class Hospital:
     def _prepare(self, plan: StudyPlan) -> Study:
         """Validate the records and check the network before anything is approved, let alone charged."""
         task = find_task(plan.task)
-        source = Source(self.settings, task)
-        population = source.current()
+        source = Source(task)
+        population = source.current(self.settings)
+        self._registry.check(population.members, has_spent=self.books.budget.has_spent)
         model = build_network(plan.network, task, seed=plan.seed).to(self.device)
         self_check(model, task, clip=plan.privacy.clip)
         return Study(plan, plan.digest(), task, model, source, population)
@@ -240,10 +274,9 @@ class Hospital:
                 f"threshold {announcement.threshold} is below the plan's {study.plan.minimum_hospitals} hospitals",
                 hint="The coordinator is broken or lies.",
             )
-        population = (
-            study.source.current()
-        )  # as the disk has it now, less who said no; refused here, not after a charge
         self._encoding(study, announcement)  # what could not be encoded is refused before anything is computed
+        population = study.source.current(self.settings)  # less who said no by now; refused here, not after a charge
+        self._registry.claim(population.members, has_spent=self.books.budget.has_spent)
         if self._unfinished:  # of an attempt that never came to stage 5
             self._keep_transcript()
         self._unfinished = True
@@ -258,38 +291,41 @@ class Hospital:
 
     def train(self, request: TrainRequest, parameters: Vector) -> tuple[Update | Complained, Lanes | None]:
         """Stage 3 of a round: accept, charge, load, train, encode, mask, answer."""
+        received = time.monotonic()
         study, complaint = self._accept(request, parameters, "train")
         if complaint is not None:
             return complaint, None
         mechanism = training_mechanism(study.plan, self.settings.population.public_size)
         charge = self._charge(mechanism)
-        records = study.training  # from here on records are used: the charge is on the disk
-        vector_to_parameters(parameters, study.model)
-        null = np.zeros(NULL_COORDINATES)
-        random = self._random()
-        train(
-            study.model,
-            records,
-            study.task,
-            training=study.plan.training,
-            privacy=study.plan.privacy,
-            expected_batch=mechanism.expected_batch,
-            random=random,
-            device=self.device,
-            null=null,
-            allow_test_random=self._allow_test_random,
-        )
-        update = np.concatenate([parameters_to_vector(study.model).astype(np.float64) - parameters, null])
-        weight = public_weight(self.settings.population.public_size, study.plan.weight_cap)
-        masked = self._masked(study, update, weight, charge, random)
-        self.books.round_done(charge)
-        self._log("trained")
-        return self._signed(Update, charge), masked
+        with OnTheGrid(received, study.plan.reply_grid_s):
+            records = study.training  # from here on records are used: the charge is on the disk
+            vector_to_parameters(parameters, study.model)
+            null = np.zeros(NULL_COORDINATES)
+            random = self._random()
+            train(
+                study.model,
+                records,
+                study.task,
+                training=study.plan.training,
+                privacy=study.plan.privacy,
+                expected_batch=mechanism.expected_batch,
+                random=random,
+                device=self.device,
+                null=null,
+                allow_test_random=self._allow_test_random,
+            )
+            update = np.concatenate([parameters_to_vector(study.model).astype(np.float64) - parameters, null])
+            weight = public_weight(self.settings.population.public_size, study.plan.weight_cap)
+            masked = self._masked(study, update, weight, charge, random)
+            self.books.round_done(charge)
+            self._log("trained")
+            return self._signed(Update, charge), masked
 
     def evaluate(
         self, request: EvaluateRequest, parameters: Vector
     ) -> tuple[ReleasedStatistics | Complained, Lanes | None]:
         """Stage 3 of a release of validation statistics: accept, charge, load, evaluate with noise, mask, answer."""
+        received = time.monotonic()
         study, complaint = self._accept(request, parameters, "evaluate")
         if complaint is not None:
             return complaint, None
@@ -297,20 +333,21 @@ class Hospital:
         if evaluation is None:
             raise ProtocolError(f"study {study.plan.study} releases no statistics", hint="See [evaluation].")
         charge = self._charge(release_mechanism(study.plan))
-        vector_to_parameters(parameters, study.model)
-        random = self._random()
-        released = released_statistics(
-            study.model,
-            study.validation,
-            study.task,
-            plan=evaluation,
-            random=random,
-            allow_test_random=self._allow_test_random,
-        )
-        masked = self._masked(study, released, 1.0, charge, random)
-        self.books.released(charge)
-        self._log("released statistics")
-        return self._signed(ReleasedStatistics, charge), masked
+        with OnTheGrid(received, study.plan.reply_grid_s):
+            vector_to_parameters(parameters, study.model)
+            random = self._random()
+            released = released_statistics(
+                study.model,
+                study.validation,
+                study.task,
+                plan=evaluation,
+                random=random,
+                allow_test_random=self._allow_test_random,
+            )
+            masked = self._masked(study, released, 1.0, charge, random)
+            self.books.released(charge)
+            self._log("released statistics")
+            return self._signed(ReleasedStatistics, charge), masked
 
     def agree(self, request: AgreeRequest) -> Agreed:
         """Stage 4: sign the list of those who uploaded; one list per attempt, ever."""
@@ -341,8 +378,7 @@ class Hospital:
         transcript = self._party.transcript()
         self._unfinished = False
         if transcript is not None:
-            with (self.settings.state / TRANSCRIPTS).open("a", encoding="utf-8") as file:
-                file.write(transcript.model_dump_json() + "\n")
+            keep_transcript(self.settings.state, transcript)
 
     def _known(self, request: Announcement | StudyEnd) -> Study:
         study = self._studies.get(request.study)
@@ -412,20 +448,9 @@ class Hospital:
         context = self._party.context.hex()
         body = kind(study=now.study, round=now.round, attempt=now.attempt, context=context, receipt=receipt)
         signature = sign(self._identity, "receipt", receipt_payload(body)).hex()
-        return body.model_copy(update={"receipt": receipt.model_copy(update={"signature": signature})})
-
-
-def _device(settings: Settings) -> torch.device:
-    """CUDA when it is there and permitted, else the CPU; the setting decides.
-
-    Raises:
-        ConfigError: ``cuda`` is demanded and not there.
-    """
-    there = torch.cuda.is_available()
-    if settings.device == "cuda" and not there:
-        raise ConfigError("the settings demand cuda, which is not available", hint='Set device = "auto" or "cpu".')
-    wanted = settings.device == "cuda" or (settings.device == "auto" and "cuda" in settings.policy.devices)
-    return torch.device("cuda" if wanted and there else "cpu")
+        signed = body.model_copy(update={"receipt": receipt.model_copy(update={"signature": signature})})
+        keep_receipt(self.settings.state, signed_receipt(signed))
+        return signed
 
 
 def _cohort_policy(policy: Policy) -> protocol.CohortPolicy:

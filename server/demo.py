@@ -63,6 +63,8 @@ class Progress:
         match event["event"]:
             case "enrolled":
                 self.status[event["hospital"]] = f"joined, public size {event['public_size']}"
+            case "pending":
+                self.status[event["hospital"]] = "waits for its steward"
             case "refused" | "left-out":
                 self.status[event["hospital"]] = f"{event['event']}: {event.get('code') or event.get('reason')}"
             case "round":

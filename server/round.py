@@ -22,6 +22,7 @@ from server.evaluate import released_metrics
 from server.fedavg import average
 from server.gather import Answer, Gather
 from server.journal import Journal
+from server.patience import NOT_NOW, NOT_YET, Patience
 from server.receipts import LastReceipts
 from shared_models.encoding import NULL_COORDINATES, encoding, public_weight
 from shared_models.errors import DropoutError, FederationError, NotEnrolledError, ProtocolError
@@ -83,6 +84,7 @@ class Study:
         self.parameters: NDArray[np.float32] = parameters_to_vector(self.model)
         self.journal = Journal(self.folder / "events.jsonl")
         self.refused: dict[str, str] = {}
+        self.pending, self.away = Patience(), Patience()  # approvals that are waited for; hospitals outside their hours
         self.roster = Roster.of(self.hospitals)
 
 
@@ -171,24 +173,36 @@ def enrol_enough(study: Study) -> None:
         time.sleep(ENROL_EVERY_S)
     missing = sorted(set(study.hospitals) - set(study.enrolled))
     if len(study.enrolled) < study.plan.minimum_hospitals:
-        reasons = ", ".join(f"{name} ({study.refused.get(name, 'not connected')})" for name in missing)
+        reasons = ", ".join(f"{name} ({_absence(study, name)})" for name in missing)
         raise DropoutError(
             f"{len(study.enrolled)} of at least {study.plan.minimum_hospitals} hospitals take part; missing: {reasons}",
-            hint="Start the missing daemons, or see the log of those that refused; then run the study again.",
+            hint="Start the missing daemons, or see the log of those that refused; "
+            "then run the study again. At those that are pending a steward has to approve it.",
         )
 
 
+def _absence(study: Study, hospital: str) -> str:
+    return study.refused.get(hospital) or ("pending" if hospital in study.pending else "not connected")
+
+
 def enrol(study: Study) -> None:
-    """Propose the plan to hospitals that are online and have not answered; late and returning ones join here."""
-    waiting = set(study.gather.online()) - set(study.enrolled) - set(study.refused)
+    """Propose the plan to hospitals that are online and have not answered; late and returning ones join here.
+
+    One whose steward has not approved the study yet is asked again, now and then.
+    """
+    waiting = study.pending.due(set(study.gather.online()) - set(study.enrolled) - set(study.refused))
     plan = study.plan.model_dump(mode="json")
     proposals = {name: (Proposal(plan=plan, anchor=study.receipts.anchor(name)), None) for name in waiting}
     for answer in study.gather.ask(proposals, group="propose", deadline_s=study.plan.deadline_s):
         body = answer.body
         if isinstance(body, Enrolment) and body.plan_digest == study.digest:
             study.enrolled[answer.hospital] = body.public_size
+            study.pending.forget(answer.hospital)
             same = body.software_digest == software_digest()
             study.journal.write("enrolled", hospital=answer.hospital, public_size=body.public_size, same_software=same)
+        elif answer.problem in NOT_YET:
+            if study.pending.wait_for(answer.hospital):
+                study.journal.write("pending", hospital=answer.hospital)
         else:
             study.refused[answer.hospital] = answer.problem or "another plan"
             study.journal.write("refused", hospital=answer.hospital, code=study.refused[answer.hospital])
@@ -227,7 +241,7 @@ def evaluate_round(study: Study, number: int) -> dict[str, float] | None:
     evaluation = study.plan.evaluation
     if evaluation is None or number % evaluation.every:
         return None
-    cohort = choose(study.enrolled, study.gather.online())
+    cohort = choose(study.away.due(study.enrolled), study.gather.online())
     if len(cohort) < study.plan.minimum_hospitals:
         return None
     found = secure_sum(study, "evaluate", number, 1, cohort)
@@ -239,7 +253,7 @@ def gather_cohort(study: Study, without: Collection[str]) -> list[str]:
     deadline = time.monotonic() + study.plan.deadline_s
     while True:
         enrol(study)
-        cohort = choose(set(study.enrolled) - set(without), study.gather.online())
+        cohort = choose(study.away.due(set(study.enrolled) - set(without)), study.gather.online())
         if len(cohort) >= study.plan.minimum_hospitals or time.monotonic() > deadline:
             return cohort
         time.sleep(ENROL_EVERY_S)
@@ -274,6 +288,8 @@ def secure_sum(study: Study, purpose: Purpose, number: int, attempt: int, cohort
         log.warning("round %d, %s: %s left out: %s", number, stage, hospital, error)
         if answer.problem == NotEnrolledError.code:  # its daemon restarted: propose the study again
             study.enrolled.pop(hospital, None)
+        elif answer.problem in NOT_NOW:
+            study.away.wait_for(hospital)
 
     sizes = dict(study.enrolled)
     run = Attempt(party, ask=ask, check=check, leave_out=leave_out, anchor=study.receipts.anchor)
@@ -287,7 +303,8 @@ def secure_sum(study: Study, purpose: Purpose, number: int, attempt: int, cohort
         log.warning("round %d, attempt %d to %s: %s", number, attempt, purpose, error)
     receipts = {hospital: signed_receipt(upload) for hospital, upload in run.uploads.items()}
     study.receipts.keep(receipts)
-    for hospital, kept in receipts.items():
+    for hospital, kept in sorted(receipts.items()):  # an order that an auditor can check
+        study.away.forget(hospital)
         study.epsilons[hospital] = kept.receipt.epsilon_filter
         _keep(study.folder / "receipts.jsonl", {"hospital": hospital, "upload": kept.model_dump(mode="json")})
     evidence: dict[str, Any] = {"transcript": party.transcript().model_dump(mode="json")}

@@ -163,10 +163,28 @@ class ForeignReceiptError(ProtocolError):
     code = "foreign-receipt"
 
 
+class EvidenceError(FederationError):
+    """An evidence bundle, or evidence of several parties side by side, that does not hold."""
+
+    code = "evidence"
+
+
 class RecordsError(FederationError):
     """The hospital's data does not fit the task."""
 
     code = "records"
+
+
+class ComputationError(FederationError):
+    """Something failed after a charge; there is one code for everything, because a record may have been the cause."""
+
+    code = "error"
+
+
+class PopulationError(FederationError):
+    """The records hold patients of another budget, or the registry that would show it cannot be trusted."""
+
+    code = "records"  # the coordinator hears no more than that the records don't fit
 
 
 class ConnectionLostError(FederationError):

@@ -308,10 +308,9 @@ def reply(body: Body, vector: Vector | Lanes | None, to: Message) -> Message:
     return Message(encode(body, vector), reply_to=to)
 
 
-def refuse(error: Exception, to: Message) -> Message:
-    """Answer no. Only the error's code crosses the wire, never its text: a text can hold a patient's values."""
-    code = error.code if isinstance(error, FederationError) else FederationError.code
-    return Message(encode(Refusal(code=code)), reply_to=to)
+def refusal_of(error: Exception) -> Refusal:
+    """What answers no. Only the error's code crosses the wire, never its text: a text can hold a patient's values."""
+    return Refusal(code=error.code if isinstance(error, FederationError) else FederationError.code)
 
 
 def read_reply(message: Message) -> tuple[Body, Vector | Lanes | None]:

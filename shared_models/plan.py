@@ -124,6 +124,7 @@ class StudyPlan(Frozen):
         minimum_hospitals: Below this many updates a round is not averaged; at least three, because a sum of two hides
             nothing from either.
         deadline_s: Seconds to wait for hospitals, in each stage.
+        reply_grid_s: What a hospital computed leaves at a multiple of this many seconds after the request came.
         weight_cap: Public size from which a hospital's weight stays 1; weights are min(1, public size / cap).
     """
 
@@ -136,11 +137,18 @@ class StudyPlan(Frozen):
     rounds: Annotated[int, Field(ge=1, le=100_000)]
     minimum_hospitals: Annotated[int, Field(ge=SMALLEST_COHORT, le=LARGEST_COHORT)]
     deadline_s: Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
+    reply_grid_s: Annotated[float, Field(gt=0, le=60, allow_inf_nan=False)] = 0.1
     weight_cap: Count
     network: Network
     training: TrainingPlan
     privacy: PrivacyPlan
     evaluation: EvaluationPlan | None = None
+
+    @model_validator(mode="after")
+    def _replies_come_in_time(self) -> "StudyPlan":
+        if not self.reply_grid_s < self.deadline_s:
+            raise ValueError("reply_grid_s must be below deadline_s: every update would come too late")
+        return self
 
     def digest(self) -> str:
         """SHA-256 of the plan in canonical JSON (RFC 8785), in hexadecimal.

@@ -32,6 +32,7 @@ from server.examples import Example, write_example
 from server.journal import read_events
 from server.pki import create_hospital_keys
 from server.trial import hand_out, trial_root, trial_roster
+from shared_models.config import read_toml
 from shared_models.identity import public_bytes, read_public
 from shared_models.plan import StudyPlan
 from shared_models.privacy.ledger import Entry, read_ledger
@@ -225,6 +226,14 @@ def changed(plan: StudyPlan, **changes: Any) -> StudyPlan:
     for name, value in changes.items():
         fields[name] = {**(fields[name] or {}), **value} if isinstance(value, dict) else value
     return StudyPlan.model_validate_json(json.dumps(fields))
+
+
+def change_policy(federation: Federation, hospital: str, **changes: Any) -> None:
+    """Edit ``[policy]`` in a hospital's settings file, as its steward would, also while it runs."""
+    path = federation.settings_file(hospital)
+    fields = read_toml(path, "settings file")
+    fields["policy"] |= changes
+    path.write_text(tomli_w.dumps(fields), encoding="utf-8")
 
 
 def restart_hospitals() -> None:

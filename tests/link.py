@@ -11,6 +11,7 @@ import tomli_w
 from flwr.app import Context, Message
 
 from client.daemon import serve
+from client.process import Ending
 from client.settings import Settings as HospitalSettings
 from client.settings import read_settings as read_hospital
 from server.demo import coordinator_settings, free_port, hospital_settings
@@ -95,7 +96,7 @@ class Keys:
     @contextmanager
     def connected(self, name: str, handler: Handler) -> Iterator[threading.Thread]:
         """A hospital's daemon loop in a thread of this process, with a handler of the test's."""
-        over = threading.Event()
+        over = Ending()
         arguments = (self.hospital(name), self.hospital_file(name), handler)
         thread = threading.Thread(target=serve, args=arguments, kwargs={"until": over}, daemon=True)
         thread.start()

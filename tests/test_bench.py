@@ -26,7 +26,14 @@ def run(script: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
 
 def test_there_are_benchmarks() -> None:
     """An empty folder would let every other claim here hold for nothing."""
-    known = {"demo.py", "heart_disease.py", "round_latency.py", "round_overhead.py", "secure_aggregation.py"}
+    known = {
+        "demo.py",
+        "heart_disease.py",
+        "ledger.py",
+        "round_latency.py",
+        "round_overhead.py",
+        "secure_aggregation.py",
+    }
     assert known <= {script.name for script in SCRIPTS}
 
 
@@ -54,6 +61,7 @@ def test_an_unknown_option_is_refused_before_anything_is_measured(script: Path, 
     [
         ("demo", "--runs"),
         ("heart_disease", "--seeds"),
+        ("ledger", "--entries"),
         ("round_latency", "--rounds"),
         ("round_overhead", "--rounds"),
         ("secure_aggregation", "--runs"),

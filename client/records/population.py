@@ -20,7 +20,7 @@ from shared_models.errors import RecordsError
 from shared_models.tasks import Task
 
 _Stamp = tuple[int, ...]
-_State = tuple[Manifest, _Stamp, frozenset[str]]
+_State = tuple[Manifest, _Stamp, bool, frozenset[str]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,12 +43,12 @@ class Population:
 class Source:
     """Reads one hospital's records for one task, again only when manifest, file or opt-out list have changed."""
 
-    def __init__(self, settings: Settings, task: Task) -> None:
-        self._settings, self._task = settings, task
+    def __init__(self, task: Task) -> None:
+        self._task = task
         self._read: tuple[_State, Population] | None = None
 
-    def current(self) -> Population:
-        """The population as it is on the disk now.
+    def current(self, settings: Settings) -> Population:
+        """The population as it is on the disk now, where the settings say that it is.
 
         Guarantees:
             * Nobody on the opt-out list is in it.
@@ -59,28 +59,28 @@ class Source:
                 while they were read.
             ConfigError: The opt-out list cannot be read.
         """
-        opt_outs = read_opt_outs(self._settings.opt_out)
-        manifest = read_manifest(self._settings.records)
-        state = (manifest, _stamp(manifest.file), opt_outs)
+        opt_outs = read_opt_outs(settings.opt_out)
+        manifest = read_manifest(settings.records)
+        state = (manifest, _stamp(manifest.file), settings.opt_out is not None, opt_outs)
         if self._read is None or self._read[0] != state:
-            population = self._population(manifest, opt_outs)
+            population = _population(settings, manifest, self._task, opt_outs)
             if _stamp(manifest.file) != state[1]:
                 raise RecordsError(f"{manifest.file} changed while it was read", hint="Replace it by renaming.")
             self._read = state, population
         return self._read[1]
 
-    def _population(self, manifest: Manifest, opt_outs: frozenset[str]) -> Population:
-        """Read and check everything, then leave out who said no."""
-        state = self._settings.state
-        table = checked_table(manifest, self._task)
-        out = opted_out(table, manifest, opt_outs, listed=self._settings.opt_out is not None)
-        parts = split_table(table, manifest, self._task, split_key=split_key(state), opted_out=out)
-        patients = {patient for patient, left in zip(table.ids, out, strict=True) if not left}
-        return Population(
-            *parts,
-            fingerprint=fingerprint(patients, local_key(state, "population fingerprint")),
-            members=members(patients, local_key(self._settings.registry_folder, "patients")),
-        )
+
+def _population(settings: Settings, manifest: Manifest, task: Task, opt_outs: frozenset[str]) -> Population:
+    """Read and check everything, then leave out who said no."""
+    table = checked_table(manifest, task)
+    out = opted_out(table, manifest, opt_outs, listed=settings.opt_out is not None)
+    parts = split_table(table, manifest, task, split_key=split_key(settings.state), opted_out=out)
+    patients = {patient for patient, left in zip(table.ids, out, strict=True) if not left}
+    return Population(
+        *parts,
+        fingerprint=fingerprint(patients, local_key(settings.state, "population fingerprint")),
+        members=members(patients, local_key(settings.registry_folder, "patients")),
+    )
 
 
 def opted_out(table: Table, manifest: Manifest, opt_outs: frozenset[str], *, listed: bool) -> Flags:

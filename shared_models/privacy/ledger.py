@@ -153,6 +153,8 @@ class Ledger:
         lock = _lock(path)
         try:
             chain = verify_entries(stream_ledger(path))
+            with _reading(path) as database:
+                _refuse_damage(database)
             if not chain.seq:
                 chain = Chain(public_bytes(key))
             verify_head(read_head(head), chain, own_key=public_bytes(key), half_written=True)
@@ -207,6 +209,11 @@ class Ledger:
         """The entry that opened the budget; None when there is none."""
         return self._chain.first
 
+    @property
+    def keys(self) -> tuple[bytes, ...]:
+        """Public keys that have signed entries, or sign the next, in the order in which they came into force."""
+        return tuple(self._chain.keys)
+
     def stream(self) -> Iterator[Entry]:
         """All entries, oldest first, one at a time, as they are when this is called."""
         return stream_ledger(self.path)
@@ -222,15 +229,11 @@ class Ledger:
             LedgerError: The ledger cannot be read.
         """
         with _reading(self.path) as database:
-            # Only a miss costs a look at every entry: a damaged index must not make one disappear.
-            for which in ("", "NOT INDEXED"):
-                row = database.execute(
-                    f"SELECT {_COLUMNS} FROM entries {which} WHERE hash = ?",  # noqa: S608 - two constants
-                    (bytes.fromhex(entry_hash),),
-                ).fetchone()
-                if row is not None and (entry := _read_row(row)).hash == entry_hash:
-                    return entry
-        return None
+            row = database.execute(
+                f"SELECT {_COLUMNS} FROM entries WHERE hash = ?",  # noqa: S608 - a constant
+                (bytes.fromhex(entry_hash),),
+            ).fetchone()
+        return None if row is None else _read_row(row)
 
     def append(self, kind: Kind, **fields: Any) -> Entry:
         """Write one entry; durable before this returns.
@@ -369,6 +372,7 @@ def snapshot(path: Path, head: Path) -> Iterator[tuple[Head | None, Iterator[Ent
                 break
             database.execute("ROLLBACK")  # an entry was written in between
         yield known, _rows(database)
+        _refuse_damage(database)
 
 
 def verified(path: Path, public_key: bytes) -> Iterator[Entry]:
@@ -404,6 +408,13 @@ def _rows(database: sqlite3.Connection) -> Iterator[Entry]:
             raise wrong(entry.seq, "its hash is not the one that is stored beside it")
 
 
+def _refuse_damage(database: sqlite3.Connection) -> None:
+    """What reading every entry does not see: a damaged page of the index, by which entries are found."""
+    (found,) = database.execute("PRAGMA integrity_check(1)").fetchone()
+    if found != "ok":
+        raise sqlite3.DatabaseError(f"the file is malformed: {found}")
+
+
 def _read_row(row: tuple[Any, Any, Any, Any]) -> Entry:
     seq, body, signature, _ = row
     if not (isinstance(body, bytes) and isinstance(signature, bytes)):
@@ -432,13 +443,17 @@ def _refuse_other_key(chain: Chain, public_key: bytes) -> None:
     raise wrong(1, f"it is not signed by {ours}…: the ledger is another's, or the key is")
 
 
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
 def _next_time(last: str) -> str:
     """Now, but never before the last entry: a step back that is small is not written, a large one stops the hospital.
 
     Raises:
         LedgerError: The clock was set back by more than ``CLOCK_TOLERANCE``.
     """
-    now = datetime.now(UTC)
+    now = _now()
     if last and now < datetime.fromisoformat(last) - CLOCK_TOLERANCE:
         raise LedgerError(
             f"the clock says {now:%Y-%m-%dT%H:%M:%SZ}, but the ledger's newest entry is of {last}: it was set back",
@@ -499,10 +514,17 @@ def _explained(path: Path) -> Iterator[None]:
     try:
         yield
     except (sqlite3.Error, OSError, ValueError, OverflowError, MemoryError) as error:
-        raise LedgerError(
-            f"the ledger {path} cannot be used: {error}",
-            hint="Check that the folder is writable, the disk has space and the file is intact.",
-        ) from None
+        raise LedgerError(f"the ledger {path} cannot be used: {error}", hint=_hint(str(error))) from None
+
+
+def _hint(problem: str) -> str:
+    if "locked" in problem:
+        return "Another process has it open for writing. A hospital runs one process; stop the other and restart."
+    if "full" in problem or "No space" in problem:
+        return "Make room on the disk, then restart the hospital. What was charged stays charged."
+    if "malformed" in problem or "not a database" in problem:
+        return "The file is damaged. Restore the newest copy of ledger and head file, and have the disk looked at."
+    return "Check that the folder is writable, the disk has space and the file is intact."
 
 
 def _lock(path: Path) -> int:

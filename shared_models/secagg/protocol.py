@@ -693,7 +693,7 @@ class Hospital:
         if len(signers) < attempt.announcement.threshold:
             raise TooFewSignaturesError(f"{len(signers)} signatures are fewer than the threshold", hint=_HOSTILE)
         for agreement in agreements:
-            _check_agreement(agreement, roster=self._roster, context=attempt.context, uploaders=attempt.uploaders)
+            check_agreement(agreement, roster=self._roster, context=attempt.context, uploaders=attempt.uploaders)
 
     def abandon(self) -> None:
         """End the attempt, if there is one: its secrets are forgotten, and whatever comes for it is refused."""
@@ -911,7 +911,7 @@ class Coordinator:
         self._receiving(Stage.AGREE, sender, self._uploaders, self._agreements)
         if agreement.hospital != sender:
             raise ForeignSignatureError(f"{sender} sent a signature of {agreement.hospital}", hint="It goes without.")
-        _check_agreement(agreement, roster=self._roster, context=self._context, uploaders=self._uploaders)
+        check_agreement(agreement, roster=self._roster, context=self._context, uploaders=self._uploaders)
         self._agreements[sender] = agreement
 
     def unmasking(self) -> Unmasking:
@@ -1093,7 +1093,12 @@ def _check_commitment(commitment: Commitment, *, roster: Roster, context: bytes,
     verify_commitment(commitment, identity=identity, context=context, holders=holders)
 
 
-def _check_agreement(agreement: Agreement, *, roster: Roster, context: bytes, uploaders: Iterable[str]) -> None:
+def check_agreement(agreement: Agreement, *, roster: Roster, context: bytes, uploaders: Iterable[str]) -> None:
+    """Check that a hospital signed this list of uploaders, for this attempt.
+
+    Raises:
+        SurvivorSignatureError: It did not.
+    """
     name, payload = agreement.hospital, survivors_payload(context, uploaders)
     try:
         verify(roster.identities[name], SURVIVORS_KIND, payload, agreement.signature)

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -115,17 +114,6 @@ def test_a_budget_is_not_computed_from_a_ledger_that_does_not_hold(ledgers: dict
     assert done.returncode == 1
     assert "not signed" in done.stderr
     assert not (tmp_path / "report.json").exists()
-
-
-def test_help_comes_at_once() -> None:
-    """Nothing heavy is imported to say what the command can do. The best of three, because other tests run too."""
-    seconds = []
-    for _ in range(3):
-        started = time.monotonic()
-        assert audit("--help").returncode == 0
-        seconds.append(time.monotonic() - started)
-
-    assert min(seconds) < 0.5
 
 
 def test_the_auditor_imports_nothing_heavy() -> None:

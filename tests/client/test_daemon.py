@@ -24,10 +24,12 @@ import client.daemon
 import server.coordinator
 from client import app as client_app
 from client.daemon import FleetConnection, serve
+from client.process import Ending
 from server.coordinator import InProcessGrid, SuperLink
 from server.gather import Gather
 from shared_models.errors import ConnectionLostError, IdentityError
 from shared_models.messages import Proposal, Refusal
+from tests.client.test_cli import run
 from tests.federation import make_federation
 from tests.link import Keys
 
@@ -270,8 +272,7 @@ def test_a_second_daemon_on_the_same_ledger_is_refused(daemon: Callable[[], "sub
 
     assert second.returncode == 1
     error, hint = said.strip().splitlines()[-2:]
-    assert error.startswith("error: the ledger")
-    assert "in use by another process" in error
+    assert error == f"error: a daemon of this hospital runs already: process {first.pid}"
     assert hint.startswith("hint: ")
     assert first.poll() is None
 
@@ -289,9 +290,24 @@ def test_a_daemon_ends_when_it_is_told_to(daemon: Callable[[], "subprocess.Popen
     assert "Traceback" not in said
 
 
+def test_a_daemon_ends_when_the_command_stop_tells_it_to(
+    daemon: Callable[[], "subprocess.Popen[str]"], tmp_path: Path
+) -> None:
+    """The command returns when it is gone; told again, it says that none runs."""
+    process = daemon()
+    assert process.stderr is not None
+    assert "trying again" in process.stderr.readline()
+    settings = tmp_path / "hospitals" / "hospital-1" / "hospital.toml"
+
+    said = [run("stop", settings).output for _ in range(2)]
+
+    assert said == [f"the daemon, process {process.pid}, has ended\n", "no daemon of this hospital runs\n"]
+    assert process.wait(timeout=5) == 0
+
+
 def test_serve_stops_when_the_event_is_set(keys: Keys) -> None:
     """An embedding process can end the loop while nobody is there."""
-    over = threading.Event()
+    over = Ending()
     arguments = (keys.hospital("north"), keys.hospital_file("north"), _never)
     thread = threading.Thread(target=serve, args=arguments, kwargs={"until": over})
     thread.start()

@@ -30,6 +30,7 @@ from shared_models.privacy.ledger import (
     head_path,
     read_head,
     read_ledger,
+    snapshot,
     verify_entries,
     verify_head,
 )
@@ -70,7 +71,7 @@ def filled(folder: Path, key: Ed25519PrivateKey = KEY) -> Path:
             **STUDY,
             population="all",
             limit=StudyLimit(epsilon=1.0, delta=1e-4),
-            reservation=(Reserved(mechanism=MECHANISM, charges=32),),
+            reservation=(Reserved(mechanism=MECHANISM, charges=20),),
         )
         for number in range(1, CHARGES + 1):
             charge(ledger, number)
@@ -656,6 +657,28 @@ def test_a_forked_child_cannot_append(path: Path) -> None:
 
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
         assert charge(ledger, CHARGES + 1).seq == CHARGES + 3
+
+
+def test_a_ledger_in_use_is_read_as_of_one_moment(theirs: tuple[Path, Ed25519PrivateKey], key_file: Path) -> None:
+    """Ledger and head file are two files, and an entry is written to one after the other: no false alarm."""
+    path, key = theirs
+    child = writer(path, key_file, "loop")
+    assert child.stdout is not None
+    assert child.stdout.readline() == "open\n"
+    lengths = []
+    try:
+        for _ in range(40):
+            with snapshot(path, head_path(path)) as (head, entries):
+                assert head is not None
+                chain = verify_entries(entries, public_bytes(key))
+                verify_head(head, chain)
+            lengths.append(chain.seq)
+    finally:
+        child.kill()
+        child.communicate()
+
+    assert lengths == sorted(lengths)
+    assert lengths[-1] > lengths[0]
 
 
 def test_a_writer_killed_at_any_moment_loses_nothing(theirs: tuple[Path, Ed25519PrivateKey], key_file: Path) -> None:

@@ -9,7 +9,10 @@ import pytest
 import torch
 from flwr.app import Message
 
+import client.app
 import client.round
+from auditor.verify import verify_ledger
+from client.books import LEDGER
 from client.dp_sgd import TrainingReport, train
 from client.records.manifest import read_manifest
 from client.records.records import Records
@@ -28,7 +31,8 @@ from shared_models.messages import (
 )
 from shared_models.privacy.ledger import Entry, verify_entries
 from shared_models.tasks import find_task
-from tests.federation import Federation, make_federation, restart
+from tests.federation import Federation, changed, make_federation, restart
+from tests.rounds.test_data_stays_intact import hold_out
 
 HOSPITAL = "hospital-1"
 
@@ -128,16 +132,31 @@ def test_the_ledger_says_that_the_set_changed_and_not_who_nor_how_many(
 
     kinds = [e.kind for e in story.entries() if e.kind in {"plan-approved", "population-changed", "charge"}]
     assert kinds == ["plan-approved", "charge", "population-changed", "charge", "charge"]
-    (approved,), (changed,) = story.entries("plan-approved"), story.entries("population-changed")
+    (approved,), (change,) = story.entries("plan-approved"), story.entries("population-changed")
     assert approved.population_fingerprint
-    assert changed.population_fingerprint not in {None, approved.population_fingerprint}
-    said = changed.model_dump(exclude_none=True)
+    assert change.population_fingerprint not in {None, approved.population_fingerprint}
+    said = change.model_dump(exclude_none=True)
     assert set(said) == {
         *("seq", "previous_hash", "time", "kind", "hospital", "signature"),
         *("population", "population_fingerprint"),
     }
     assert patient not in str([entry.canonical for entry in story.entries()])
     verify_entries(story.entries(), read_public(tmp_path / "public" / f"{HOSPITAL}.identity.pub"))
+
+
+def test_a_study_is_approved_for_the_set_that_there_is_by_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two studies too, the change comes first, then an approval with the new fingerprint."""
+    story = Story(tmp_path, monkeypatch, rounds=1)
+    story.federation.run()
+    story.says_no(story.patients[5])()
+    story.federation.plan = changed(story.federation.plan, study="another")
+
+    story.federation.run("another")
+
+    named = [(e.kind, e.population_fingerprint) for e in story.entries() if e.population_fingerprint]
+    assert [kind for kind, _ in named] == ["plan-approved", "population-changed", "plan-approved"]
+    assert named[0][1] != named[1][1] == named[2][1]
+    assert verify_ledger(story.federation.settings(HOSPITAL).state / LEDGER).entries == len(story.entries())
 
 
 def test_without_a_change_there_is_one_fingerprint_and_no_entry(federation: Federation) -> None:
@@ -229,7 +248,10 @@ def test_nothing_on_the_wire_changes_with_who_said_no(tmp_path: Path, monkeypatc
     evaluation = {"every": 1, "clip": 1.0, "noise_multiplier": 30.0}
     stories = [Story(tmp_path / name, monkeypatch, evaluation=evaluation) for name in ("all", "half")]
     for number, story in enumerate(stories):
-        _hold_out(story.federation)
+        for name in story.federation.names:
+            hold_out(
+                story.federation.settings(name).records / "manifest.toml", find_task(story.federation.plan.task).classes
+            )
         monkeypatch.setattr(client.round, "train", story._train)
         if number:
             story.acts[AdvertiseRequest, 2] = story.says_no(*story.patients[::2])
@@ -242,14 +264,6 @@ def test_nothing_on_the_wire_changes_with_who_said_no(tmp_path: Path, monkeypatc
     assert {type(body) for body, _ in story.answers} >= {Enrolment, Update, ReleasedStatistics, PrivacyStatement}
     sizes = [[len(sent) for origin, _, sent in s.federation.wire.trace if origin == HOSPITAL] for s in stories]
     np.testing.assert_allclose(sizes[1], sizes[0], atol=8)  # varints of times and ids in Flower's envelope
-
-
-def _hold_out(federation: Federation) -> None:
-    """Keep a fifth of every hospital's patients for validation."""
-    for name in federation.names:
-        manifest = federation.settings(name).records / "manifest.toml"
-        text = manifest.read_text(encoding="utf-8")
-        manifest.write_text(text.replace("validation_fraction = 0.0", "validation_fraction = 0.2"), encoding="utf-8")
 
 
 def _visible(body: Body, length: int) -> tuple[object, ...]:

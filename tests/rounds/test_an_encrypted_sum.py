@@ -9,7 +9,7 @@ import pytest
 from flwr.app import Message
 from numpy.typing import NDArray
 
-import client.round
+from client.bundle import TRANSCRIPTS
 from client.randomness import SecureRandom
 from client.round import Hospital, Study
 from shared_models.encoding import NULL_COORDINATES, encoding, public_weight
@@ -249,7 +249,7 @@ def test_both_sides_keep_the_same_transcript(federation: Federation) -> None:
     lines = (federation.folder / "study" / "sums.jsonl").read_text().splitlines()
     at_coordinator = [json.loads(line)["transcript"] for line in lines]
     for name in federation.names:
-        kept = (federation.settings(name).state / client.round.TRANSCRIPTS).read_text().splitlines()
+        kept = (federation.settings(name).state / TRANSCRIPTS).read_text().splitlines()
         assert [json.loads(line) for line in kept] == at_coordinator
 
 

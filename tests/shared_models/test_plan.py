@@ -53,7 +53,8 @@ PLANS: st.SearchStrategy[Fields] = st.fixed_dictionaries(
         "seed": st.integers(0, 2**31 - 1),
         "rounds": COUNTS,
         "minimum_hospitals": st.integers(3, 100),
-        "deadline_s": st.floats(0.1, 86_400),
+        "deadline_s": st.floats(0.5, 86_400),
+        "reply_grid_s": st.floats(0.001, 0.4),
         "weight_cap": COUNTS,
         "network": NETWORKS,
         "training": st.fixed_dictionaries({"learning_rate": POSITIVE, "steps": COUNTS}),
@@ -192,6 +193,7 @@ WRONG: list[tuple[Keys, Any]] = [
     *((("rounds",), value) for value in (0, -1, 2.5, math.nan)),
     *((("minimum_hospitals",), value) for value in (2, 101)),
     *((("deadline_s",), value) for value in (0.0, math.nan, math.inf)),
+    *((("reply_grid_s",), value) for value in (0.0, 60.5, math.nan, math.inf)),
     *((("evaluation", "bins"), value) for value in (0, 7, 1002)),
     *((("seed",), value) for value in (-1, 2**31)),
     (("study",), "../escape"),
@@ -211,6 +213,12 @@ def test_a_value_out_of_range_is_refused_by_its_name(path: Keys, value: Any) -> 
     """NaN most of all: it would pass every comparison that is written the wrong way round."""
     with pytest.raises(ConfigError, match="plan: " + r"\.".join(path)):
         parse_plan(_with(VALID, path, value))
+
+
+def test_replies_that_would_all_come_too_late_are_refused() -> None:
+    """A grid as wide as the deadline would have every hospital pay for updates that nobody waits for."""
+    with pytest.raises(ConfigError, match="reply_grid_s must be below deadline_s"):
+        parse_plan({**VALID, "deadline_s": 5.0, "reply_grid_s": 5.0})
 
 
 @settings(max_examples=50, deadline=None)

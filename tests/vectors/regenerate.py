@@ -5,9 +5,12 @@ the project's own code; a difference to the committed file means that older peer
 another version would no longer agree.
 """
 
+import hashlib
 import json
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -15,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from client.randomness import SecureRandom
 from server.examples import example_plan
+from shared_models.approval import ApprovedPrice, sign_approval
 from shared_models.encoding import encoding
 from shared_models.identity import fingerprint, public_bytes, sign
 from shared_models.messages import (
@@ -35,6 +39,9 @@ from shared_models.messages import (
     signed_receipt,
 )
 from shared_models.metrics import compute_metrics, record_statistics
+from shared_models.privacy.entries import GENESIS, BudgetTerms, Chain, Entry, StudyLimit, possession
+from shared_models.privacy.evidence import PARTS, Manifest, Part
+from shared_models.privacy.head import HeadWriter, create_head
 from shared_models.privacy.mechanisms import (
     GaussianRelease,
     PoissonGaussian,
@@ -54,6 +61,7 @@ RELEASING = changed(
     example_plan("breast-cancer", 4), evaluation={"every": 1, "clip": 1.0, "noise_multiplier": 40.0, "bins": 20}
 )
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
+NEW_KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(1, 33)))
 ROSTER = UnsignedRoster(
     consortium="a-consortium",
     version=3,
@@ -91,6 +99,19 @@ def known_answers() -> dict[str, Any]:
     update = Update(study="a-study", round=2, attempt=1, context="e" * 64, receipt=receipt)
     last = {"ann": signed_receipt(update), "bob": signed_receipt(update.model_copy(update={"round": 3}))}
     anchor = Anchor(last=last["ann"], everybody=digest_of_all(last))
+    approval = sign_approval(
+        KEY,
+        study="a-study",
+        plan_digest="f" * 64,
+        price=ApprovedPrice(
+            epsilon=0.9,
+            limit=StudyLimit(epsilon=1.0, delta=5e-4),
+            left_before=2.0,
+            left_after=1.1,
+            budget=BudgetTerms(epsilon=2.0, delta=1e-4, order=14, public_size=200),
+        ),
+        time="2026-03-02T08:00:00.000Z",
+    )
     played = play_round()
     delivery = next(iter(played.deliveries.values()))
     encodings = {purpose: encoding(RELEASING, purpose, parameters=31, hospitals=4) for purpose in ("train", "evaluate")}
@@ -122,6 +143,10 @@ def known_answers() -> dict[str, Any]:
             "public_key": public_bytes(KEY).hex(),
             "signature": sign(KEY, "receipt", receipt_payload(update)).hex(),
         },
+        "anchor": {"last": last["ann"].digest, "everybody": anchor.everybody},
+        "evidence_manifest": _manifest().payload().hex(),
+        "approval": {"json": approval.model_dump(mode="json"), "payload": approval.payload().hex()},
+        "ledger": _ledger(),
         "random": {"uniform": random.uniform(3).tolist(), "gaussian": random.gaussian(3).tolist()},
         "renyi_divergence": {
             "sampled, order 4": renyi_divergence(step, 4),
@@ -132,6 +157,60 @@ def known_answers() -> dict[str, Any]:
         "calibrate_noise": calibrate_noise(sample_rate=0.5, steps=208, epsilon=1.0, delta=3e-4),
         "metrics": compute_metrics(2, record_statistics(2, scores, labels, bins=20).sum(axis=0), bins=20),
     }
+
+
+def _manifest() -> Manifest:
+    """An empty bundle's, as it is signed."""
+    empty = Part(bytes=0, sha256=hashlib.sha256(b"").hexdigest())
+    return Manifest(
+        hospital="ann",
+        time="2026-01-01T00:00:00.000Z",
+        public_key=public_bytes(KEY).hex(),
+        software_digest="a" * 64,
+        egress_digest="b" * 64,
+        parts=dict.fromkeys(PARTS, empty),
+    )
+
+
+def _ledger() -> dict[str, Any]:
+    """Two entries, the second of which rotates the key, and the head file after each."""
+    new = public_bytes(NEW_KEY)
+    terms = BudgetTerms(epsilon=1.0, delta=1e-4, order=20, public_size=100)
+    chain, entries = Chain(), []
+    opening = {"population": "all", "budget": terms, "public_key": public_bytes(KEY).hex()}
+    entries.append(_entry(chain, "budget-opened", "2026-01-02T03:04:05.678Z", **opening))
+    agreed = possession("north", seq=2, previous_hash=chain.hash, new_public_key=new)
+    proof = sign(NEW_KEY, "ledger-key", agreed).hex()
+    rotation = {"new_public_key": new.hex(), "new_key_signature": proof}
+    entries.append(_entry(chain, "key-rotated", "2026-01-02T03:04:06.000Z", **rotation))
+    return {
+        "entries": [{"body": e.canonical.decode(), "signature": e.signature, "hash": e.hash} for e in entries],
+        "head_file": [
+            _head_file(),
+            _head_file((KEY, entries[0])),
+            _head_file((KEY, entries[0]), (NEW_KEY, entries[1])),
+        ],
+    }
+
+
+def _entry(chain: Chain, kind: str, time: str, **fields: Any) -> Entry:
+    fixed = {"seq": chain.seq + 1, "previous_hash": chain.hash, "time": time, "hospital": "north"}
+    unsigned = Entry.model_validate({"kind": kind, **fixed, **fields, "signature": "0" * 128})
+    entry = unsigned.model_copy(update={"signature": sign(KEY, "ledger-entry", unsigned.canonical).hex()})
+    chain.follow(entry)
+    return entry
+
+
+def _head_file(*written: tuple[Ed25519PrivateKey, Entry]) -> list[str]:
+    """Both slots in hexadecimal, without the zeros that fill them up."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "head"
+        create_head(path, KEY, genesis=GENESIS)
+        with closing(HeadWriter(path)) as head:
+            for key, entry in written:
+                head.write(key, seq=entry.seq, entry_hash=entry.hash)
+        content = path.read_bytes()
+    return [content[start : start + 4096].rstrip(b"\0").hex() for start in (0, 4096)]
 
 
 def _records(records: Any) -> dict[str, Any]:

@@ -1,0 +1,164 @@
+"""The steward's desk: which studies there are, what one of them would mean, and the signed yes to it.
+
+The daemon holds the lock on the ledger; here it is only read. What is decided lies in files until the daemon sees it.
+"""
+
+from datetime import UTC, datetime
+from typing import NamedTuple
+
+from rich.table import Table
+from rich.text import Text
+
+from client.books import read_budget
+from client.budget import Budget
+from client.consent import Consents, Proposed
+from client.device import choose_device
+from client.disclosure import Rows, disclose, printable
+from client.policy import Site, admit
+from client.settings import Settings
+from shared_models.approval import ApprovedPrice, sign_approval
+from shared_models.errors import ConfigError, FederationError, PolicyError
+from shared_models.identity import load_key
+from shared_models.nets.build import count_parameters
+from shared_models.privacy.ledger import StudyLimit
+from shared_models.tasks import find_task
+
+SHORTEST_DIGEST = 8
+
+
+class Listed(NamedTuple):
+    """One study, as the list shows it.
+
+    Attributes:
+        status: ``pending``, ``approved``, ``refused`` or ``closed``.
+        by: Who approved it, or what it waits for.
+        epsilon: The most that its plan promises to cost; None where it was refused.
+        time: When it was proposed, approved or refused, UTC.
+    """
+
+    study: str
+    status: str
+    by: str
+    epsilon: float | None
+    plan_digest: str
+    time: str
+
+
+class Weighed(NamedTuple):
+    """A study that may be approved, with all that the steward has to know."""
+
+    proposal: Proposed
+    budget: Budget
+    table: Table
+
+
+def list_studies(settings: Settings) -> list[Listed]:
+    """Every study that this hospital knows; what the ledger says comes first.
+
+    Raises:
+        LedgerError: There is no ledger yet, it cannot be read, or its chain is broken.
+    """
+    consents, found = Consents(settings.state), []
+    for entry, closed in read_budget(settings).approvals():
+        epsilon = entry.limit.epsilon if entry.limit else None
+        status = "closed" if closed else "approved"
+        digest, by = entry.plan_digest or "", entry.approved_by or ""
+        found.append(Listed(entry.study or "", status, by, epsilon, digest, entry.time))
+    known = {study.study for study in found}
+    for waiting in consents.waiting():
+        if waiting.study not in known:
+            waits_for = "the coordinator, to propose it again" if consents.approved(waiting.study) else "the steward"
+            epsilon = waiting.plan.privacy.epsilon
+            found.append(Listed(waiting.study, "pending", waits_for, epsilon, waiting.plan_digest, waiting.time))
+    found += [Listed(r.study, "refused", "steward", None, r.plan_digest, r.time) for r in consents.refusals()]
+    return found
+
+
+def studies_table(found: list[Listed]) -> Table:
+    """The list for a terminal."""
+    table = Table("study", "status", "by, or waits for", "epsilon, at most", "plan", "since (UTC)")
+    for study in found:
+        epsilon = "" if study.epsilon is None else f"{study.epsilon:g}"
+        table.add_row(study.study, study.status, study.by, epsilon, study.plan_digest[:12], study.time[:16])
+    return table
+
+
+def weigh(settings: Settings, study: str) -> Weighed:
+    """A waiting study, once it is certain that the policy permits it and the budget can pay for it.
+
+    Raises:
+        ConfigError: No study of that name waits.
+        PolicyError, BudgetExhaustedError: Policy or budget have changed since it was proposed; with the numbers.
+        RecordsError: The records do not fit its task.
+    """
+    proposal, budget = _find(settings, study), read_budget(settings)
+    plan = proposal.plan
+    site = Site(
+        settings.coordinator, choose_device(settings).type, count_parameters(plan.network, find_task(plan.task))
+    )
+    admit(plan, settings.policy, settings.population, site)
+    if budget.check(plan) is not None:
+        raise PolicyError(f"study {study} is approved already", hint="See: konsil-hospital studies hospital.toml")
+    return Weighed(proposal, budget, _table(disclose(settings, plan, budget)))
+
+
+def glance(settings: Settings, study: str) -> tuple[Proposed, Table]:
+    """A waiting study as far as it can be shown: to say no, neither policy nor records have to fit.
+
+    Raises:
+        ConfigError: No study of that name waits.
+    """
+    proposal = _find(settings, study)
+    try:
+        rows = disclose(settings, proposal.plan, read_budget(settings))
+    except FederationError as error:
+        rows = [("study", f"{study}, plan {proposal.plan_digest}"), ("purpose", printable(proposal.plan.purpose))]
+        rows.append(("not shown", str(error)))
+    return proposal, _table(rows)
+
+
+def confirm_digest(proposal: Proposed, digest: str) -> None:
+    """Hold the plan against a digest that a person has checked.
+
+    Raises:
+        ConfigError: It is too short, or another plan's.
+    """
+    if len(digest) < SHORTEST_DIGEST or not proposal.plan_digest.startswith(digest):
+        raise ConfigError(
+            f"plan {proposal.plan_digest} does not begin with {digest!r}, of at least {SHORTEST_DIGEST} digits",
+            hint="Compare the digest with the one that you were told. Nothing was approved.",
+        )
+
+
+def sign_and_keep(settings: Settings, weighed: Weighed) -> None:
+    """Sign exactly what was shown, and put it where the daemon looks."""
+    plan, budget = weighed.proposal.plan, weighed.budget
+    price = budget.price(plan)
+    approval = sign_approval(
+        load_key(settings.keys.identity),
+        study=plan.study,
+        plan_digest=plan.digest(),
+        price=ApprovedPrice(
+            epsilon=price.study_epsilon_filter,
+            limit=StudyLimit(epsilon=plan.privacy.epsilon, delta=plan.privacy.delta),
+            left_before=price.left_before,
+            left_after=price.left_after,
+            budget=budget.terms,
+        ),
+        time=datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+    )
+    Consents(settings.state).approve(approval)
+
+
+def _find(settings: Settings, study: str) -> Proposed:
+    consents = Consents(settings.state)
+    if consents.refused(study) is not None:
+        raise ConfigError(f"study {study} was refused here", hint="A name is used once: propose it under a new one.")
+    return consents.find(study)
+
+
+def _table(rows: Rows) -> Table:
+    table = Table.grid(padding=(0, 2))
+    for heading, text in rows:
+        table.add_row(Text(heading, style="bold"), Text(text))
+    return table

@@ -1,0 +1,19 @@
+"""Where torch computes at this hospital."""
+
+import torch
+
+from client.settings import Settings
+from shared_models.errors import ConfigError
+
+
+def choose_device(settings: Settings) -> torch.device:
+    """CUDA when it is there and permitted, else the CPU; the setting decides.
+
+    Raises:
+        ConfigError: ``cuda`` is demanded and not there.
+    """
+    there = torch.cuda.is_available()
+    if settings.device == "cuda" and not there:
+        raise ConfigError("the settings demand cuda, which is not available", hint='Set device = "auto" or "cpu".')
+    wanted = settings.device == "cuda" or (settings.device == "auto" and "cuda" in settings.policy.devices)
+    return torch.device("cuda" if wanted and there else "cpu")

@@ -1,0 +1,123 @@
+"""What a steward reads before deciding on a study: who, what, from which columns, what leaves, and what it costs.
+
+True counts are for the steward's own terminal. Nothing of this leaves the hospital.
+"""
+
+from client.budget import Budget, Price
+from client.membership import read_roster
+from client.records.manifest import Manifest, read_manifest
+from client.records.population import Source
+from client.settings import Settings
+from shared_models.encoding import NULL_COORDINATES
+from shared_models.nets.build import count_parameters
+from shared_models.plan import StudyPlan
+from shared_models.privacy.mechanisms import NEIGHBOURING, UNIT
+from shared_models.secagg.protocol import plan_threshold
+from shared_models.tasks import TableInput, Task, find_task
+
+Rows = list[tuple[str, str]]
+
+
+def disclose(settings: Settings, plan: StudyPlan, budget: Budget) -> Rows:
+    """All of it, as pairs of a heading and a text; reads the records to count patients.
+
+    Raises:
+        FederationError: The task is not installed, the records do not fit it, or there is no roster.
+    """
+    task = find_task(plan.task)
+    manifest = read_manifest(settings.records)
+    return [
+        ("study", f"{plan.study}, plan {plan.digest()}"),
+        ("purpose", printable(plan.purpose)),
+        ("data licence", printable(plan.data_licence)),
+        ("coordinator", f"{settings.coordinator}, as its TLS certificate proves"),
+        *_peers(settings, plan),
+        *_training(settings, plan, task, manifest),
+        *_leaving(plan, task),
+        *_costs(plan, budget),
+    ]
+
+
+def printable(text: str) -> str:
+    """A text that somebody else wrote, on one line, without what could move a cursor or hide a part of it."""
+    line = " ".join(text.split())
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in line)
+
+
+def _peers(settings: Settings, plan: StudyPlan) -> Rows:
+    names = sorted(read_roster(settings).identities)
+    threshold = max(plan_threshold(plan.minimum_hospitals, len(names)), settings.policy.least_threshold)
+    others = ", ".join(name for name in names if name != settings.name)
+    return [
+        ("peers", f"{others}: those of the roster that take part"),
+        ("threshold", f"{threshold} of {len(names)} must stay to the end of a sum, or nothing is opened"),
+    ]
+
+
+def _training(settings: Settings, plan: StudyPlan, task: Task, manifest: Manifest) -> Rows:
+    population = Source(task).current(settings)
+    training, validation = population.training.patient_count, population.validation.patient_count
+    parameters = count_parameters(plan.network, task)
+    privacy = plan.privacy
+    return [
+        ("task", f"{task.name}: {task.description}"),
+        ("network", f"{plan.network.name}, {parameters} parameters"),
+        ("columns", _columns(manifest, task)),
+        (
+            "patients",
+            f"{training} to train with, {validation} to validate with, without those who said no (true counts: for "
+            "your eyes only)",
+        ),
+        (
+            "mechanism",
+            f"{plan.rounds} rounds, and {privacy.spare_charges} in reserve, of {plan.training.steps} steps; in each "
+            f"step every patient takes part with probability {privacy.sample_rate:g}, a patient's gradient is clipped "
+            f"to {privacy.clip:g}, and Gaussian noise of {privacy.noise_multiplier:g} times that is added",
+        ),
+    ]
+
+
+def _columns(manifest: Manifest, task: Task) -> str:
+    """The schema's columns, with the file's own names where they differ."""
+    schema = [column.name for column in task.input.columns] if isinstance(task.input, TableInput) else []
+    named = [(name, manifest.column(name)) for name in schema] + [(task.label, manifest.label)]
+    listed = ", ".join(name if name == column else f"{name} (in the file: {column})" for name, column in named)
+    patient = f"patient column: {manifest.patient}" if manifest.patient else "every row is a patient"
+    return f"{listed}; the last is the label; {patient}"
+
+
+def _leaving(plan: StudyPlan, task: Task) -> Rows:
+    length = count_parameters(plan.network, task) + NULL_COORDINATES
+    update = f"each round one noised update of {length} numbers, under masks that only a sum takes off"
+    always = (
+        "the declared public size; signed receipts of what was charged; codes of refusals; when this hospital is up"
+    )
+    if plan.evaluation is None:
+        return [("what leaves", f"{update}; {always}; no statistics")]
+    release = plan.evaluation
+    statistics = (
+        f"every {release.every} rounds validation statistics of {release.bins} bins, each patient's clipped to "
+        f"{release.clip:g}, with noise of {release.noise_multiplier:g} times that, under masks"
+    )
+    return [("what leaves", f"{update}; {statistics}; {always}")]
+
+
+def _costs(plan: StudyPlan, budget: Budget) -> Rows:
+    terms, price = budget.terms, budget.price(plan)
+    relation = f"per {UNIT}, {NEIGHBOURING}, by a Renyi filter at order {terms.order}"
+    return [
+        (
+            "price",
+            f"epsilon {price.study_epsilon_filter:.4f} at delta {plan.privacy.delta:g}, {relation}; "
+            f"the plan promises at most {plan.privacy.epsilon:g}",
+        ),
+        ("budget left", _left(price, budget)),
+    ]
+
+
+def _left(price: Price, budget: Budget) -> str:
+    terms = budget.terms
+    return (
+        f"epsilon {price.left_after:.4f} afterwards, {price.left_before:.4f} now, of {terms.epsilon:g} at delta "
+        f"{terms.delta:g} for population {budget.population}"
+    )
