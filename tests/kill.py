@@ -10,6 +10,7 @@ locks and draws is its own.
 """
 
 import ctypes
+import importlib
 import multiprocessing
 import os
 import signal
@@ -123,6 +124,7 @@ class Fuse:
         for call in SYSTEM:
             self._wrap_in(os, call, call)
         sqlite3.connect = partial(sqlite3.connect, factory=self._connection())  # type: ignore[assignment]
+        wrap_sqlite_writes(lambda write: self.wrap(write, "write"))
 
     def _wrap_in(self, owner: Any, name: str, title: str | Callable[..., str | None]) -> None:
         setattr(owner, name, self.wrap(getattr(owner, name), title))
@@ -152,6 +154,32 @@ def _what_is_written(_: sqlite3.Connection, statement: str, *__: Any) -> str | N
 
 def _what_is_sent(_: client.daemon.FleetConnection, message: Any) -> str:
     return f"send-{message.metadata.message_type.rpartition('.')[2]}"
+
+
+_Write = ctypes.CFUNCTYPE(ctypes.c_ssize_t, ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int64)
+_SetCall = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
+_GetCall = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p)
+_SET_CALL_AT = 16 + 3 * 8 + 13 * 8  # in sqlite3_vfs, 64 bits: three ints, padded; three pointers; thirteen methods
+_callbacks: list[Any] = []  # SQLite keeps no reference
+
+
+def wrap_sqlite_writes(wrap: Callable[[Callable[..., int]], Callable[..., int]]) -> None:
+    """Wrap the system call by which SQLite writes to its files, in this process for ever.
+
+    A commit is several of them. SQLite has this seam for tests of this kind.
+
+    Source:
+        xSetSystemCall, https://www.sqlite.org/c3ref/vfs.html
+    """
+    library = ctypes.CDLL(importlib.import_module("_sqlite3").__file__)
+    library.sqlite3_vfs_find.restype = ctypes.c_void_p
+    vfs = library.sqlite3_vfs_find(None)
+    set_call, get_call = _SetCall.from_address(vfs + _SET_CALL_AT), _GetCall.from_address(vfs + _SET_CALL_AT + 8)
+    for name in (b"pwrite", b"pwrite64"):  # one of them is in use
+        address = get_call(vfs, name)
+        if address is not None:
+            _callbacks.append(_Write(wrap(_Write(address))))
+            assert set_call(vfs, name, ctypes.cast(_callbacks[-1], ctypes.c_void_p)) == sqlite3.SQLITE_OK
 
 
 def _one_round() -> None:

@@ -43,6 +43,10 @@ ANYWHERE = "anywhere"
 LOOK_EVERY_S = 0.01
 PATIENCE_S = 60.0
 
+# Every commit writes a page of entries and one of their index, each with a header. What it may write beside them
+# depends on how full a page and the log are: such a place need not come again.
+COMMIT_WRITES = tuple(f"before train/charge/COMMIT/write{number}" for number in ("", "#2", "#3", "#4"))
+
 # Where the daemon dies in the short version, beside each step of the charge. The long one has every place.
 BRIEF = (
     "before advertise/position/replace",
@@ -187,7 +191,9 @@ def _federation(folder: Path, *, rounds: int) -> None:
     lay_out(folder, example, changed(example.plan, rounds=rounds, deadline_s=60.0, **changes), free_port())
     for hospital in example.hospitals:
         manifest = hospital.folder / "manifest.toml"
-        fields = read_toml(manifest, "manifest") | {"validation_fraction": 0.3}
+        # Hospital-4 has ten patients of one class: one split in 35 puts none of them into the validation part.
+        declared = {"validation_fraction": 0.3, "absent_classes": ["benign", "malignant"]}
+        fields = read_toml(manifest, "manifest") | declared
         manifest.write_text(tomli_w.dumps(fields), encoding="utf-8")
 
 
@@ -234,17 +240,24 @@ def _has_released(places: list[str]) -> bool:
 def _of_a_round(places: list[str], *, every: bool) -> list[str]:
     """Where to die in a round: each place once."""
     found = [place for place in points(places, every=True) if place.split(maxsplit=1)[1].startswith(ROUND)]
+    found = [place for place in found if not _is_sqlites(place) or place in COMMIT_WRITES]
     if every:
         return found
-    assert set(BRIEF) <= set(found), set(BRIEF) - set(found)
+    assert {*BRIEF, *COMMIT_WRITES} <= set(found), {*BRIEF, *COMMIT_WRITES} - set(found)
     of_the_charge = [place for place in points(places, every=False) if "train/charge" in place]
     return [place for place in found if place in BRIEF or place in of_the_charge]
+
+
+def _is_sqlites(place: str) -> bool:
+    """Whether it is a write within a statement: SQLite's, below Python."""
+    return place.rpartition("/")[2].partition("#")[0] in {"write", "before write", "after write"}
 
 
 def _steps(hospital: Watched) -> tuple[list[str], list[str]]:
     """What an append is made of: the places before its entry is in the ledger, and those from then on."""
     hospital.open()
-    places = [place for place in hospital.lives.places(hospital.name) if "budget-opened/" in place]
+    places = hospital.lives.places(hospital.name)
+    places = [place for place in places if "budget-opened/" in place and not _is_sqlites(place)]
     found = [place.replace("budget-opened", "{}") for place in points(places, every=False)]
     durable = found.index("before {}/COMMIT") + 1
     return found[:durable], found[durable:]
@@ -337,15 +350,21 @@ def test_a_study_survives_deaths_at_random(tmp_path: Path) -> None:
         assert len(play.victim.died) >= 50
 
 
-def test_a_first_start_can_end_at_any_write(tmp_path: Path) -> None:
-    """Killed while it makes its ledger and opens its budget, a hospital makes and opens them the next time."""
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.soak)])
+def test_a_first_start_can_end_at_any_write(every: bool, tmp_path: Path) -> None:
+    """Killed while it makes its ledger and opens its budget, a hospital makes and opens them the next time.
+
+    The long version dies at SQLite's own writes too while there is no ledger yet; the short one, in the first commit.
+    """
     _federation(tmp_path, rounds=3)
     with Lives(tmp_path / "lives") as lives:
         hospital = Watched(tmp_path, VICTIM, lives)
         state = hospital.ledger.parent
         hospital.open()
-        planned = points(lives.places(VICTIM), every=False)
+        found = points(lives.places(VICTIM), every=False)
+        planned = [place for place in found if every or not _is_sqlites(place) or "budget-opened" in place]
         assert len(planned) >= 20
+        assert any(map(_is_sqlites, planned))
 
         for point in planned:
             shutil.rmtree(state)
@@ -383,6 +402,7 @@ def test_an_opening_can_end_at_any_write_and_again(tmp_path: Path) -> None:
         hospital.open()
         hospital.open()
         planned = [place for place in points(lives.places(VICTIM), every=True) if place.startswith(OPENING)]
+        planned = [place for place in planned if not _is_sqlites(place)]  # after a kill there are others
         assert len(planned) >= 10
 
         for point in planned:
