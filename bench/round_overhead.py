@@ -23,13 +23,13 @@ from server.coordinator import SuperLink
 from server.demo import fit_plan, free_port, lay_out, start_hospital
 from server.examples import write_example
 from server.gather import Gather
+from server.members import registered
 from server.processes import Children
 from server.receipts import LastReceipts
 from server.round import Study, close_study, enrol_enough, secure_sum
 from server.settings import read_settings
 from shared_models.encoding import encoding
 from shared_models.errors import FederationError
-from shared_models.identity import read_public
 from shared_models.messages import StudyEnd
 
 HOSPITALS, EXCHANGES, ALLOWANCE_S = 4, 4, 0.2
@@ -42,7 +42,7 @@ def measure(folder: Path, rounds: int) -> dict[str, float]:
     plan = fit_plan(example, rounds + 1)
     lay_out(folder, example, plan, free_port())
     settings = read_settings(folder / "coordinator" / "coordinator.toml")
-    identities = {hospital.name: read_public(hospital.identity) for hospital in settings.hospitals}
+    identities = {member.name: bytes.fromhex(member.identity) for member in registered(settings)}
     added, stages, empty = [], [], []
     with Children(folder / "logs") as children, SuperLink(settings) as link, link.run() as grid:
         for hospital in example.hospitals:

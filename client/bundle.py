@@ -11,7 +11,8 @@ from client.anchor import ANCHORS
 from client.books import LEDGER, report
 from client.egress import EGRESS
 from client.evidence import EvidenceFile, evidence_files, read_evidence
-from client.settings import Settings, read_roster
+from client.membership import read_roster
+from client.settings import Settings
 from shared_models.identity import load_key, public_bytes
 from shared_models.privacy.entries import Chain, Entry, following, verify_head
 from shared_models.privacy.evidence import Manifest, Shown, encode_parts, pack
@@ -88,7 +89,7 @@ def export(settings: Settings, path: Path) -> Manifest:
         receipts=[_receipt(line) for line in read_evidence(state / RECEIPTS)],
         transcripts=[Transcript.model_validate_json(json.dumps(line)) for line in read_evidence(state / TRANSCRIPTS)],
         shown=[Shown.model_validate(line) for line in read_evidence(state / ANCHORS)],
-        roster=read_roster(settings.roster),
+        roster=read_roster(settings),
     )
     now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     return pack(

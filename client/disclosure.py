@@ -4,9 +4,10 @@ True counts are for the steward's own terminal. Nothing of this leaves the hospi
 """
 
 from client.budget import Budget, Price
+from client.membership import read_roster
 from client.records.manifest import Manifest, read_manifest
 from client.records.population import Source
-from client.settings import Settings, read_roster
+from client.settings import Settings
 from shared_models.encoding import NULL_COORDINATES
 from shared_models.nets.build import count_parameters
 from shared_models.plan import StudyPlan
@@ -44,7 +45,7 @@ def printable(text: str) -> str:
 
 
 def _peers(settings: Settings, plan: StudyPlan) -> Rows:
-    names = sorted(read_roster(settings.roster).identities)
+    names = sorted(read_roster(settings).identities)
     threshold = max(plan_threshold(plan.minimum_hospitals, len(names)), settings.policy.least_threshold)
     others = ", ".join(name for name in names if name != settings.name)
     return [

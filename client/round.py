@@ -24,13 +24,14 @@ from client.dp_sgd import self_check, train
 from client.egress import EgressLog
 from client.evaluate import released_statistics
 from client.live import LiveSettings
+from client.membership import Membership
 from client.pace import OnTheGrid
 from client.policy import Policy, Site, admit, permit_now
 from client.positions import open_positions
 from client.randomness import SecureRandom
 from client.records.population import Population, Source
 from client.registry import open_registry
-from client.settings import Settings, read_roster, read_settings
+from client.settings import Settings, read_settings
 from shared_models.encoding import NULL_COORDINATES, Encoding, encoding, public_weight
 from shared_models.errors import (
     FederationError,
@@ -146,6 +147,9 @@ class Hospital:
         self.device = choose_device(settings)
         self._consents = Consents(settings.state)
         self._identity = load_key(settings.keys.identity)
+        self._membership = Membership(settings)
+        if books.ledger.first is not None:
+            self._membership.check_genesis(books.ledger.first.hash)
         self._random = test_random or SecureRandom.from_system
         self._allow_test_random = test_random is not None
         self._registry = open_registry(settings, books)
@@ -154,7 +158,7 @@ class Hospital:
         self._party = protocol.Hospital(
             settings.name,
             self._identity,
-            roster=read_roster(settings.roster),
+            roster=self._membership.now(),
             policy=_cohort_policy(settings.policy),
             positions=open_positions(settings.state),
         )
@@ -170,11 +174,13 @@ class Hospital:
         return cls(settings, Books.open(settings), live=LiveSettings(settings_file, settings))
 
     def refresh(self) -> None:
-        """Before every message: the policy as the settings file has it now.
+        """Before every message: the policy and the roster as their files have them now.
 
         Raises:
-            ConfigError: The file is gone or invalid; then no message is answered.
+            ConfigError: The settings file is gone or invalid; then no message is answered.
+            RosterError: The roster is refused, or this hospital is a member no longer.
         """
+        self._party.pin(self._membership.now())
         if self._live is not None:
             self.settings = self._live.settings()
             self._party.policy = _cohort_policy(self.settings.policy)

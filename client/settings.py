@@ -7,13 +7,11 @@ moved as one.
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, Field
 
 from client.policy import Policy, Population
 from shared_models import config
-from shared_models.config import Frozen, LocalPath, Name, explain
-from shared_models.errors import ConfigError
-from shared_models.secagg.key_agreement import Roster
+from shared_models.config import Frozen, LocalPath, Name
 
 
 def _host_and_port(address: str) -> str:
@@ -27,7 +25,6 @@ def _host_and_port(address: str) -> str:
     return address
 
 
-IdentityKey = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Address = Annotated[str, AfterValidator(_host_and_port)]
 
 
@@ -40,10 +37,17 @@ class Tls(Frozen):
 
 
 class Keys(Frozen):
-    """Private key files: ``identity`` (Ed25519) signs the ledger, ``node`` (ECDSA P-384) is Flower's node key."""
+    """Key files.
+
+    Attributes:
+        identity: Private, Ed25519: signs the ledger.
+        node: Private, ECDSA P-384: Flower's node key.
+        root: The consortium's public root key, 32 bytes in hexadecimal: nobody else signs a roster.
+    """
 
     identity: LocalPath
     node: LocalPath
+    root: LocalPath
 
 
 class Settings(Frozen):
@@ -57,7 +61,7 @@ class Settings(Frozen):
         registry: Folder that all populations of this hospital share, with keyed hashes of the patients whose records
             were used: no patient is paid for out of two budgets. ``registry`` beside ``state`` unless told otherwise.
         opt_out: List of the patients who say no, one id per line.
-        roster: File with every hospital's name and identity key, as this hospital has checked them.
+        roster: The signed roster: who is in the consortium, and with which keys.
         device: ``auto`` takes CUDA when it is there, else the CPU.
         threads: Threads that torch may use.
     """
@@ -80,22 +84,6 @@ class Settings(Frozen):
     def registry_folder(self) -> Path:
         """Where the registry lies."""
         return self.registry or self.state.parent / "registry"
-
-
-def read_roster(path: Path) -> Roster:
-    """Read the pinned roster: JSON, from each hospital's name to its identity key in hexadecimal.
-
-    Raises:
-        ConfigError: The file is missing, or is something else.
-    """
-    hint = "It maps each hospital's name to its identity key, 64 hexadecimal digits; see docs/hospital.md."
-    try:
-        keys = TypeAdapter(dict[Name, IdentityKey]).validate_json(path.read_bytes())
-    except OSError as error:
-        raise ConfigError(f"roster {path} cannot be read: {error.strerror}", hint=hint) from None
-    except ValidationError as error:
-        raise ConfigError(f"roster {path}: {explain(error)}", hint=hint) from None
-    return Roster.of({name: bytes.fromhex(key) for name, key in keys.items()})
 
 
 def read_settings(path: Path) -> Settings:

@@ -10,7 +10,6 @@ from server.gather import Gather
 from server.receipts import LastReceipts
 from server.round import Study, close_study, run_study
 from shared_models.errors import ConfigError, FederationError
-from shared_models.identity import read_public
 from shared_models.plan import read_plan
 
 app = ServerApp()
@@ -28,7 +27,7 @@ def main(grid: Grid, context: Context) -> None:
     plan = read_plan(Path(str(context.run_config["plan"])))
     folder = Path(str(context.run_config["folder"]))
     identities = context.state.config_records["identities"]
-    hospitals = {name: read_public(Path(str(path))) for name, path in identities.items()}
+    hospitals = {name: bytes.fromhex(str(key)) for name, key in identities.items()}
     if (folder / "events.jsonl").exists():
         raise ConfigError(
             f"study {plan.study} has run here before",

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from server import cli_enrol
 from shared_models import terminal
 
 app = typer.Typer(
@@ -17,6 +18,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+cli_enrol.add_to(app)
 
 
 @app.command()

@@ -53,8 +53,10 @@ from flwr.superlink.grid import HttpGrid
 from flwr.superlink.main import create_app
 from flwr.superlink.servicer.runtime import runtime_handlers
 
-from server.settings import RegisteredHospital, Settings
+from server.members import registered
+from server.settings import Settings
 from shared_models.errors import ConfigError, IdentityError
+from shared_models.roster import Member
 
 # Flower logs every call on a handler of its own; what matters is in the journal.
 logging.getLogger("flwr").setLevel(logging.ERROR)
@@ -220,7 +222,8 @@ class SuperLink:
 
     Raises:
         ConfigError: The port is in use, or a file of the settings cannot be read.
-        IdentityError: The coordinator's certificate has expired, or a hospital's node key is no P-384 public key.
+        IdentityError: The coordinator's certificate has expired, the roster is not the consortium's, or a hospital's
+            node key is no P-384 public key.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -230,16 +233,17 @@ class SuperLink:
         factory = app.state.linkstate_factory
         factory.state_instance = _LinkState(factory.federation_manager, factory.objectstore_factory.store())
         self.state: LinkState = factory.state_instance
-        self.node_ids = {hospital.name: self._register(hospital) for hospital in settings.hospitals}
+        self.members = registered(settings)
+        self.node_ids = {member.name: self._register(member) for member in self.members}
         self._server = uvicorn.Server(_uvicorn_config(Admission(app, self._doorbell), settings))
         self._thread = threading.Thread(target=self._serve, name="superlink", daemon=True)
 
-    def _register(self, hospital: RegisteredHospital) -> int:
+    def _register(self, hospital: Member) -> int:
         try:
-            key = load_ssh_public_key(hospital.node_key.read_bytes())
-        except (OSError, ValueError) as error:
+            key = load_ssh_public_key(hospital.node_key.encode("ascii"))
+        except ValueError as error:
             raise IdentityError(
-                f"the node key of {hospital.name} cannot be read: {error}", hint=f"Check {hospital.node_key}."
+                f"the node key of {hospital.name} cannot be read: {error}", hint="Enrol the hospital again."
             ) from None
         if not isinstance(key, EllipticCurvePublicKey) or not isinstance(key.curve, SECP384R1):
             raise IdentityError(
@@ -389,6 +393,6 @@ def run_study(settings: Settings, plan_file: Path, folder: Path) -> None:
         receipts = settings.state / "last-receipts.json"
         config: UserConfig = {"plan": str(plan_file), "folder": str(folder), "receipts": str(receipts)}
         identities = ConfigRecord()
-        identities.update({hospital.name: str(hospital.identity) for hospital in settings.hospitals})
+        identities.update({member.name: member.identity for member in link.members})
         state = RecordDict({"identities": identities})
         app(grid, Context(grid.run.run_id, SUPERLINK_NODE_ID, {}, state, config))

@@ -29,8 +29,8 @@ from server.examples import Example, check_study, read_example
 from server.journal import read_events
 from server.pki import Authority, create_hospital_keys
 from server.processes import Children, MemoryMeter
+from server.trial import hand_out, trial_root, trial_roster
 from shared_models.errors import ConfigError, FederationError
-from shared_models.identity import read_public
 from shared_models.plan import StudyPlan
 from shared_models.privacy.mechanisms import best_order, calibrate_noise, study_mechanisms
 from shared_models.secagg.protocol import who_could_learn_what
@@ -176,16 +176,11 @@ def lay_out(folder: Path, example: Example, plan: StudyPlan, port: int) -> None:
             hospital.name, hospital.folder, hospital.public_size, plan, port, authority.certificate
         )
         (home / "hospital.toml").write_text(tomli_w.dumps(settings), encoding="utf-8")
-    write_rosters(folder / "hospitals", public, [hospital.name for hospital in example.hospitals])
-    settings = coordinator_settings([hospital.name for hospital in example.hospitals], port, authority.certificate)
+    root, sizes = trial_root(folder / "root"), {hospital.name: hospital.public_size for hospital in example.hospitals}
+    homes = [folder / "coordinator", *(folder / "hospitals" / name for name in sizes)]
+    hand_out(root, trial_roster(root, public, sizes, address=f"127.0.0.1:{port}"), homes)
+    settings = coordinator_settings(port, authority.certificate)
     (folder / "coordinator" / "coordinator.toml").write_text(tomli_w.dumps(settings), encoding="utf-8")
-
-
-def write_rosters(homes: Path, public: Path, names: list[str]) -> None:
-    """Give every hospital the same roster, from the keys that each made."""
-    roster = json.dumps({name: read_public(public / f"{name}.identity.pub").hex() for name in names}, indent=2) + "\n"
-    for name in names:
-        (homes / name / "roster.json").write_text(roster, encoding="ascii")
 
 
 def plan_text(plan: StudyPlan) -> str:
@@ -193,17 +188,15 @@ def plan_text(plan: StudyPlan) -> str:
     return tomli_w.dumps(plan.model_dump(mode="json", exclude_none=True))
 
 
-def coordinator_settings(hospitals: list[str], port: int, authority: Path) -> dict[str, Any]:
+def coordinator_settings(port: int, authority: Path) -> dict[str, Any]:
     """The coordinator's settings for a trial on this machine."""
     return {
         "host": "127.0.0.1",
         "port": port,
         "state": "state",
         "tls": {"ca": str(authority.absolute()), "certificate": "tls.pem", "key": "tls.key"},
-        "hospitals": [
-            {"name": n, "node_key": f"hospitals/{n}.node.pub", "identity": f"hospitals/{n}.identity.pub"}
-            for n in hospitals
-        ],
+        "roster": "roster.json",
+        "root": "root.pub",
     }
 
 
@@ -221,7 +214,7 @@ def hospital_settings(
         "device": "cpu",
         "threads": 1,
         "tls": {"ca": str(authority.absolute()), "certificate": "keys/tls.pem", "key": "keys/tls.key"},
-        "keys": {"identity": "keys/identity.key", "node": "keys/node.key"},
+        "keys": {"identity": "keys/identity.key", "node": "keys/node.key", "root": "root.pub"},
         "population": {
             "name": "all-patients",
             "public_size": public_size,

@@ -1,4 +1,4 @@
-"""A throw-away PKI and key set for trials on one machine. Real consortia keep their authority elsewhere.
+"""The TLS authority of a coordinator, and throw-away keys for trials on one machine.
 
 Private keys are written 0600. Nothing here is used to verify anything: verification is TLS's, Flower's and the
 ledger's own.
@@ -13,9 +13,16 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+    load_pem_private_key,
+)
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from shared_models.errors import IdentityError
 from shared_models.identity import create_key, public_bytes
 
 VALID_FOR = timedelta(days=30)
@@ -25,9 +32,11 @@ class Authority:
     """A certificate authority on the P-256 curve that lives in one folder.
 
     Args:
-        folder: Where ``ca.pem`` is written; the authority's key is never written and dies with the process.
+        folder: Where ``ca.pem`` is written; the authority's key dies with the process, unless it is saved.
         valid_for: Lifetime of every certificate it signs, counted from an hour ago.
     """
+
+    certificate: Path
 
     def __init__(self, folder: Path, *, valid_for: timedelta = VALID_FOR) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -40,21 +49,47 @@ class Authority:
         builder = builder.add_extension(_usage(signs_certificates=True), critical=True)
         self.certificate.write_bytes(builder.sign(self._key, hashes.SHA256()).public_bytes(Encoding.PEM))
 
-    def issue(self, folder: Path, name: str, *, hosts: Sequence[str] = ()) -> None:
-        """Make a TLS key and certificate: ``tls.key`` and ``tls.pem``. With hosts it is a server's, else a client's."""
-        folder.mkdir(parents=True, exist_ok=True)
-        key = ec.generate_private_key(ec.SECP256R1())
+    def save_key(self, path: Path) -> None:
+        """Keep the authority's key, readable by its owner alone."""
+        write_private(path, _pem(self._key))
+
+    @classmethod
+    def load(cls, certificate: Path, key: Path, *, valid_for: timedelta) -> "Authority":
+        """An authority whose key was saved.
+
+        Raises:
+            IdentityError: A file is missing, or is something else.
+        """
+        try:
+            found = load_pem_private_key(key.read_bytes(), password=None)
+            name = x509.load_pem_x509_certificate(certificate.read_bytes()).subject
+        except (OSError, ValueError, TypeError):
+            found = None
+        if not isinstance(found, ec.EllipticCurvePrivateKey):
+            raise IdentityError(f"the authority's key {key} cannot be used", hint="Check [tls] in the settings.")
+        authority = cls.__new__(cls)
+        authority._key, authority._name, authority.certificate = found, name, certificate
+        authority._valid_for = valid_for
+        return authority
+
+    def certify(self, key: ec.EllipticCurvePublicKey, name: str, *, hosts: Sequence[str] = ()) -> bytes:
+        """A certificate in PEM for somebody's key. With hosts it is a server's, else a client's."""
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-        builder = self._builder(subject, key.public_key())
+        builder = self._builder(subject, key)
         builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         builder = builder.add_extension(_usage(signs_certificates=False), critical=True)
         purpose = ExtendedKeyUsageOID.SERVER_AUTH if hosts else ExtendedKeyUsageOID.CLIENT_AUTH
         builder = builder.add_extension(x509.ExtendedKeyUsage([purpose]), critical=False)
         if hosts:
             builder = builder.add_extension(x509.SubjectAlternativeName([_host(h) for h in hosts]), critical=False)
-        (folder / "tls.pem").write_bytes(builder.sign(self._key, hashes.SHA256()).public_bytes(Encoding.PEM))
-        pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-        write_private(folder / "tls.key", pem)
+        return builder.sign(self._key, hashes.SHA256()).public_bytes(Encoding.PEM)
+
+    def issue(self, folder: Path, name: str, *, hosts: Sequence[str] = ()) -> None:
+        """Make a TLS key and certificate: ``tls.key`` and ``tls.pem``. With hosts it is a server's, else a client's."""
+        folder.mkdir(parents=True, exist_ok=True)
+        key = ec.generate_private_key(ec.SECP256R1())
+        (folder / "tls.pem").write_bytes(self.certify(key.public_key(), name, hosts=hosts))
+        write_private(folder / "tls.key", _pem(key))
 
     def _builder(self, subject: x509.Name, key: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
         start = datetime.now(UTC) - timedelta(hours=1)
@@ -79,6 +114,10 @@ def create_hospital_keys(private: Path, public: Path, name: str) -> None:
     (public / f"{name}.node.pub").write_bytes(node.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH))
     identity = create_key(private / "identity.key")
     (public / f"{name}.identity.pub").write_text(public_bytes(identity).hex() + "\n", encoding="ascii")
+
+
+def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
 
 def write_private(path: Path, content: bytes) -> None:

@@ -3,47 +3,42 @@
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from shared_models import config
-from shared_models.config import Frozen, LocalPath, Name
-
-
-class RegisteredHospital(Frozen):
-    """A hospital the coordinator knows, and the public halves of its keys.
-
-    Attributes:
-        node_key: OpenSSH file of its Flower node key (ECDSA P-384): who may connect.
-        identity: File of its Ed25519 identity key (32 raw bytes in hexadecimal): who signed a receipt.
-    """
-
-    name: Name
-    node_key: LocalPath
-    identity: LocalPath
+from shared_models.config import Frozen, LocalPath
 
 
 class Tls(Frozen):
-    """Certificate and key of the coordinator, and the authority that signs the hospitals' certificates."""
+    """Certificate and key of the coordinator, and the authority that signs the hospitals' certificates.
+
+    Attributes:
+        authority_key: The authority's private key, where this coordinator enrols hospitals itself.
+    """
 
     ca: LocalPath
     certificate: LocalPath
     key: LocalPath
+    authority_key: LocalPath | None = None
 
 
 class Settings(Frozen):
-    """Everything that the coordinator's process needs to know before it sees a plan."""
+    """Everything that the coordinator's process needs to know before it sees a plan.
+
+    Attributes:
+        host: Address to listen on.
+        port: Port to listen on.
+        state: Folder for studies and the hospitals' last receipts.
+        roster: The signed roster: which hospitals may connect, and with which keys.
+        root: The consortium's public root key, 32 bytes in hexadecimal.
+    """
 
     host: Annotated[str, Field(min_length=1)]
     port: Annotated[int, Field(ge=1, le=65_535)]
     state: LocalPath
     tls: Tls
-    hospitals: Annotated[tuple[RegisteredHospital, ...], Field(min_length=1, max_length=10_000)]
-
-    @model_validator(mode="after")
-    def _names_are_distinct(self) -> "Settings":
-        if len({hospital.name for hospital in self.hospitals}) != len(self.hospitals):
-            raise ValueError("two hospitals have the same name")
-        return self
+    roster: LocalPath
+    root: LocalPath
 
 
 def read_settings(path: Path) -> Settings:

@@ -31,6 +31,66 @@ class IdentityError(FederationError):
     code = "identity"
 
 
+class RosterError(IdentityError):
+    """A roster, kit or request of enrolment that is refused."""
+
+    code = "roster"
+
+
+class MalformedRosterError(RosterError):
+    """A file that is no roster."""
+
+    code = "roster-malformed"
+
+
+class RosterSignatureError(RosterError):
+    """A roster without the consortium's signature."""
+
+    code = "roster-signature"
+
+
+class ForeignRosterError(RosterError):
+    """A roster of another root key than the pinned one."""
+
+    code = "roster-foreign"
+
+
+class OlderRosterError(RosterError):
+    """A roster older than one that was accepted before."""
+
+    code = "roster-older"
+
+
+class ForkedRosterError(RosterError):
+    """Two rosters of one version."""
+
+    code = "roster-forked"
+
+
+class RepeatedMemberError(RosterError):
+    """Two members of a roster with one name or key."""
+
+    code = "roster-repeated"
+
+
+class NotAMemberError(RosterError):
+    """A hospital that is not on the roster, was revoked, or is on it with other keys."""
+
+    code = "not-a-member"
+
+
+class GenesisError(RosterError):
+    """A hospital whose ledger does not begin as the roster says."""
+
+    code = "genesis"
+
+
+class RequestError(RosterError):
+    """An enrolment request or kit that is malformed, forged or not confirmed by telephone."""
+
+    code = "enrolment"
+
+
 class ProtocolError(FederationError):
     """A peer sent something that the protocol does not allow."""
 

@@ -5,6 +5,7 @@ Tests look at these bytes, change them, lose them, or send their own.
 """
 
 import json
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,13 +27,17 @@ from client.app import close_hospitals
 from client.books import LEDGER
 from client.settings import Settings, read_settings
 from server.app import app as server_app
-from server.demo import hospital_settings, plan_text, write_rosters
+from server.demo import hospital_settings, plan_text
 from server.examples import Example, write_example
 from server.journal import read_events
 from server.pki import create_hospital_keys
+from server.trial import hand_out, trial_root, trial_roster
 from shared_models.config import read_toml
+from shared_models.identity import public_bytes, read_public
 from shared_models.plan import StudyPlan
 from shared_models.privacy.ledger import Entry, read_ledger
+from shared_models.roster import members_now, verify_roster
+from shared_models.secagg.key_agreement import Roster
 
 COORDINATOR_NODE, FIRST_NODE, RUN = 1, 100, 7
 
@@ -153,6 +158,21 @@ class Federation:
         """A hospital's settings."""
         return read_settings(self.settings_file(hospital))
 
+    def sign_roster(self, *, version: int, revoked: Iterable[str] = (), genesis: dict[str, str] | None = None) -> None:
+        """Sign a roster of all hospitals and give it to each."""
+        root, sizes = trial_root(self.folder / "root"), {h.name: h.public_size for h in self.example.hospitals}
+        roster = trial_roster(root, self.folder / "public", sizes, version=version, revoked=revoked)
+        members = [m.model_copy(update={"ledger_genesis": (genesis or {}).get(m.name)}) for m in roster.members]
+        roster = roster.model_copy(update={"members": tuple(members)})
+        hand_out(root, roster, [self.settings_file(name).parent for name in sizes])
+
+    def roster(self) -> Roster:
+        """Everybody's identity keys, as the hospitals have pinned them."""
+        signed = verify_roster(
+            self.settings(self.names[0]).roster.read_bytes(), public_bytes(trial_root(self.folder / "root"))
+        )
+        return members_now(signed, time.time())
+
     def ledger(self, hospital: str) -> list[Entry]:
         """A hospital's ledger as it is on disk."""
         return read_ledger(self.settings(hospital).state / LEDGER)
@@ -167,7 +187,9 @@ class Federation:
         plan_file = self.folder / f"{name}.toml"
         plan_file.write_text(plan_text(self.plan), encoding="utf-8")
         identities = ConfigRecord()
-        identities.update({name: str(self.folder / "public" / f"{name}.identity.pub") for name in self.names})
+        identities.update(
+            {name: read_public(self.folder / "public" / f"{name}.identity.pub").hex() for name in self.names}
+        )
         receipts = self.folder / "last-receipts.json"
         config: UserConfig = {"plan": str(plan_file), "folder": str(folder), "receipts": str(receipts)}
         context = Context(RUN, COORDINATOR_NODE, {}, RecordDict({"identities": identities}), config)
@@ -193,8 +215,9 @@ def make_federation(folder: Path, plan: StudyPlan | None = None, *, hospitals: i
             hospital.name, hospital.folder, hospital.public_size, plan, 9443, folder / "ca.pem"
         )
         (home / "hospital.toml").write_text(tomli_w.dumps(settings), encoding="utf-8")
-    write_rosters(folder / "hospitals", folder / "public", [hospital.name for hospital in example.hospitals])
-    return Federation(folder, example, plan)
+    federation = Federation(folder, example, plan)
+    federation.sign_roster(version=1)
+    return federation
 
 
 def changed(plan: StudyPlan, **changes: Any) -> StudyPlan:

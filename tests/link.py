@@ -1,7 +1,7 @@
 """A real SuperLink on loopback with real keys and certificates, and real connections to it, for tests of both sides."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -19,6 +19,8 @@ from server.examples import example_plan
 from server.pki import Authority, create_hospital_keys
 from server.settings import Settings as CoordinatorSettings
 from server.settings import read_settings as read_coordinator
+from server.trial import hand_out, trial_root, trial_roster
+from shared_models.roster import UnsignedRoster
 
 Handler = Callable[[Message, Context], Message]
 
@@ -36,8 +38,22 @@ class Keys:
         self.coordinator_certificate(self.authority)
         for name in self.names:
             self.add_hospital(name)
-        settings = coordinator_settings(list(self.names), self.port, self.authority.certificate)
+        self.root = trial_root(self.folder / "root")
+        self.sign_roster(version=1)
+        settings = coordinator_settings(self.port, self.authority.certificate)
         (self.folder / "coordinator" / "coordinator.toml").write_text(tomli_w.dumps(settings), encoding="utf-8")
+
+    def roster(self, *, version: int = 1, revoked: Iterable[str] = ()) -> UnsignedRoster:
+        """A roster of all hospitals."""
+        sizes = dict.fromkeys(self.names, 100)
+        return trial_roster(
+            self.root, self.folder / "coordinator" / "hospitals", sizes, version=version, revoked=revoked
+        )
+
+    def sign_roster(self, *, version: int, revoked: Iterable[str] = ()) -> None:
+        """Sign a roster and give it to everybody."""
+        homes = [self.folder / name for name in ("coordinator", *self.names)]
+        hand_out(self.root, self.roster(version=version, revoked=revoked), homes)
 
     def coordinator_certificate(self, authority: Authority) -> None:
         """Make, or make anew, the coordinator's TLS key and certificate."""

@@ -385,6 +385,7 @@ class Hospital:
             raise UnknownHospitalError(f"{name} is not on its own roster with this key", hint="Pin the roster anew.")
         self.name = name
         self._identity, self._roster, self.policy = identity, roster, policy
+        self._pinned = roster
         self._positions, self._entropy = positions, entropy
         self._attempt: _Attempt | None = None
         self._charges: set[str] = set()  # that an upload was paid with
@@ -406,6 +407,10 @@ class Hospital:
         """The context of that attempt; empty before stage 2."""
         return self._attempt.context if self._attempt else b""
 
+    def pin(self, roster: Roster) -> None:
+        """Take another roster from the next attempt on; one that is going on keeps the one it began with."""
+        self._pinned = roster
+
     # Stage 1
 
     def advertise(self, announcement: Announcement, *, plan_digest: str) -> Advertisement:
@@ -426,11 +431,12 @@ class Hospital:
         """
         if announcement.plan_digest != plan_digest:
             raise PlanNotApprovedError("the announcement is for another plan than the approved one", hint=_HOSTILE)
-        if announcement.roster_digest != self._roster.digest:
+        if announcement.roster_digest != self._pinned.digest:
             raise RosterMismatchError("the announcement is over another roster", hint="Pin the current roster.")
         self._check_invited(announcement)
         self._positions.advance(announcement)
         self.abandon()
+        self._roster = self._pinned
         if self._attempt is not None and self._attempt.cohort:
             self._earlier_keys = _public_keys(self._attempt.cohort.values())
         pairs, context0 = KeyPairs.generate(self._entropy), announcement.context0
@@ -442,7 +448,7 @@ class Hospital:
         invited, threshold = announcement.invited, announcement.threshold
         if self.name not in invited:
             raise NotInvitedError(f"{self.name} is not invited", hint=_HOSTILE)
-        if unknown := set(invited) - self._roster.identities.keys():
+        if unknown := set(invited) - self._pinned.identities.keys():
             raise UnknownHospitalError(f"invited, but not on the roster: {sorted(unknown)}", hint=_HOSTILE)
         check_cohort_rule(invited, threshold)
         if threshold < self.policy.minimum_threshold:

@@ -96,7 +96,7 @@ def test_private_keys_are_written_for_their_owner_alone(keys: Keys) -> None:
     """Every private key that is made has mode 0600."""
     made = [*keys.folder.rglob("*.key")]
 
-    assert len(made) == 1 + 3 * 3
+    assert len(made) == 2 + 3 * 3
     assert {stat.S_IMODE(path.stat().st_mode) for path in made} == {0o600}
 
 

@@ -22,6 +22,7 @@ key = "keys/tls.key"
 [keys]
 identity = "keys/identity.key"
 node = "keys/node.key"
+root = "root.pub"
 
 [population]
 name = "all-patients"

@@ -10,7 +10,6 @@ import pytest
 from flwr.app import Message
 
 from client.evidence import REFUSALS
-from client.settings import read_roster
 from shared_models.messages import (
     Advertised,
     AdvertiseRequest,
@@ -62,7 +61,7 @@ class Coordinator:
             "purpose": "train",
             "study": self.federation.plan.study,
             "plan_digest": self.federation.plan.digest(),
-            "roster_digest": read_roster(self.federation.settings(HOSPITAL).roster).digest,
+            "roster_digest": self.federation.roster().digest,
             "round": 1,
             "attempt": 1,
             "parameters_digest": vector_digest(self.parameters),
@@ -78,7 +77,7 @@ class Coordinator:
     def train(self, parameters: Any = None, **changes: Any) -> Body:
         """Stages 1 to 3 with all hospitals, as honest as the changes; the victim's first refusal, or its upload."""
         announcement = self.announcement(**changes)
-        roster = read_roster(self.federation.settings(HOSPITAL).roster)
+        roster = self.federation.roster()
         party = Party(announcement, roster=roster, length=1)
         for name in self.federation.names:
             answer = self.ask(AdvertiseRequest(announcement=announcement), hospital=name)

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 
-from client.settings import read_roster
 from shared_models.encoding import encoding
 from shared_models.messages import (
     Advertised,
@@ -41,7 +40,7 @@ class Liar:
         self.federation = federation
         plan = federation.plan
         self.parameters = parameters_to_vector(build_network(plan.network, find_task(plan.task), seed=plan.seed))
-        self.roster = read_roster(federation.settings(VICTIM).roster)
+        self.roster = federation.roster()
         for name in NAMES:
             self.ask(name, Proposal(plan=plan.model_dump(mode="json")))
 

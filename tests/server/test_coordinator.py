@@ -15,7 +15,8 @@ from flwr.proto.fleet_pb2 import ActivateNodeRequest, RegisterNodeFleetRequest
 from client.daemon import FleetConnection, _tls
 from server.coordinator import FLEET_CALLS, SuperLink
 from server.gather import Gather
-from shared_models.errors import ConfigError, IdentityError
+from server.trial import hand_out
+from shared_models.errors import ConfigError, IdentityError, RosterSignatureError
 from shared_models.messages import Enrolment, Proposal, reply
 from tests.link import Keys
 
@@ -172,6 +173,26 @@ def test_a_node_of_another_key_is_not_admitted(keys: Keys, link: SuperLink) -> N
     assert "register" in caught.value.hint
 
 
+def test_a_revoked_hospital_is_turned_away(keys: Keys) -> None:
+    """Its certificate is still valid and its key is what it was; the signed roster counts, over real TLS."""
+    keys.sign_roster(version=2, revoked=["north"])
+
+    with SuperLink(keys.coordinator()) as link:
+        with pytest.raises(IdentityError, match="does not accept this hospital's node key"):
+            FleetConnection(keys.hospital("north")).__enter__()
+        with FleetConnection(keys.hospital("south")):
+            assert link.online() == {"south"}
+
+
+def test_a_roster_that_the_root_key_did_not_sign_admits_nobody(keys: Keys) -> None:
+    """The coordinator's own copy is checked too."""
+    file = keys.coordinator().roster
+    file.write_text(file.read_text("utf-8").replace('"public_size": 100', '"public_size": 101'), encoding="utf-8")
+
+    with pytest.raises(RosterSignatureError, match="not the consortium's"):
+        SuperLink(keys.coordinator())
+
+
 def test_a_port_in_use_is_said_so(keys: Keys, link: SuperLink) -> None:
     """The second coordinator names the address and leaves the first one alone."""
     with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1:{keys.port}"):
@@ -190,8 +211,10 @@ def test_an_expired_certificate_of_the_coordinator_is_refused_at_start(keys: Key
 
 def test_a_node_key_that_is_none_is_refused_at_start(keys: Keys) -> None:
     """The hospital and the file are named."""
-    key = keys.coordinator().hospitals[0].node_key
-    key.write_text("ssh-ed25519 AAAA nobody", encoding="ascii")
+    roster = keys.roster(version=2)
+    broken = roster.members[0].model_copy(update={"node_key": "ecdsa-sha2-nistp384 AAAA"})
+    changed = roster.model_copy(update={"members": (broken, *roster.members[1:])})
+    hand_out(keys.root, changed, [keys.folder / "coordinator"])
 
     with pytest.raises(IdentityError, match=r"the node key of north"):
         SuperLink(keys.coordinator())

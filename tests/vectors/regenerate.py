@@ -20,7 +20,7 @@ from client.randomness import SecureRandom
 from server.examples import example_plan
 from shared_models.approval import ApprovedPrice, sign_approval
 from shared_models.encoding import encoding
-from shared_models.identity import public_bytes, sign
+from shared_models.identity import fingerprint, public_bytes, sign
 from shared_models.messages import (
     Advertised,
     AdvertiseRequest,
@@ -50,6 +50,7 @@ from shared_models.privacy.mechanisms import (
     renyi_divergence,
 )
 from shared_models.receipts import Anchor, Receipt, digest_of_all
+from shared_models.roster import Coordinator, Member, UnsignedRoster, sign_roster
 from shared_models.secagg.key_agreement import Roster
 from shared_models.update import vector_digest
 from tests.federation import changed
@@ -61,6 +62,25 @@ RELEASING = changed(
 )
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 NEW_KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(1, 33)))
+ROSTER = UnsignedRoster(
+    consortium="a-consortium",
+    version=3,
+    coordinator=Coordinator(name="centre", address="centre.example.org:9092", authority="d" * 64),
+    members=(
+        Member(
+            name="ann",
+            display_name="Ann\u2019s Hospital",
+            identity="a" * 64,
+            node_key="ecdsa-sha2-nistp384 AAAA",
+            tls_key="b" * 64,
+            public_size=200,
+            ledger_genesis="c" * 64,
+            valid_from=1_700_000_000,
+            valid_until=1_800_000_000,
+        ),
+    ),
+    root_fingerprint=fingerprint(public_bytes(KEY)),
+)
 
 
 def known_answers() -> dict[str, Any]:
@@ -102,6 +122,8 @@ def known_answers() -> dict[str, Any]:
         "vector_digest": vector_digest(vector),
         "encoding": {purpose: asdict(code) for purpose, code in encodings.items()},
         "roster_digest": Roster.of({"ann": bytes(32), "bob": bytes([1]) * 32}).digest,
+        "signed_roster": sign_roster(KEY, ROSTER).model_dump(mode="json"),
+        "signed_roster_digest": ROSTER.digest,
         "records": {
             "proposal": _records(encode(Proposal(plan={"a": 1}))),
             "advertise_request": _records(encode(AdvertiseRequest(announcement=ANNOUNCEMENT, anchor=anchor))),

@@ -1,0 +1,254 @@
+"""How a hospital joins: it makes its keys and its ledger here, asks, and pins what the consortium signed for it."""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    load_pem_private_key,
+)
+from cryptography.x509.oid import NameOID
+
+from client.books import LEDGER, Books, report
+from client.membership import Membership, accept, node_public_key, own_member, read_pin
+from client.settings import Settings, read_settings
+from shared_models.durable import replace_file
+from shared_models.enrolment import Kit, Request, UnsignedRequest, check_certificates, read_kit, sign_request, written
+from shared_models.errors import ConfigError, ForeignRosterError, GenesisError, IdentityError, RequestError
+from shared_models.identity import create_key, fingerprint, load_key, public_bytes, read_public
+from shared_models.privacy.ledger import stream_ledger
+from shared_models.roster import SignedRoster, verify_roster
+
+SETTINGS = "hospital.toml"
+
+_TEMPLATE = """\
+# One hospital of the consortium. Every key is explained in docs/hospital.md.
+name = {name}
+coordinator = {coordinator}
+records = "records"        # manifest.toml and the file that it names
+state = "state"            # ledger and logs; must outlive the process
+roster = "roster.json"     # written by konsil-hospital join
+device = "auto"
+threads = 1
+
+[tls]
+ca = "keys/ca.pem"
+certificate = "keys/tls.pem"
+key = "keys/tls.key"
+
+[keys]
+identity = "keys/identity.key"
+node = "keys/node.key"
+root = "keys/root.pub"
+
+# Fixed when the ledger was opened, which init did: a change is refused.
+[population]
+name = "all-patients"
+public_size = {public_size}
+epsilon = {epsilon!r}
+delta = {delta!r}
+order = {order}
+
+# What may happen here. Yours to change: it is read again before every message.
+[policy]
+tasks = ["breast-cancer", "heart-disease"]
+networks = ["logistic-regression", "mlp"]
+minimum_noise_multiplier = 1.0
+maximum_epsilon_per_study = {epsilon!r}
+minimum_hospitals = 3
+maximum_attempts = 10
+maximum_rounds = 100
+release_validation = false
+# hours = ["mon-fri 20:00-06:00"]
+# Studies are asked for, one by one, unless a rule approves them in your absence:
+# standing_approvals = [{{tasks = ["heart-disease"], maximum_epsilon = 0.5}}]
+"""
+
+
+def init(
+    folder: Path,
+    *,
+    name: str,
+    display_name: str,
+    coordinator: str,
+    public_size: int,
+    epsilon: float,
+    delta: float,
+    order: int,
+) -> tuple[Path, Request]:
+    """Make a hospital's folder: keys, settings, ledger, and the request to be admitted.
+
+    Guarantees:
+        * Nothing that is there is overwritten.
+        * Private keys are 0600 and never leave the folder; the request holds public halves only.
+
+    Returns:
+        The request's file, and the request.
+
+    Raises:
+        ConfigError: There is a hospital in the folder already, or a value is out of range.
+    """
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    settings_file = folder / SETTINGS
+    text = _TEMPLATE.format(
+        name=json.dumps(name),
+        coordinator=json.dumps(coordinator),
+        public_size=public_size,
+        epsilon=epsilon,
+        delta=delta,
+        order=order,
+    )
+    _create(settings_file, text.encode(), 0o600)
+    try:
+        settings = read_settings(settings_file)
+    except ConfigError:
+        settings_file.unlink()
+        raise
+    settings.keys.identity.parent.mkdir(exist_ok=True, mode=0o700)
+    identity = create_key(settings.keys.identity)
+    node, tls = ec.generate_private_key(ec.SECP384R1()), ec.generate_private_key(ec.SECP256R1())
+    _create(settings.keys.node, node.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()), 0o600)
+    _create(settings.tls.key, tls.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()), 0o600)
+    Books.open(settings).close()
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    csr = x509.CertificateSigningRequestBuilder().subject_name(subject).sign(tls, hashes.SHA256())
+    request = UnsignedRequest(
+        name=name,
+        display_name=display_name,
+        identity=public_bytes(identity).hex(),
+        node_key=node_public_key(settings.keys.node),
+        certificate_request=csr.public_bytes(Encoding.PEM).decode("ascii"),
+        public_size=public_size,
+        ledger_genesis=_genesis(settings),
+    )
+    path, signed = folder / f"{name}.request.json", sign_request(identity, request)
+    _create(path, written(signed), 0o644)
+    return path, signed
+
+
+def join(settings: Settings, kit_file: Path, *, confirm: Callable[[str], bool]) -> SignedRoster:
+    """Verify a kit and pin what is in it: the root key the first time, a newer roster every time.
+
+    Args:
+        settings: The hospital's own.
+        kit_file: From the coordinator.
+        confirm: Told the root key's fingerprint the first time; whether it is the one read out on the telephone.
+
+    Raises:
+        RosterError: Something in the kit is forged, substituted, old, or not for this hospital.
+    """
+    kit = read_kit(_read(kit_file))
+    root = _confirmed_root(settings, kit, confirm)
+    signed = verify_roster(kit.roster, root, pinned=read_pin(settings.state))
+    _check_ours(settings, kit, signed)
+    content = written(signed)
+    files = {settings.tls.ca: kit.authority, settings.tls.certificate: kit.certificate}
+    for path, text in files.items():
+        replace_file(path, text.encode("ascii"))
+    replace_file(settings.keys.root, f"{root.hex()}\n".encode("ascii"))
+    replace_file(settings.roster, content)
+    return accept(settings, content, root)
+
+
+def status(settings: Settings) -> dict[str, Any]:
+    """Who this hospital is, whom it is with, and what is left of its budget. Reads only.
+
+    Raises:
+        FederationError: The roster or the ledger is refused, with the reason.
+    """
+    signed = Membership(settings).signed()
+    keys = (public_bytes(load_key(settings.keys.identity)).hex(), node_public_key(settings.keys.node))
+    member = own_member(signed, settings.name, keys, time.time())
+    head, entries = "", 0
+    for entry in stream_ledger(settings.state / LEDGER):
+        head, entries = entry.hash, entries + 1
+    return {
+        "name": settings.name,
+        "fingerprint": fingerprint(bytes.fromhex(member.identity)),
+        "root_fingerprint": signed.root_fingerprint,
+        "roster_version": signed.version,
+        "members": [m.name for m in signed.members if m.valid(time.time())],
+        "valid_until": time.strftime("%Y-%m-%d", time.gmtime(member.valid_until)),
+        "ledger_entries": entries,
+        "ledger_head": head,
+        "epsilon_left": report(settings)["epsilon_left"],
+    }
+
+
+def _confirmed_root(settings: Settings, kit: Kit, confirm: Callable[[str], bool]) -> bytes:
+    root = bytes.fromhex(kit.root)
+    if settings.keys.root.exists():
+        if read_public(settings.keys.root) != root:
+            raise ForeignRosterError(
+                "the kit holds another root key than the one this hospital pinned",
+                hint="Somebody substituted it, or the consortium has a new one. Call the coordinator.",
+            )
+    elif not confirm(fingerprint(root)):
+        raise RequestError(
+            "the root key's fingerprint was not confirmed; nothing was changed",
+            hint="Call the coordinator, and compare every digit.",
+        )
+    return root
+
+
+def _check_ours(settings: Settings, kit: Kit, signed: SignedRoster) -> None:
+    """Check that the kit is for this hospital: its name, its keys, its ledger, its coordinator."""
+    if kit.name != settings.name:
+        raise RequestError(f"this is the kit of {kit.name}, not of {settings.name}", hint="Get your own kit.")
+    keys = (public_bytes(load_key(settings.keys.identity)).hex(), node_public_key(settings.keys.node))
+    member = own_member(signed, settings.name, keys, time.time())
+    if member.ledger_genesis not in {None, _genesis(settings)}:
+        raise GenesisError(
+            "the roster names another first entry than this hospital's ledger has",
+            hint="Bring back the ledger with which this hospital asked to be enrolled, or enrol anew.",
+        )
+    if signed.coordinator.address != settings.coordinator:
+        raise RequestError(
+            f"the roster's coordinator is {signed.coordinator.address}, the settings dial {settings.coordinator}",
+            hint="Mend the settings, or call the coordinator.",
+        )
+    check_certificates(kit, signed, _tls_key(settings.tls.key))
+
+
+def _genesis(settings: Settings) -> str:
+    """Hash of the first entry of this hospital's ledger."""
+    for entry in stream_ledger(settings.state / LEDGER):
+        return entry.hash
+    raise GenesisError("this hospital's ledger is empty", hint="Run konsil-hospital init in an empty folder.")
+
+
+def _tls_key(path: Path) -> ec.EllipticCurvePublicKey:
+    try:
+        key = load_pem_private_key(_read(path), password=None).public_key()
+    except (ValueError, TypeError):
+        key = None
+    if not isinstance(key, ec.EllipticCurvePublicKey):
+        raise IdentityError(f"{path} is no TLS key", hint="Check [tls] in the settings.")
+    return key
+
+
+def _create(path: Path, content: bytes, mode: int) -> None:
+    """Write a file that is not there yet."""
+    try:
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except FileExistsError:
+        raise ConfigError(f"{path} exists already", hint="Nothing is overwritten: choose an empty folder.") from None
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read: {error.strerror}", hint="Check the path.") from None

@@ -1,0 +1,231 @@
+"""Who is let into the consortium: requests are checked, staged in an unsigned roster, signed elsewhere, handed out.
+
+The root key signs and does nothing else, so it may live on a machine without a network: carry ``roster.next.json``
+there and ``roster.json`` back.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import tomli_w
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.x509 import load_pem_x509_certificate
+from pydantic import ValidationError
+
+from server.members import signed_roster
+from server.pki import Authority
+from server.settings import Settings, read_settings
+from shared_models.config import explain
+from shared_models.enrolment import Kit, Request, certificate_digest, key_digest, read_request, written
+from shared_models.errors import ConfigError, MalformedRosterError, OlderRosterError, RequestError
+from shared_models.identity import create_key, fingerprint, public_bytes
+from shared_models.roster import Coordinator, Member, SignedRoster, UnsignedRoster, sign_roster, verify_roster
+
+SIGNED, STAGED = "roster.json", "roster.next.json"
+CERTIFICATES = "certificates"
+AUTHORITY_VALID_FOR = timedelta(days=3650)
+MEMBER_VALID_FOR = timedelta(days=730)
+
+
+def init(folder: Path, *, consortium: str, name: str, address: str) -> str:
+    """Make a coordinator's folder: root key, TLS authority, server certificate, settings, and an empty staged roster.
+
+    Args:
+        folder: Where; made if missing.
+        consortium: Its name.
+        name: The coordinator's name.
+        address: ``host:port`` by which hospitals reach it; the certificate is for this host.
+
+    Returns:
+        The root key's fingerprint.
+
+    Raises:
+        ConfigError: There is a coordinator in the folder already, or the address is none.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise ConfigError(f"the address must be host:port, not {address!r}", hint="As hospitals will dial it.")
+    settings_file = folder / "coordinator.toml"
+    if settings_file.exists():
+        raise ConfigError(f"{settings_file} exists already", hint="Nothing is overwritten: choose an empty folder.")
+    (folder / "root").mkdir(parents=True, exist_ok=True, mode=0o700)
+    root = create_key(folder / "root" / "root.key")
+    (folder / "root.pub").write_text(public_bytes(root).hex() + "\n", encoding="ascii")
+    authority = Authority(folder / "authority", valid_for=AUTHORITY_VALID_FOR)
+    authority.save_key(folder / "authority" / "ca.key")
+    authority.issue(folder, "coordinator", hosts=[host.strip("[]")])
+    certificate = load_pem_x509_certificate(authority.certificate.read_bytes())
+    empty = UnsignedRoster(
+        consortium=consortium,
+        version=1,
+        coordinator=Coordinator(name=name, address=address, authority=certificate_digest(certificate)),
+        members=(),
+        root_fingerprint=fingerprint(public_bytes(root)),
+    )
+    (folder / STAGED).write_bytes(written(empty))
+    settings_file.write_text(tomli_w.dumps(_settings(int(port))), encoding="utf-8")
+    read_settings(settings_file)
+    return empty.root_fingerprint
+
+
+def enrol(settings: Settings, request_file: Path, *, confirm: Callable[[Request], bool]) -> UnsignedRoster:
+    """Check a request, issue the hospital's TLS certificate, and stage the roster that has it in it.
+
+    Args:
+        settings: The coordinator's.
+        request_file: From the hospital.
+        confirm: Whether the request's fingerprint is the one that the hospital read out on the telephone.
+
+    Raises:
+        RequestError: The request is malformed or forged, was not confirmed, or its name is taken.
+    """
+    request = read_request(_read(request_file))
+    if not confirm(request):
+        raise RequestError(
+            f"the fingerprint of {request.name} was not confirmed; nothing was changed",
+            hint="Call the hospital, and compare every digit.",
+        )
+    staged = _next(settings)
+    if staged.member(request.name) is not None:
+        raise RequestError(
+            f"{request.name} is on the roster already", hint="Names are never used again, also after a revocation."
+        )
+    now = int(time.time())
+    member = Member(
+        **request.model_dump(include=_SHARED),
+        tls_key=key_digest(request.tls_key()),
+        valid_from=now - 3600,  # clocks differ
+        valid_until=now + int(MEMBER_VALID_FOR.total_seconds()),
+    )
+    certificate = _authority(settings).certify(request.tls_key(), request.name)
+    folder = settings.roster.with_name(CERTIFICATES)
+    folder.mkdir(exist_ok=True)
+    (folder / f"{request.name}.pem").write_bytes(certificate)
+    return _stage(settings, staged.model_copy(update={"members": (*staged.members, member)}))
+
+
+def revoke(settings: Settings, name: str) -> UnsignedRoster:
+    """Stage a roster in which a hospital is turned out.
+
+    Raises:
+        RequestError: There is no such hospital.
+    """
+    staged = _next(settings)
+    if staged.member(name) is None:
+        raise RequestError(f"{name} is not on the roster", hint="See konsil-coordinator roster.")
+    members = [m.model_copy(update={"revoked": True}) if m.name == name else m for m in staged.members]
+    return _stage(settings, staged.model_copy(update={"members": tuple(members)}))
+
+
+def sign(staged_file: Path, root: Ed25519PrivateKey) -> tuple[Path, SignedRoster]:
+    """Sign a staged roster, and write ``roster.json`` beside it. Needs nothing but this file and the root key.
+
+    Raises:
+        MalformedRosterError: It is no roster.
+        OlderRosterError: The roster beside it is as new: the root key signs one list per version.
+        RosterError: It is of another root key, or two members share a name or a key.
+    """
+    staged, target = read_staged(staged_file), staged_file.with_name(SIGNED)
+    if target.exists():
+        before = verify_roster(target.read_bytes(), public_bytes(root))
+        if before.version >= staged.version:
+            raise OlderRosterError(
+                f"version {before.version} is signed already, and this is version {staged.version}",
+                hint="Enrol or revoke first; that stages the next version.",
+            )
+    signed = sign_roster(root, staged)
+    target.write_bytes(written(signed))
+    return target, signed
+
+
+def write_kits(settings: Settings) -> Iterator[Path]:
+    """Write a kit for every hospital that is a member now: ``NAME.kit.json`` in ``kits`` beside the roster.
+
+    Raises:
+        RosterError: The signed roster is refused.
+    """
+    signed = signed_roster(settings)
+    folder = settings.roster.with_name("kits")
+    folder.mkdir(exist_ok=True)
+    for member in signed.members:
+        certificate = settings.roster.with_name(CERTIFICATES) / f"{member.name}.pem"
+        if not member.valid(time.time()):
+            continue
+        kit = Kit(
+            name=member.name,
+            roster=signed.model_dump(mode="json"),
+            root=settings.root.read_text("ascii").strip(),
+            authority=settings.tls.ca.read_text("ascii"),
+            certificate=_read(certificate).decode("ascii"),
+        )
+        path = folder / f"{member.name}.kit.json"
+        path.write_bytes(written(kit))
+        yield path
+
+
+def read_staged(path: Path) -> UnsignedRoster:
+    """Read an unsigned roster.
+
+    Raises:
+        MalformedRosterError: It is something else.
+    """
+    try:
+        return UnsignedRoster.model_validate_json(_read(path))
+    except ValidationError as error:
+        raise MalformedRosterError(
+            f"{path} is no staged roster: {explain(error)}", hint="It is the file that enrol or revoke wrote."
+        ) from None
+
+
+_SHARED = {"name", "display_name", "identity", "node_key", "public_size", "ledger_genesis"}
+
+
+def _next(settings: Settings) -> UnsignedRoster:
+    """The roster to change: what is staged and not signed yet, else the signed one with the next version."""
+    staged = settings.roster.with_name(STAGED)
+    signed = signed_roster(settings) if settings.roster.exists() else None
+    if staged.exists():
+        found = read_staged(staged)
+        if signed is None or found.version > signed.version:
+            return found
+    if signed is None:
+        raise RequestError("there is no roster to add to", hint="Begin with konsil-coordinator init.")
+    fields = signed.model_dump(mode="json", exclude={"signature"})
+    return UnsignedRoster.model_validate_json(json.dumps({**fields, "version": signed.version + 1}))
+
+
+def _stage(settings: Settings, roster: UnsignedRoster) -> UnsignedRoster:
+    settings.roster.with_name(STAGED).write_bytes(written(roster))
+    return roster
+
+
+def _authority(settings: Settings) -> Authority:
+    if settings.tls.authority_key is None:
+        raise ConfigError("tls.authority_key is not set", hint="Name the TLS authority's key in coordinator.toml.")
+    return Authority.load(settings.tls.ca, settings.tls.authority_key, valid_for=MEMBER_VALID_FOR)
+
+
+def _settings(port: int) -> dict[str, object]:
+    return {
+        "host": "0.0.0.0",  # noqa: S104 - hospitals dial in; who they are, TLS and the roster decide
+        "port": port,
+        "state": "state",
+        "roster": SIGNED,
+        "root": "root.pub",
+        "tls": {
+            "ca": "authority/ca.pem",
+            "certificate": "tls.pem",
+            "key": "tls.key",
+            "authority_key": "authority/ca.key",
+        },
+    }
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read: {error.strerror}", hint="Check the path.") from None
