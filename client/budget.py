@@ -117,7 +117,7 @@ class Budget:
                 opened with: a new name or size does not refund what was spent.
             LedgerError: The ledger cannot be written, or its entries contradict each other.
         """
-        terms = _terms(public_size=public_size, epsilon=epsilon, delta=delta, order=order)
+        terms = budget_terms(public_size=public_size, epsilon=epsilon, delta=delta, order=order)
         if ledger.first is None:
             ledger.append("budget-opened", population=population, budget=terms, public_key=ledger.public_key.hex())
         budget = cls(ledger)
@@ -457,7 +457,12 @@ def _largest_delta(public_size: int) -> float:
     return 1 / (10 * public_size)
 
 
-def _terms(*, public_size: int, epsilon: float, delta: float, order: int) -> BudgetTerms:
+def budget_terms(*, public_size: int, epsilon: float, delta: float, order: int) -> BudgetTerms:
+    """Terms that a budget can be opened with.
+
+    Raises:
+        ConfigError: One is out of range; or together they can pay for nothing.
+    """
     try:
         terms = BudgetTerms(epsilon=epsilon, delta=delta, order=order, public_size=public_size)
     except ValidationError as error:

@@ -1,12 +1,21 @@
-"""Commands of ``konsil-hospital`` for joining a consortium: ``init``, ``join``, ``status``."""
+"""Commands of ``konsil-hospital`` for joining a consortium: ``init``, ``join``, ``rotate``, ``status``."""
 
 import json
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 SettingsFile = Annotated[Path, typer.Argument(help="The hospital's settings, hospital.toml.")]
+
+
+class Rotated(Enum):
+    """A hospital's own keys."""
+
+    IDENTITY = "identity"
+    NODE = "node"
+    TLS = "tls"
 
 
 def init(
@@ -55,6 +64,20 @@ def join(
     typer.echo(f"joined {signed.consortium}: roster version {signed.version}, {len(signed.members)} hospitals")
 
 
+def rotate(
+    settings_file: SettingsFile,
+    key: Annotated[Rotated, typer.Argument(help="Which key.")],
+) -> None:
+    """Make a new key beside an old one, and the request to put it on the roster; join takes it into use."""
+    from client.rotate import rotate as make
+    from client.settings import read_settings
+
+    path, request = make(read_settings(settings_file), settings_file.absolute().parent, key.value)
+    typer.echo(f"request      {path}")
+    typer.echo(f"fingerprint  {request.fingerprint}")
+    typer.echo("Send the request to the coordinator as at enrolment; the old key is in use until you join its kit.")
+
+
 def status(
     settings_file: SettingsFile,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of lines.")] = False,
@@ -73,5 +96,5 @@ def status(
 
 def add_to(app: typer.Typer) -> None:
     """Register the commands."""
-    for command in (init, join, status):
+    for command in (init, join, rotate, status):
         app.command()(command)

@@ -1,29 +1,20 @@
 """How a hospital joins: it makes its keys and its ledger here, asks, and pins what the consortium signed for it."""
 
 import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    NoEncryption,
-    PrivateFormat,
-    load_pem_private_key,
-)
-from cryptography.x509.oid import NameOID
-
 from client.books import LEDGER, Books, report
-from client.membership import Membership, accept, node_public_key, own_member, read_pin
+from client.budget import budget_terms
+from client.keyfiles import certificate_request, create_file, create_node_key, create_tls_key, node_public_key, tls_key
+from client.membership import Membership, accept, genesis, own_member, read_pin
+from client.rotate import take_over, with_waiting_keys
 from client.settings import Settings, read_settings
 from shared_models.durable import replace_file
 from shared_models.enrolment import Kit, Request, UnsignedRequest, check_certificates, read_kit, sign_request, written
-from shared_models.errors import ConfigError, ForeignRosterError, GenesisError, IdentityError, RequestError
+from shared_models.errors import ConfigError, ForeignRosterError, GenesisError, RequestError
 from shared_models.identity import create_key, fingerprint, load_key, public_bytes, read_public
 from shared_models.privacy.ledger import stream_ledger
 from shared_models.roster import SignedRoster, verify_roster
@@ -107,36 +98,36 @@ def init(
         delta=delta,
         order=order,
     )
-    _create(settings_file, text.encode(), 0o600)
+    create_file(settings_file, text.encode(), 0o600)
     try:
         settings = read_settings(settings_file)
+        budget_terms(public_size=public_size, epsilon=epsilon, delta=delta, order=order)
     except ConfigError:
         settings_file.unlink()
         raise
     settings.keys.identity.parent.mkdir(exist_ok=True, mode=0o700)
     identity = create_key(settings.keys.identity)
-    node, tls = ec.generate_private_key(ec.SECP384R1()), ec.generate_private_key(ec.SECP256R1())
-    _create(settings.keys.node, node.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()), 0o600)
-    _create(settings.tls.key, tls.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()), 0o600)
+    create_node_key(settings.keys.node)
+    create_tls_key(settings.tls.key)
     Books.open(settings).close()
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-    csr = x509.CertificateSigningRequestBuilder().subject_name(subject).sign(tls, hashes.SHA256())
     request = UnsignedRequest(
         name=name,
         display_name=display_name,
         identity=public_bytes(identity).hex(),
         node_key=node_public_key(settings.keys.node),
-        certificate_request=csr.public_bytes(Encoding.PEM).decode("ascii"),
+        certificate_request=certificate_request(settings.tls.key, name),
         public_size=public_size,
-        ledger_genesis=_genesis(settings),
+        ledger_genesis=genesis(settings),
     )
     path, signed = folder / f"{name}.request.json", sign_request(identity, request)
-    _create(path, written(signed), 0o644)
+    create_file(path, written(signed), 0o644)
     return path, signed
 
 
 def join(settings: Settings, kit_file: Path, *, confirm: Callable[[str], bool]) -> SignedRoster:
     """Verify a kit and pin what is in it: the root key the first time, a newer roster every time.
+
+    Keys that ``rotate`` made, and that the roster names, are taken into use.
 
     Args:
         settings: The hospital's own.
@@ -145,18 +136,22 @@ def join(settings: Settings, kit_file: Path, *, confirm: Callable[[str], bool]) 
 
     Raises:
         RosterError: Something in the kit is forged, substituted, old, or not for this hospital.
+        LedgerError: A new identity key cannot take over the ledger; with the same kit, it can be tried again.
     """
     kit = read_kit(_read(kit_file))
     root = _confirmed_root(settings, kit, confirm)
     signed = verify_roster(kit.roster, root, pinned=read_pin(settings.state))
-    _check_ours(settings, kit, signed)
+    waiting = with_waiting_keys(settings, signed.member(settings.name))
+    _check_ours(waiting, kit, signed)
     content = written(signed)
     files = {settings.tls.ca: kit.authority, settings.tls.certificate: kit.certificate}
     for path, text in files.items():
         replace_file(path, text.encode("ascii"))
     replace_file(settings.keys.root, f"{root.hex()}\n".encode("ascii"))
     replace_file(settings.roster, content)
-    return accept(settings, content, root)
+    accepted = accept(settings, content, root)
+    take_over(settings, waiting)
+    return accepted
 
 
 def status(settings: Settings) -> dict[str, Any]:
@@ -206,7 +201,7 @@ def _check_ours(settings: Settings, kit: Kit, signed: SignedRoster) -> None:
         raise RequestError(f"this is the kit of {kit.name}, not of {settings.name}", hint="Get your own kit.")
     keys = (public_bytes(load_key(settings.keys.identity)).hex(), node_public_key(settings.keys.node))
     member = own_member(signed, settings.name, keys, time.time())
-    if member.ledger_genesis not in {None, _genesis(settings)}:
+    if member.ledger_genesis not in {None, genesis(settings)}:
         raise GenesisError(
             "the roster names another first entry than this hospital's ledger has",
             hint="Bring back the ledger with which this hospital asked to be enrolled, or enrol anew.",
@@ -216,35 +211,7 @@ def _check_ours(settings: Settings, kit: Kit, signed: SignedRoster) -> None:
             f"the roster's coordinator is {signed.coordinator.address}, the settings dial {settings.coordinator}",
             hint="Mend the settings, or call the coordinator.",
         )
-    check_certificates(kit, signed, _tls_key(settings.tls.key))
-
-
-def _genesis(settings: Settings) -> str:
-    """Hash of the first entry of this hospital's ledger."""
-    for entry in stream_ledger(settings.state / LEDGER):
-        return entry.hash
-    raise GenesisError("this hospital's ledger is empty", hint="Run konsil-hospital init in an empty folder.")
-
-
-def _tls_key(path: Path) -> ec.EllipticCurvePublicKey:
-    try:
-        key = load_pem_private_key(_read(path), password=None).public_key()
-    except (ValueError, TypeError):
-        key = None
-    if not isinstance(key, ec.EllipticCurvePublicKey):
-        raise IdentityError(f"{path} is no TLS key", hint="Check [tls] in the settings.")
-    return key
-
-
-def _create(path: Path, content: bytes, mode: int) -> None:
-    """Write a file that is not there yet."""
-    try:
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-    except FileExistsError:
-        raise ConfigError(f"{path} exists already", hint="Nothing is overwritten: choose an empty folder.") from None
+    check_certificates(kit, signed, tls_key(settings.tls.key))
 
 
 def _read(path: Path) -> bytes:

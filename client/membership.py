@@ -5,13 +5,13 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_private_key
-
+from client.books import LEDGER
+from client.keyfiles import node_public_key
 from client.settings import Settings
 from shared_models.durable import replace_file
-from shared_models.errors import GenesisError, IdentityError, NotAMemberError, RosterError
+from shared_models.errors import GenesisError, NotAMemberError, RosterError
 from shared_models.identity import load_key, public_bytes, read_public
+from shared_models.privacy.ledger import stream_ledger
 from shared_models.roster import Member, Pin, SignedRoster, members_now, verify_roster
 from shared_models.secagg.key_agreement import Roster
 
@@ -159,21 +159,15 @@ def read_pin(state: Path) -> Pin | None:
         ) from None
 
 
-def node_public_key(path: Path) -> str:
-    """The public half of Flower's node key, as OpenSSH writes it.
+def genesis(settings: Settings) -> str:
+    """Hash of the first entry of this hospital's ledger.
 
     Raises:
-        IdentityError: The file is missing or holds something else.
+        GenesisError: It has none.
     """
-    try:
-        key = load_ssh_private_key(path.read_bytes(), password=None).public_key()
-    except (OSError, ValueError) as error:
-        raise IdentityError(
-            f"the node key {path} cannot be read: {error}", hint="Check [keys] in the settings."
-        ) from None
-    if not isinstance(key, EllipticCurvePublicKey):
-        raise IdentityError(f"{path} is no P-384 key", hint="Flower's node keys are ECDSA P-384 in OpenSSH format.")
-    return key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode("ascii")
+    for entry in stream_ledger(settings.state / LEDGER):
+        return entry.hash
+    raise GenesisError("this hospital's ledger is empty", hint="Run konsil-hospital init in an empty folder.")
 
 
 def _write_pin(state: Path, pin: Pin) -> None:

@@ -19,7 +19,7 @@ from server.members import signed_roster
 from server.pki import Authority
 from server.settings import Settings, read_settings
 from shared_models.config import explain
-from shared_models.enrolment import Kit, Request, certificate_digest, key_digest, read_request, written
+from shared_models.enrolment import Kit, Request, certificate_digest, check_rotation, key_digest, read_request, written
 from shared_models.errors import ConfigError, MalformedRosterError, OlderRosterError, RequestError
 from shared_models.identity import create_key, fingerprint, public_bytes
 from shared_models.roster import Coordinator, Member, SignedRoster, UnsignedRoster, sign_roster, verify_roster
@@ -74,13 +74,16 @@ def init(folder: Path, *, consortium: str, name: str, address: str) -> str:
 def enrol(settings: Settings, request_file: Path, *, confirm: Callable[[Request], bool]) -> UnsignedRoster:
     """Check a request, issue the hospital's TLS certificate, and stage the roster that has it in it.
 
+    A member's request, signed by the identity key on the roster, puts its new keys in the place of the old ones and
+    renews its validity.
+
     Args:
         settings: The coordinator's.
         request_file: From the hospital.
         confirm: Whether the request's fingerprint is the one that the hospital read out on the telephone.
 
     Raises:
-        RequestError: The request is malformed or forged, was not confirmed, or its name is taken.
+        RequestError: The request is malformed or forged, was not confirmed, or its name is taken or was revoked.
     """
     request = read_request(_read(request_file))
     if not confirm(request):
@@ -89,10 +92,11 @@ def enrol(settings: Settings, request_file: Path, *, confirm: Callable[[Request]
             hint="Call the hospital, and compare every digit.",
         )
     staged = _next(settings)
-    if staged.member(request.name) is not None:
-        raise RequestError(
-            f"{request.name} is on the roster already", hint="Names are never used again, also after a revocation."
-        )
+    known = staged.member(request.name)
+    if known is not None:
+        if known.revoked:
+            raise RequestError(f"{request.name} was revoked", hint="Names are never used again: choose another.")
+        check_rotation(request, known)
     now = int(time.time())
     member = Member(
         **request.model_dump(include=_SHARED),
@@ -104,7 +108,8 @@ def enrol(settings: Settings, request_file: Path, *, confirm: Callable[[Request]
     folder = settings.roster.with_name(CERTIFICATES)
     folder.mkdir(exist_ok=True)
     (folder / f"{request.name}.pem").write_bytes(certificate)
-    return _stage(settings, staged.model_copy(update={"members": (*staged.members, member)}))
+    others = tuple(m for m in staged.members if m.name != request.name)
+    return _stage(settings, staged.model_copy(update={"members": (*others, member)}))
 
 
 def revoke(settings: Settings, name: str) -> UnsignedRoster:

@@ -18,9 +18,9 @@ from pydantic import Field, ValidationError
 from shared_models.config import Count, Frozen, Name, explain
 from shared_models.errors import IdentityError, RequestError
 from shared_models.identity import fingerprint, sign, verify
-from shared_models.roster import Hex32, NodeKey, SignedRoster, Text, UnsignedRoster
+from shared_models.roster import Hex32, Member, NodeKey, SignedRoster, Text, UnsignedRoster
 
-REQUESTED = "enrolment-request"  # the kind of signature
+REQUESTED, ROTATED = "enrolment-request", "enrolment-rotation"  # the kinds of signatures
 
 Pem = Annotated[str, Field(pattern=r"^-----BEGIN ", max_length=20_000)]
 
@@ -45,7 +45,7 @@ class UnsignedRequest(Frozen):
 
     def payload(self) -> bytes:
         """What is signed: canonical JSON (RFC 8785)."""
-        return rfc8785.dumps(self.model_dump(mode="json", exclude={"signature"}))
+        return rfc8785.dumps(self.model_dump(mode="json", exclude={"signature", "signature_before"}))
 
     @property
     def fingerprint(self) -> str:
@@ -71,10 +71,19 @@ class UnsignedRequest(Frozen):
         return key
 
 
-class Request(UnsignedRequest):
-    """A request with the identity key's signature, 64 bytes in hexadecimal."""
+Signature = Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
 
-    signature: Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
+
+class Request(UnsignedRequest):
+    """A request with the identity key's signature, 64 bytes in hexadecimal.
+
+    Attributes:
+        signature: Of the identity key that the request holds.
+        signature_before: Where a member asks for other keys, of the identity key that it has had.
+    """
+
+    signature: Signature
+    signature_before: Signature | None = None
 
 
 class Kit(Frozen):
@@ -97,9 +106,37 @@ class Kit(Frozen):
     certificate: Pem
 
 
-def sign_request(identity: Ed25519PrivateKey, request: UnsignedRequest) -> Request:
-    """Sign a request with the hospital's own identity key."""
-    return Request(**request.model_dump(), signature=sign(identity, REQUESTED, request.payload()).hex())
+def sign_request(
+    identity: Ed25519PrivateKey, request: UnsignedRequest, *, before: Ed25519PrivateKey | None = None
+) -> Request:
+    """Sign a request with the hospital's own identity key; and, for a rotation, with the one it has had."""
+    payload = request.payload()
+    return Request(
+        **request.model_dump(),
+        signature=sign(identity, REQUESTED, payload).hex(),
+        signature_before=None if before is None else sign(before, ROTATED, payload).hex(),
+    )
+
+
+def check_rotation(request: Request, member: Member) -> None:
+    """Check that a member itself asks for other keys, and for nothing else.
+
+    Raises:
+        RequestError: The identity key on the roster did not sign it; or its ledger or public size would change.
+    """
+    try:
+        before = bytes.fromhex(request.signature_before or "")
+        verify(bytes.fromhex(member.identity), ROTATED, request.payload(), before)
+    except IdentityError:
+        raise RequestError(
+            f"{member.name} is on the roster already, and its identity key did not sign this request",
+            hint="Names are never given to another hospital. A member asks for new keys by konsil-hospital rotate.",
+        ) from None
+    if (request.ledger_genesis, request.public_size) != (member.ledger_genesis, member.public_size):
+        raise RequestError(
+            f"{member.name} asks for another ledger or public size, not only for other keys",
+            hint="Both are fixed when a budget is opened. Call the hospital.",
+        )
 
 
 def read_request(document: bytes) -> Request:

@@ -9,6 +9,7 @@ from pathlib import Path
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
     Encoding,
     NoEncryption,
     PrivateFormat,
@@ -23,18 +24,25 @@ _DOMAIN = b"konsil signature v1\0"
 _KIND = re.compile(r"[a-z0-9-]{1,64}")
 
 
+# In the environment: a file, 0600, whose first line encrypts identity keys.
+PASSPHRASE_FILE = "KONSIL_PASSPHRASE_FILE"  # noqa: S105 - the name of a variable
+
+
 def create_key(path: Path) -> Ed25519PrivateKey:
     """Make a new identity and store it, readable by its owner alone (PKCS 8, PEM).
 
     Guarantees:
+        * Encrypted with the passphrase in the file that ``KONSIL_PASSPHRASE_FILE`` names, if it is set.
         * An existing file is never replaced: losing an identity loses the right to its ledger.
         * The key is durable before it is returned.
 
     Raises:
-        IdentityError: There is a file already, or it cannot be written.
+        IdentityError: There is a file already, or it cannot be written; or the passphrase cannot be read.
     """
     key = Ed25519PrivateKey.generate()
-    text = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    passphrase = _passphrase()
+    encryption = BestAvailableEncryption(passphrase) if passphrase else NoEncryption()
+    text = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, encryption)
     try:
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
@@ -59,7 +67,8 @@ def load_key(path: Path) -> Ed25519PrivateKey:
     """Read an identity that ``create_key`` wrote.
 
     Raises:
-        IdentityError: The file is missing, readable by others, or no Ed25519 private key.
+        IdentityError: The file is missing, readable by others, or no Ed25519 private key; or it is encrypted, and the
+            passphrase is missing or wrong.
     """
     try:
         with path.open("rb") as stream:
@@ -72,16 +81,38 @@ def load_key(path: Path) -> Ed25519PrivateKey:
         ) from None
     if mode & 0o077:
         raise IdentityError(f"the identity key {path} is open to others", hint=f"Run: chmod 600 {path}")
+    passphrase = _passphrase() if text.startswith(b"-----BEGIN ENCRYPTED") else None
     try:
-        key = load_pem_private_key(text, password=None)
+        key = load_pem_private_key(text, password=passphrase)
     except (ValueError, TypeError, UnsupportedAlgorithm):
         # The library's own text could quote the key.
         key = None
     if not isinstance(key, Ed25519PrivateKey):
         raise IdentityError(
-            f"{path} is no Ed25519 private key", hint="It must be PKCS 8 in PEM format, without a password."
+            f"{path} is no Ed25519 private key, or is encrypted with another passphrase",
+            hint=f"It must be PKCS 8 in PEM format; if it has a passphrase, {PASSPHRASE_FILE} names the file with it.",
         )
     return key
+
+
+def _passphrase() -> bytes | None:
+    """From a file, because every process of the same user can read the environment itself."""
+    name = os.environ.get(PASSPHRASE_FILE)
+    if not name:
+        return None
+    path = Path(name)
+    try:
+        with path.open("rb") as stream:
+            mode, line = os.fstat(stream.fileno()).st_mode, stream.readline().rstrip(b"\r\n")
+    except OSError as error:
+        raise IdentityError(
+            f"the passphrase file {path} cannot be read: {error.strerror}", hint=f"Check {PASSPHRASE_FILE}."
+        ) from None
+    if mode & 0o077:
+        raise IdentityError(f"the passphrase file {path} is open to others", hint=f"Run: chmod 600 {path}")
+    if not line:
+        raise IdentityError(f"the passphrase file {path} is empty", hint="Its first line is the passphrase.")
+    return line
 
 
 def read_public(path: Path) -> bytes:

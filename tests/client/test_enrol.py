@@ -148,6 +148,18 @@ def test_nothing_is_overwritten(consortium: Consortium) -> None:
     assert (consortium.folder / "north" / "keys" / "identity.key").read_bytes() == before
 
 
+def test_figures_that_no_budget_can_have_leave_nothing_half_done(tmp_path: Path) -> None:
+    """The same folder can be used with better ones."""
+    made = Consortium(tmp_path)
+    for figures in (("--delta", 0.5, "--order", 8), ("--delta", 0.0005, "--order", 2)):
+        options = ("--name", "north", "--coordinator", ADDRESS, "--public-size", 100, "--epsilon", 1, *figures)
+        with pytest.raises(ConfigError):
+            run(hospital_app, "init", tmp_path / "north", *options)
+        assert list((tmp_path / "north").iterdir()) == []
+
+    made.init("north")
+
+
 @pytest.mark.parametrize("field", ["public_size", "node_key", "identity"])
 def test_a_forged_request_is_refused(consortium: Consortium, field: str) -> None:
     """Whatever is changed on the way, the hospital's signature does not fit any more."""
