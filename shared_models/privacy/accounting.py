@@ -28,6 +28,10 @@ from shared_models.privacy.mechanisms import GaussianRelease, PoissonGaussian, t
 
 _History = list[tuple[float, float, int]]  # (noise multiplier, sample rate, times), as Opacus's accountants keep it
 
+# PRV figures that this process has computed: asked again, they take no second. Failures are not kept.
+_known: dict[tuple[tuple[tuple[float, float, int], ...], float], float] = {}
+_MOST_KNOWN = 1000
+
 _PRV_MEMORY = 2 * 2**30  # bytes; a grid that needs more would take longer than anybody waits
 # At order 2. Beyond it epsilon means nothing, and Opacus's series for orders between integers stop converging.
 _LARGEST_DIVERGENCE = 1e6
@@ -74,8 +78,13 @@ def reported_epsilon(
         raise ConfigError("no finite epsilon describes these mechanisms", hint="Their noise multiplier is too small.")
     if not history:
         return ReportedEpsilon(epsilon=0.0, delta=delta, accountant=prv)
-    epsilon, problem = _prv_within(history, delta, seconds)
+    key, problem = (tuple(history), delta), ""
+    epsilon = _known.get(key)
+    if epsilon is None:
+        epsilon, problem = _prv_within(history, delta, seconds)
     if epsilon is not None:
+        if len(_known) < _MOST_KNOWN:
+            _known[key] = epsilon
         return ReportedEpsilon(epsilon=epsilon, delta=delta, accountant=prv)
     rdp = f"RDP (Opacus {opacus.__version__}); {problem}"
     return ReportedEpsilon(epsilon=_rdp(history, delta), delta=delta, accountant=rdp)

@@ -7,6 +7,7 @@ import pytest
 
 from auditor.recompute import recompute
 from shared_models.errors import ConfigError
+from shared_models.privacy import accounting
 from shared_models.privacy.accounting import reported_epsilon
 from shared_models.privacy.mechanisms import (
     GaussianRelease,
@@ -18,6 +19,12 @@ from shared_models.privacy.mechanisms import (
 
 DELTA = 1e-5
 TWO_ACCOUNTANTS = 0.02  # PRV reports an upper bound with an error of 0.01; PLD rounds up to a grid of 0.001
+
+
+@pytest.fixture(autouse=True)
+def _nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What other tests have asked is forgotten."""
+    monkeypatch.setattr(accounting, "_known", {})
 
 
 def steps(q: float, sigma: float, count: int) -> PoissonGaussian:
@@ -80,6 +87,23 @@ def test_charging_round_by_round_reports_what_the_whole_costs() -> None:
 
     assert rounds == whole
     assert one.epsilon < whole.epsilon
+
+
+def test_the_same_question_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the order and grouping of the mechanisms; another delta is another question."""
+    first = reported_epsilon([steps(0.05, 1.0, 40)] * 10, DELTA, seconds=60)
+    asked = []
+
+    def instead(_history: object, delta: float, _seconds: float) -> tuple[float, str]:
+        asked.append(delta)
+        return 1.0, ""
+
+    monkeypatch.setattr(accounting, "_prv_within", instead)
+
+    assert reported_epsilon([GOLDEN], DELTA) == first
+    assert asked == []
+    assert reported_epsilon([GOLDEN], 2 * DELTA).epsilon == 1.0
+    assert asked == [2 * DELTA]
 
 
 def test_a_slow_prv_gives_way_to_rdp_and_says_so() -> None:

@@ -131,8 +131,12 @@ def test_check_data_says_so_before_any_coordinator_asks(federation: Federation) 
 
 
 def test_over_the_wire_it_is_records_that_do_not_fit(federation: Federation, caplog: pytest.LogCaptureFixture) -> None:
-    """The coordinator hears the code that any unfit records have; the log names the cause."""
+    """The coordinator hears the code that any unfit records have; the log names the cause.
+
+    One that shows the hospital what it signed would be answered before that: another ledger lacks it.
+    """
     federation.run()
+    (federation.folder / "last-receipts.json").unlink()
     caplog.clear()
     federation.wire._settings_files[HOSPITAL] = second_population(federation)
     federation.plan = changed(federation.plan, study="another")
