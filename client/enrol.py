@@ -8,12 +8,21 @@ from typing import Any
 
 from client.books import LEDGER, Books, report
 from client.budget import budget_terms
-from client.keyfiles import certificate_request, create_file, create_node_key, create_tls_key, node_public_key, tls_key
+from client.keyfiles import certificate_request, create_new, create_node_key, create_tls_key, node_public_key, tls_key
 from client.membership import Membership, accept, genesis, own_member, read_pin
 from client.rotate import take_over, with_waiting_keys
 from client.settings import Settings, read_settings
 from shared_models.durable import replace_file
-from shared_models.enrolment import Kit, Request, UnsignedRequest, check_certificates, read_kit, sign_request, written
+from shared_models.enrolment import (
+    Kit,
+    Request,
+    UnsignedRequest,
+    check_certificates,
+    read_document,
+    read_kit,
+    sign_request,
+    written,
+)
 from shared_models.errors import ConfigError, ForeignRosterError, GenesisError, RequestError
 from shared_models.identity import create_key, fingerprint, load_key, public_bytes, read_public
 from shared_models.privacy.ledger import stream_ledger
@@ -98,7 +107,7 @@ def init(
         delta=delta,
         order=order,
     )
-    create_file(settings_file, text.encode(), 0o600)
+    create_new(settings_file, text.encode(), mode=0o600)
     try:
         settings = read_settings(settings_file)
         budget_terms(public_size=public_size, epsilon=epsilon, delta=delta, order=order)
@@ -120,7 +129,7 @@ def init(
         ledger_genesis=genesis(settings),
     )
     path, signed = folder / f"{name}.request.json", sign_request(identity, request)
-    create_file(path, written(signed), 0o644)
+    create_new(path, written(signed), mode=0o644)
     return path, signed
 
 
@@ -138,7 +147,7 @@ def join(settings: Settings, kit_file: Path, *, confirm: Callable[[str], bool]) 
         RosterError: Something in the kit is forged, substituted, old, or not for this hospital.
         LedgerError: A new identity key cannot take over the ledger; with the same kit, it can be tried again.
     """
-    kit = read_kit(_read(kit_file))
+    kit = read_kit(read_document(kit_file))
     root = _confirmed_root(settings, kit, confirm)
     signed = verify_roster(kit.roster, root, pinned=read_pin(settings.state))
     waiting = with_waiting_keys(settings, signed.member(settings.name))
@@ -212,10 +221,3 @@ def _check_ours(settings: Settings, kit: Kit, signed: SignedRoster) -> None:
             hint="Mend the settings, or call the coordinator.",
         )
     check_certificates(kit, signed, tls_key(settings.tls.key))
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise RequestError(f"{path} cannot be read: {error.strerror}", hint="Check the path.") from None

@@ -1,6 +1,5 @@
 """The hospital's key files besides its identity: Flower's node key and the TLS client key."""
 
-import os
 from pathlib import Path
 
 from cryptography import x509
@@ -16,19 +15,20 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import NameOID
 
+from shared_models.durable import create_file
 from shared_models.errors import ConfigError, IdentityError
 
 
 def create_node_key(path: Path) -> None:
     """Make Flower's node key (ECDSA P-384, OpenSSH), 0600; never over another."""
     key = ec.generate_private_key(ec.SECP384R1())
-    create_file(path, key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()), 0o600)
+    create_new(path, key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()), mode=0o600)
 
 
 def create_tls_key(path: Path) -> None:
     """Make the TLS client key (ECDSA P-256, PKCS 8), 0600; never over another."""
     key = ec.generate_private_key(ec.SECP256R1())
-    create_file(path, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()), 0o600)
+    create_new(path, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()), mode=0o600)
 
 
 def certificate_request(key_file: Path, name: str) -> str:
@@ -64,17 +64,14 @@ def tls_key(path: Path) -> ec.EllipticCurvePublicKey:
     return _tls(path).public_key()
 
 
-def create_file(path: Path, content: bytes, mode: int) -> None:
-    """Write a file that is not there yet; durable, and whole unless this raises.
+def create_new(path: Path, content: bytes, *, mode: int) -> None:
+    """Write a file that is not there yet, as ``create_file`` does.
 
     Raises:
         ConfigError: There is one.
     """
     try:
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        create_file(path, content, mode=mode)
     except FileExistsError:
         raise ConfigError(f"{path} exists already", hint="Nothing is overwritten: choose an empty folder.") from None
 

@@ -19,7 +19,16 @@ from server.members import signed_roster
 from server.pki import Authority
 from server.settings import Settings, read_settings
 from shared_models.config import explain
-from shared_models.enrolment import Kit, Request, certificate_digest, check_rotation, key_digest, read_request, written
+from shared_models.enrolment import (
+    Kit,
+    Request,
+    certificate_digest,
+    check_rotation,
+    key_digest,
+    read_document,
+    read_request,
+    written,
+)
 from shared_models.errors import ConfigError, MalformedRosterError, OlderRosterError, RequestError
 from shared_models.identity import create_key, fingerprint, public_bytes
 from shared_models.roster import Coordinator, Member, SignedRoster, UnsignedRoster, sign_roster, verify_roster
@@ -85,7 +94,7 @@ def enrol(settings: Settings, request_file: Path, *, confirm: Callable[[Request]
     Raises:
         RequestError: The request is malformed or forged, was not confirmed, or its name is taken or was revoked.
     """
-    request = read_request(_read(request_file))
+    request = read_request(read_document(request_file))
     if not confirm(request):
         raise RequestError(
             f"the fingerprint of {request.name} was not confirmed; nothing was changed",
@@ -164,7 +173,7 @@ def write_kits(settings: Settings) -> Iterator[Path]:
             roster=signed.model_dump(mode="json"),
             root=settings.root.read_text("ascii").strip(),
             authority=settings.tls.ca.read_text("ascii"),
-            certificate=_read(certificate).decode("ascii"),
+            certificate=read_document(certificate).decode("ascii"),
         )
         path = folder / f"{member.name}.kit.json"
         path.write_bytes(written(kit))
@@ -178,7 +187,7 @@ def read_staged(path: Path) -> UnsignedRoster:
         MalformedRosterError: It is something else.
     """
     try:
-        return UnsignedRoster.model_validate_json(_read(path))
+        return UnsignedRoster.model_validate_json(read_document(path))
     except ValidationError as error:
         raise MalformedRosterError(
             f"{path} is no staged roster: {explain(error)}", hint="It is the file that enrol or revoke wrote."
@@ -227,10 +236,3 @@ def _settings(port: int) -> dict[str, object]:
             "authority_key": "authority/ca.key",
         },
     }
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise RequestError(f"{path} cannot be read: {error.strerror}", hint="Check the path.") from None

@@ -4,7 +4,6 @@ Private keys are written 0600. Nothing here is used to verify anything: verifica
 ledger's own.
 """
 
-import os
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
@@ -22,6 +21,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from shared_models.durable import create_file
 from shared_models.errors import IdentityError
 from shared_models.identity import create_key, public_bytes
 
@@ -123,8 +123,7 @@ def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
 def write_private(path: Path, content: bytes) -> None:
     """Write a secret that only its owner can read; an existing file is never overwritten."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(content)
+    create_file(path, content, mode=0o600)
 
 
 def _usage(*, signs_certificates: bool) -> x509.KeyUsage:

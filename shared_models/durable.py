@@ -52,6 +52,31 @@ def file_identity(path: Path) -> tuple[int, int]:
     return found.st_dev, found.st_ino
 
 
+def create_file(path: Path, content: bytes, *, mode: int) -> None:
+    """Write a file that is not there yet.
+
+    Guarantees:
+        * An existing file is never replaced.
+        * When this returns, the file is on the disk, with exactly this mode. When it raises, no half file is left.
+
+    Raises:
+        FileExistsError: There is one.
+        OSError: It could not be written.
+    """
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    try:
+        with os.fdopen(file, "wb") as stream:
+            os.fchmod(file, mode)  # the umask may have taken even our own bits
+            stream.write(content)
+            stream.flush()
+            os.fsync(file)
+        sync_folder(path.parent)
+    except OSError:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        raise
+
+
 def sync_folder(folder: Path) -> None:
     """Make a folder's own entries durable: a new name must reach the disk too.
 

@@ -5,6 +5,7 @@ whoever carries it can change nothing. A kit is worth what the signed roster in 
 """
 
 import hashlib
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import rfc8785
@@ -137,6 +138,18 @@ def check_rotation(request: Request, member: Member) -> None:
             f"{member.name} asks for another ledger or public size, not only for other keys",
             hint="Both are fixed when a budget is opened. Call the hospital.",
         )
+
+
+def read_document(path: Path) -> bytes:
+    """A file that the other side sent.
+
+    Raises:
+        RequestError: It cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read: {error.strerror}", hint="Check the path.") from None
 
 
 def read_request(document: bytes) -> Request:

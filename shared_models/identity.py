@@ -3,7 +3,6 @@
 import hashlib
 import os
 import re
-from contextlib import suppress
 from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -16,7 +15,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
-from shared_models.durable import sync_folder
+from shared_models.durable import create_file
 from shared_models.errors import IdentityError
 
 # Signed bytes start with this, so that nothing that another program signs with the same key can pass for ours.
@@ -44,21 +43,10 @@ def create_key(path: Path) -> Ed25519PrivateKey:
     encryption = BestAvailableEncryption(passphrase) if passphrase else NoEncryption()
     text = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, encryption)
     try:
-        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        create_file(path, text, mode=0o600)
     except FileExistsError:
         raise IdentityError(f"{path} exists already", hint="A key is never replaced; choose another file.") from None
     except OSError as error:
-        raise _unwritable(path, error) from None
-    try:
-        with os.fdopen(file, "wb") as stream:
-            os.fchmod(file, 0o600)  # the umask may have taken even our own bits
-            stream.write(text)
-            stream.flush()
-            os.fsync(file)
-        sync_folder(path.parent)
-    except OSError as error:
-        with suppress(OSError):
-            path.unlink()  # half a key is no key
         raise _unwritable(path, error) from None
     return key
 
