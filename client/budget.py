@@ -277,21 +277,31 @@ class Budget:
             self._take_in(entry)
             return entry
 
-    def finish(self, study: str) -> None:
+    def finish(self, study: str, plan_digest: str | None = None) -> float:
         """Close a study: what it never charged is free again, and its name is used up. Closing twice is closing once.
 
+        Args:
+            study: Its name.
+            plan_digest: The plan that whoever asks knows it by; None where the hospital itself asks.
+
+        Returns:
+            The delta that its epsilon is stated at.
+
         Raises:
-            NotEnrolledError: The study was not approved here.
+            NotEnrolledError: The study was not approved here, with this plan.
             LedgerError: The end could not be written.
         """
         with self._turn:
             known = self._find(study)
+            if plan_digest not in {None, known.plan_digest}:
+                raise NotEnrolledError(f"study {study} was approved with another plan", hint="It is not closed.")
             if not known.closed:
                 self._take_in(
                     self._ledger.append(
-                        "study-closed", population=self.population, study=study, plan_digest=known.plan_digest
+                        "study-closed", population=self.population, study=study, plan_digest=plan_digest
                     )
                 )
+            return known.limit.delta
 
     def spent(self, study: str | None = None) -> list[_Mechanism]:
         """Every mechanism charged, by one study or by all; ``accounting.reported_epsilon`` makes an epsilon of it."""

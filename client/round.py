@@ -360,12 +360,14 @@ class Hospital:
         return Unmasked(revealed=revealed)
 
     def finish(self, request: StudyEnd) -> PrivacyStatement:
-        """The study is over: release what was reserved and never charged, and state what it cost."""
-        study = self._known(request)
-        self.books.budget.finish(request.study)
-        del self._studies[request.study]
+        """The study is over: release what was reserved and never charged, and state what it cost.
+
+        A coordinator that was killed before it had the statement asks again, perhaps another process of this hospital.
+        """
+        delta = self.books.budget.finish(request.study, request.plan_digest)
+        self._studies.pop(request.study, None)
         log.info("study %s is over", request.study)
-        return self.books.statement(request.study, study.plan.privacy.delta)
+        return self.books.statement(request.study, delta)
 
     def _log(self, what: str) -> None:
         now = self._party.announcement
@@ -380,7 +382,7 @@ class Hospital:
         if transcript is not None:
             keep_transcript(self.settings.state, transcript)
 
-    def _known(self, request: Announcement | StudyEnd) -> Study:
+    def _known(self, request: Announcement) -> Study:
         study = self._studies.get(request.study)
         if study is None or study.digest != request.plan_digest:
             raise NotEnrolledError(f"study {request.study} with this plan is not enrolled here", hint="Propose it.")

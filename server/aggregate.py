@@ -45,6 +45,7 @@ class Attempt:
         check: Looks at an upload's body before its vector counts: (hospital, body); raises to leave it out.
         anchor: What to show a hospital of what it signed, before it is asked for more.
         leave_out: Is told whose reply was refused or no reply, and why: (hospital, stage, answer, error).
+        about_to: Is told each stage before its requests go out.
 
     Attributes:
         charged: Whether hospitals were asked to compute, and so have paid, or may have.
@@ -60,11 +61,13 @@ class Attempt:
         check: Callable[[str, Upload], None],
         leave_out: Callable[[str, str, Answer, FederationError], None],
         anchor: Callable[[str], Anchor],
+        about_to: Callable[[str], None],
     ) -> None:
         self.party, self.charged = party, False
         self.uploads: dict[str, Upload] = {}
         self.seconds: dict[str, float] = {}
         self._ask, self._check, self._leave_out, self._anchor = ask, check, leave_out, anchor
+        self._about_to = about_to
 
     def run(self, parameters: Vector) -> NDArray[np.uint32]:
         """Go through the five stages.
@@ -106,6 +109,7 @@ class Attempt:
     ) -> None:
         """Ask everybody; what a hospital does wrong costs it its place, and the attempt only if it must."""
         started = time.monotonic()
+        self._about_to(name)
         for answer in self._ask(requests):
             try:
                 take(answer)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from flwr.app import Message
 from flwr.serverapp import Grid
 
+from server.halt import Halt
 from shared_models.errors import ProtocolError
 from shared_models.messages import Body, Lanes, Refusal, Vector, read_reply, request
 
@@ -41,16 +42,20 @@ class Gather:
 
     Args:
         grid: Flower's Grid of the running ServerApp.
+        halt: Ends a stage when the study is stopped.
+
+    Attributes:
         hospitals: Names that may take part; a node of any other name is never asked.
     """
 
-    def __init__(self, grid: Grid, hospitals: frozenset[str]) -> None:
+    def __init__(self, grid: Grid, hospitals: frozenset[str], halt: Halt) -> None:
         self._grid = grid
-        self._hospitals = hospitals
+        self._halt = halt
+        self.hospitals = hospitals
 
     def online(self) -> dict[str, Lease]:
         """Registered hospitals whose lease is alive, each with that lease: a daemon that restarts gets another."""
-        nodes = [node for node in self._grid.get_nodes() if node.name in self._hospitals]
+        nodes = [node for node in self._grid.get_nodes() if node.name in self.hospitals]
         return {node.name: Lease(node.node_id, node.last_activated_at) for node in nodes}
 
     def ask(
@@ -58,8 +63,8 @@ class Gather:
     ) -> Iterator[Answer]:
         """Send every hospital its request and yield the answers in the order in which they come.
 
-        Ends when all have answered, when the deadline has passed, or when those who are left have gone offline or come
-        back since: what a daemon that died was asked, the next one does not know.
+        Ends when all have answered, when the deadline has passed, when the study is stopped, or when those who are left
+        have gone offline or come back since: what a daemon that died was asked, the next one does not know.
         Each answer is dropped from Flower's store as it is pulled, so that memory holds one vector at a time.
         """
         nodes = self.online()
@@ -73,7 +78,7 @@ class Gather:
         waiting = dict(zip(self._grid.push_messages(messages), asked, strict=True))
         deadline = time.monotonic() + deadline_s
         look_again = time.monotonic() + ONLINE_EVERY_S
-        while waiting and time.monotonic() < deadline:
+        while waiting and time.monotonic() < deadline and not self._halt.stopped:
             alive = asked
             if time.monotonic() > look_again:  # before the answers are pulled, so that none is lost with its sender
                 alive, look_again = self.online(), time.monotonic() + ONLINE_EVERY_S

@@ -15,6 +15,25 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        if path.exists():  # a process that was killed may have left half a line
+            whole = path.read_bytes().rfind(b"\n") + 1
+            os.truncate(path, whole)
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is any event."""
+        return self._path.exists() and self._path.stat().st_size > 0
+
+    def last(self, event: str, **fields: Any) -> dict[str, Any]:
+        """The newest event of a kind with these fields.
+
+        Raises:
+            LookupError: There is none.
+        """
+        for found in reversed(read_events(self._path)[0]):
+            if found["event"] == event and all(found.get(key) == value for key, value in fields.items()):
+                return found
+        raise LookupError(event)
 
     def write(self, event: str, **fields: Any) -> None:
         """Append one event with its time (UTC)."""

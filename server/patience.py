@@ -1,4 +1,4 @@
-"""Hospitals that said "not now": they are asked again, after pauses that grow."""
+"""Hospitals that said "not now", or that keep failing: they are asked again, after pauses that grow."""
 
 import time
 from collections.abc import Collection
@@ -8,18 +8,25 @@ from shared_models.errors import DailyRoundsError, ForgedApprovalError, OutsideH
 NOT_YET = frozenset({PendingError.code, ForgedApprovalError.code})  # to a proposal: the steward has not said yes
 NOT_NOW = frozenset({OutsideHoursError.code, DailyRoundsError.code})  # to a round: at another hour
 SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
+ASIDE_FOR_S, LONGEST_ASIDE_S = 10.0, 600.0  # a hospital whose answers have failed again and again
 
 
 class Patience:
-    """Who is waited for, and until when."""
+    """Who is waited for, and until when.
 
-    def __init__(self) -> None:
+    Args:
+        shortest_s: Length of a hospital's first pause.
+        longest_s: Length that no pause passes.
+    """
+
+    def __init__(self, shortest_s: float = SHORTEST_PAUSE_S, longest_s: float = LONGEST_PAUSE_S) -> None:
+        self._shortest_s, self._longest_s = shortest_s, longest_s
         self._pauses: dict[str, tuple[float, float]] = {}  # name -> (length of the pause, when it is over)
 
     def wait_for(self, hospital: str) -> bool:
         """Ask this hospital again after a pause, twice as long as its last. Returns whether it is its first."""
         first = hospital not in self._pauses
-        length = SHORTEST_PAUSE_S if first else min(2 * self._pauses[hospital][0], LONGEST_PAUSE_S)
+        length = self._shortest_s if first else min(2 * self._pauses[hospital][0], self._longest_s)
         self._pauses[hospital] = (length, time.monotonic() + length)
         return first
 
@@ -33,5 +40,5 @@ class Patience:
         return {name for name in hospitals if now >= self._pauses.get(name, (0.0, now))[1]}
 
     def __contains__(self, hospital: str) -> bool:
-        """Whether it said "not now" and has not answered since."""
+        """Whether it is waited for."""
         return hospital in self._pauses

@@ -1,6 +1,7 @@
 """Each hospital's newest receipt, over all studies of this coordinator, shown to the hospital that signed it."""
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
@@ -16,12 +17,15 @@ _Receipts = TypeAdapter(dict[Name, SignedReceipt])
 class LastReceipts:
     """The file of newest receipts, read once and replaced after every sum; one coordinator at a time writes it.
 
+    Studies that run side by side share it.
+
     Raises:
         ConfigError: The file is damaged. To go on without it would let rolled-back hospitals go unnoticed.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._one_at_a_time = threading.Lock()
         try:
             self._last = _Receipts.validate_json(path.read_bytes()) if path.exists() else {}
         except (OSError, ValidationError) as error:
@@ -31,13 +35,17 @@ class LastReceipts:
                 hint="Restore it from a backup: hospitals' ledgers are checked against it.",
             ) from None
 
-    def anchor(self, hospital: str) -> Anchor:
-        """What to show a hospital: its own last receipt, and the digest of everybody's."""
-        return Anchor(last=self._last.get(hospital), everybody=digest_of_all(self._last))
+    def anchors(self) -> Callable[[str], Anchor]:
+        """What to show hospitals, as of now: each its own last receipt, and all the digest of everybody's."""
+        last = self._last
+        everybody = digest_of_all(last)
+        return lambda hospital: Anchor(last=last.get(hospital), everybody=everybody)
 
     def keep(self, receipts: Mapping[str, SignedReceipt]) -> None:
         """Remember newer receipts; on the disk when this returns."""
-        if receipts:
+        if not receipts:
+            return
+        with self._one_at_a_time:
             self._last = {**self._last, **receipts}
             self._path.parent.mkdir(parents=True, exist_ok=True)
             replace_file(self._path, _Receipts.dump_json(self._last))

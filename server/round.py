@@ -7,31 +7,27 @@ It checks every message before use, and keeps what hospitals sign.
 import logging
 import time
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import rfc8785
 from numpy.typing import NDArray
 
 from server.aggregate import Attempt
-from server.checkpoint import save_checkpoint
+from server.checkpoint import checkpoint_path, last_checkpoint, save_checkpoint
 from server.cohort import choose
 from server.evaluate import released_metrics
 from server.fedavg import average
-from server.gather import Answer, Gather
-from server.journal import Journal
-from server.patience import NOT_NOW, NOT_YET, Patience
-from server.receipts import LastReceipts
+from server.gather import Answer
+from server.patience import NOT_NOW
+from server.quorum import enrol_enough, gather_cohort, set_aside, take_turn
+from server.study import Study
 from shared_models.encoding import NULL_COORDINATES, encoding, public_weight
-from shared_models.errors import DropoutError, FederationError, NotEnrolledError, ProtocolError
+from shared_models.errors import ConfigError, DropoutError, FederationError, NotEnrolledError, ProtocolError
 from shared_models.identity import verify
 from shared_models.messages import (
     Body,
-    Enrolment,
     PrivacyStatement,
-    Proposal,
     StudyEnd,
     Upload,
     Vector,
@@ -39,53 +35,18 @@ from shared_models.messages import (
     signed_receipt,
 )
 from shared_models.model_file import write_model
-from shared_models.nets.build import build_network
 from shared_models.plan import LARGEST_COHORT, StudyPlan
 from shared_models.privacy.mechanisms import Mechanism, release_mechanism, training_mechanism
-from shared_models.secagg.key_agreement import Announcement, Purpose, Roster
+from shared_models.receipts import SignedReceipt
+from shared_models.secagg.key_agreement import Announcement, Purpose
 from shared_models.secagg.protocol import Coordinator, check_cohort_rule, plan_threshold
-from shared_models.software import software_digest
-from shared_models.tasks import find_task
-from shared_models.update import parameters_to_vector, vector_digest, vector_to_parameters
+from shared_models.update import vector_digest, vector_to_parameters
 
 log = logging.getLogger("konsil.coordinator")
 
-ENROL_EVERY_S = 0.1
 CLOSED_AT_ONCE = 2
 MOST_ATTEMPTS = 10  # at one round, those that cost nobody anything included
-
-
-@dataclass
-class Study:
-    """A study while it runs.
-
-    Attributes:
-        plan: What every hospital approved.
-        hospitals: Registered names with the raw Ed25519 identity keys that their receipts must verify under.
-        gather: How hospitals are asked.
-        folder: Where journal, receipts, checkpoints and the model go.
-        receipts: Each hospital's newest receipt, over all studies.
-        enrolled: Hospitals that approved the plan, with their public sizes.
-        epsilons: What each hospital's filter has held the study at so far, as its newest receipt states.
-    """
-
-    plan: StudyPlan
-    hospitals: Mapping[str, bytes]
-    gather: Gather
-    folder: Path
-    receipts: LastReceipts
-    enrolled: dict[str, int] = field(default_factory=dict)
-    epsilons: dict[str, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.digest = self.plan.digest()
-        self.task = find_task(self.plan.task)
-        self.model = build_network(self.plan.network, self.task, seed=self.plan.seed)
-        self.parameters: NDArray[np.float32] = parameters_to_vector(self.model)
-        self.journal = Journal(self.folder / "events.jsonl")
-        self.refused: dict[str, str] = {}
-        self.pending, self.away = Patience(), Patience()  # approvals that are waited for; hospitals outside their hours
-        self.roster = Roster.of(self.hospitals)
+LONGEST_PAUSE_S = 30.0  # between two attempts at one round
 
 
 @dataclass(frozen=True)
@@ -93,6 +54,7 @@ class Sum:
     """What one attempt at a sum came to.
 
     Attributes:
+        attempt: Its number in the round.
         uploaders: Hospitals in the sum.
         total: Their weighted sum; None where the attempt failed.
         weight: Sum of their weights.
@@ -101,6 +63,7 @@ class Sum:
         seconds: How long each stage took.
     """
 
+    attempt: int
     uploaders: frozenset[str]
     total: NDArray[np.float64] | None
     weight: float
@@ -110,128 +73,134 @@ class Sum:
 
 
 def run_study(study: Study) -> dict[str, PrivacyStatement]:
-    """Run a study to its end.
+    """Run a study from where it is to its end.
+
+    After a crash of the coordinator this goes on with the first round that has no checkpoint. An attempt that the crash
+    interrupted is over: hospitals that had been asked to compute are charged anew for the next, from the spare charges.
+
+    Guarantees:
+        * A round whose checkpoint is there is never done again.
+        * No number of an attempt is used twice.
 
     Returns:
         What each hospital states the study cost it.
 
     Raises:
-        DropoutError: Too few hospitals, at the start or in a round whose attempts are used up; names who is missing.
+        DropoutError: A round's attempts, or the spare charges, are used up; names who is missing.
+        HaltedError: The study was told to pause or to stop.
     """
-    plan, journal = study.plan, study.journal
+    plan = study.plan
     check_fits(study)
-    journal.write(
-        "started", study=plan.study, plan_digest=study.digest, rounds=plan.rounds, parameters=len(study.parameters)
-    )
-    enrol_enough(study)
-    spare = plan.privacy.spare_charges
-    for number in range(1, plan.rounds + 1):
-        started = time.monotonic()
-        trained, failed = train_round(study, number, spare)
-        spare -= failed
-        answered = trained.uploaders
-        released = evaluate_round(study, number)
-        checkpoint = save_checkpoint(study.folder / "checkpoints", study.model, study.parameters, plan, number)
-        journal.write(
-            "round",
-            round=number,
-            rounds=plan.rounds,
-            answered=sorted(answered),
-            missing=sorted(set(study.hospitals) - answered),
-            epsilon_filter=dict(sorted(study.epsilons.items())),
-            metrics_released=released,
-            stages=dict(trained.seconds),
-            seconds=round(time.monotonic() - started, 3),
-            checkpoint=str(checkpoint),
-        )
-    statements = close_study(study)
+    first = take_up(study)
+    if first <= plan.rounds:
+        enrol_enough(study)
+        take_turn(study)
+    for number in range(first, plan.rounds + 1):
+        study.halt.check()
+        one_round(study, number)
     write_model(study.folder / "model.safetensors", study.model, plan, round=str(plan.rounds))
-    return statements
+    return close_study(study)
+
+
+def one_round(study: Study, number: int) -> None:
+    """Train, save, evaluate, record. A round that was saved before a crash is only recorded."""
+    plan, started = study.plan, time.monotonic()
+    if number > study.rounds_done:
+        trained = train_round(study, number)
+        answered, stages = sorted(trained.uploaders), dict(trained.seconds)
+        save_checkpoint(study.folder / "checkpoints", study.model, study.parameters, plan, number)
+        study.rounds_done = number
+    else:
+        told = study.journal.last("sum", purpose="train", round=number)
+        answered, stages = told["answered"], told["stages"]
+    released = evaluate_round(study, number)
+    facts = {
+        "answered": answered,
+        "missing": sorted(study.names - set(answered)),
+        "epsilon_filter": dict(sorted(study.epsilons.items())),
+        "metrics_released": released,
+        "stages": stages,
+        "seconds": round(time.monotonic() - started, 3),
+        "checkpoint": str(checkpoint_path(study.folder / "checkpoints", number)),
+    }
+    study.journal.write("round", round=number, rounds=plan.rounds, **facts)
+    study.store.finish_round(plan.study, number, facts)
+
+
+def take_up(study: Study) -> int:
+    """Begin, or go on where the process before this one was ended. Returns the first round that is not recorded."""
+    plan, last = study.plan, last_checkpoint(study.folder / "checkpoints", study.plan)
+    if last is not None:
+        study.rounds_done, study.parameters = last
+        vector_to_parameters(study.parameters, study.model)
+    known = {"study": plan.study, "plan_digest": study.digest, "rounds": plan.rounds}
+    if study.journal.begun:
+        study.journal.write("resumed", **known, rounds_done=study.rounds_done)
+    else:
+        study.journal.write("started", **known, parameters=len(study.parameters))
+    for purpose, number, attempt, charged in study.store.open_attempts(plan.study):
+        saved = purpose == "train" and number <= study.rounds_done  # only the word of it was lost
+        study.store.end_attempt(plan.study, purpose, number, attempt, opened=saved)
+        if not saved:
+            about = {"purpose": purpose, "round": number, "attempt": attempt, "charged": charged}
+            study.journal.write("aborted", **about, reason="the coordinator ended in the middle of it")
+    recorded = study.store.rounds(plan.study)
+    return recorded[-1].round + 1 if recorded else 1
 
 
 def check_fits(study: Study) -> None:
     """Check before anything is sent that the study's sums fit the modulus, with as many hospitals as may be invited.
 
     Raises:
+        ConfigError: The plan names a hospital that is not on the roster.
         TooFewHospitalsError, ThresholdError: Fewer hospitals are registered than a sum needs, or than the plan wants.
         ScaleTooSmallError: Updates of this plan from so many hospitals would overflow the modulus.
     """
-    hospitals = min(len(study.hospitals), LARGEST_COHORT)
-    check_cohort_rule(sorted(study.hospitals)[:hospitals], plan_threshold(study.plan.minimum_hospitals, hospitals))
+    unknown = sorted(set(getattr(study.plan, "hospitals", None) or ()) - set(study.hospitals))
+    if unknown:
+        raise ConfigError(
+            f"study {study.plan.study} is for hospitals that are not on the roster: {', '.join(unknown)}",
+            hint="Enrol them first, or correct the plan's list of hospitals.",
+        )
+    hospitals = min(len(study.names), LARGEST_COHORT)
+    check_cohort_rule(sorted(study.names)[:hospitals], plan_threshold(study.plan.minimum_hospitals, hospitals))
     purposes: tuple[Purpose, ...] = ("train", "evaluate") if study.plan.evaluation else ("train",)
     for purpose in purposes:
         encoding(study.plan, purpose, parameters=len(study.parameters), hospitals=hospitals)
 
 
-def enrol_enough(study: Study) -> None:
-    """Propose the study to every hospital as it comes online, until all have answered or the deadline has passed."""
-    deadline = time.monotonic() + study.plan.deadline_s
-    while time.monotonic() < deadline:
-        enrol(study)
-        if set(study.enrolled) | set(study.refused) >= set(study.hospitals):
-            break
-        time.sleep(ENROL_EVERY_S)
-    missing = sorted(set(study.hospitals) - set(study.enrolled))
-    if len(study.enrolled) < study.plan.minimum_hospitals:
-        reasons = ", ".join(f"{name} ({_absence(study, name)})" for name in missing)
-        raise DropoutError(
-            f"{len(study.enrolled)} of at least {study.plan.minimum_hospitals} hospitals take part; missing: {reasons}",
-            hint="Start the missing daemons, or see the log of those that refused; "
-            "then run the study again. At those that are pending a steward has to approve it.",
-        )
-
-
-def _absence(study: Study, hospital: str) -> str:
-    return study.refused.get(hospital) or ("pending" if hospital in study.pending else "not connected")
-
-
-def enrol(study: Study) -> None:
-    """Propose the plan to hospitals that are online and have not answered; late and returning ones join here.
-
-    One whose steward has not approved the study yet is asked again, now and then.
-    """
-    waiting = study.pending.due(set(study.gather.online()) - set(study.enrolled) - set(study.refused))
-    plan = study.plan.model_dump(mode="json")
-    proposals = {name: (Proposal(plan=plan, anchor=study.receipts.anchor(name)), None) for name in waiting}
-    for answer in study.gather.ask(proposals, group="propose", deadline_s=study.plan.deadline_s):
-        body = answer.body
-        if isinstance(body, Enrolment) and body.plan_digest == study.digest:
-            study.enrolled[answer.hospital] = body.public_size
-            study.pending.forget(answer.hospital)
-            same = body.software_digest == software_digest()
-            study.journal.write("enrolled", hospital=answer.hospital, public_size=body.public_size, same_software=same)
-        elif answer.problem in NOT_YET:
-            if study.pending.wait_for(answer.hospital):
-                study.journal.write("pending", hospital=answer.hospital)
-        else:
-            study.refused[answer.hospital] = answer.problem or "another plan"
-            study.journal.write("refused", hospital=answer.hospital, code=study.refused[answer.hospital])
-
-
-def train_round(study: Study, number: int, spare: int) -> tuple[Sum, int]:
-    """One round: attempts until a sum opens. Returns it, and how many failed attempts hospitals have paid for."""
-    charged, without, attempt = 0, set[str](), 0
+def train_round(study: Study, number: int) -> Sum:
+    """One round: attempts until a sum opens; failed ones that hospitals have paid for use spare charges up."""
+    without = set[str]()
     found: Sum | None = None
-    while charged <= spare and attempt < MOST_ATTEMPTS:
-        attempt += 1
+    spare = study.plan.privacy.spare_charges
+    for tried in range(MOST_ATTEMPTS):
+        spare = study.plan.privacy.spare_charges - study.store.paid_in_vain(study.plan.study, number - 1)
+        if spare < 0:
+            break
+        if tried > 1:  # the second is made at once
+            study.halt.wait(min(0.25 * 2**tried, LONGEST_PAUSE_S))
         cohort = gather_cohort(study, without)
         if len(cohort) < study.plan.minimum_hospitals:
             break
-        found = secure_sum(study, "train", number, attempt, cohort)
+        found = secure_sum(study, "train", number, cohort)
+        study.halt.check()
         if found.total is not None:
             study.parameters = average(study.parameters, found.total[:-NULL_COORDINATES], found.weight)
             vector_to_parameters(study.parameters, study.model)
-            return found, charged
-        charged += found.charged
+            return found
         without |= {found.at_fault} if found.at_fault else set()
         answered = sorted(found.uploaders)
-        study.journal.write("attempt-failed", round=number, attempt=attempt, charged=found.charged, answered=answered)
+        study.journal.write(
+            "attempt-failed", round=number, attempt=found.attempt, charged=found.charged, answered=answered
+        )
     answered = sorted(found.uploaders) if found else []
-    missing = sorted(set(study.hospitals) - set(answered))
+    missing = sorted(study.names - set(answered))
     raise DropoutError(
-        f"round {number}: no sum opened in {attempt} attempts of at most {study.plan.deadline_s:g} s a stage; "
-        f"{len(answered)} hospitals answered the last; at least {study.plan.minimum_hospitals} are needed, and "
-        f"{spare - charged if spare > charged else 0} spare charges are left; missing: {', '.join(missing)}",
+        f"round {number}: no sum opened in {study.store.attempts(study.plan.study, 'train', number)} attempts of at "
+        f"most {study.plan.deadline_s:g} s a stage; {len(answered)} hospitals answered the last; at least "
+        f"{study.plan.minimum_hospitals} are needed, and {max(spare, 0)} spare charges are left; missing: "
+        f"{', '.join(missing)}",
         hint="The last checkpoint is valid. Bring the missing hospitals back, or plan more spare charges.",
     )
 
@@ -239,29 +208,18 @@ def train_round(study: Study, number: int, spare: int) -> tuple[Sum, int]:
 def evaluate_round(study: Study, number: int) -> dict[str, float] | None:
     """Sum noised validation statistics where the plan says so; off by default, charged at every hospital."""
     evaluation = study.plan.evaluation
-    if evaluation is None or number % evaluation.every:
+    if evaluation is None or number % evaluation.every or study.store.attempts(study.plan.study, "evaluate", number):
         return None
     cohort = choose(study.away.due(study.enrolled), study.gather.online())
     if len(cohort) < study.plan.minimum_hospitals:
         return None
-    found = secure_sum(study, "evaluate", number, 1, cohort)
+    found = secure_sum(study, "evaluate", number, cohort)
     return released_metrics(study.task, evaluation, found.total) if found.total is not None else None
 
 
-def gather_cohort(study: Study, without: Collection[str]) -> list[str]:
-    """Whom to invite: enrolled, online, not at fault. Waits for newcomers while there are too few."""
-    deadline = time.monotonic() + study.plan.deadline_s
-    while True:
-        enrol(study)
-        cohort = choose(study.away.due(set(study.enrolled) - set(without)), study.gather.online())
-        if len(cohort) >= study.plan.minimum_hospitals or time.monotonic() > deadline:
-            return cohort
-        time.sleep(ENROL_EVERY_S)
-
-
-def secure_sum(study: Study, purpose: Purpose, number: int, attempt: int, cohort: list[str]) -> Sum:
+def secure_sum(study: Study, purpose: Purpose, number: int, cohort: list[str]) -> Sum:
     """One attempt at one encrypted sum: announce, gather, sum, unmask, decode; and its evidence."""
-    plan = study.plan
+    plan, attempt = study.plan, study.store.begin_attempt(study.plan.study, purpose, number)
     announcement = Announcement(
         purpose=purpose,
         study=plan.study,
@@ -276,12 +234,13 @@ def secure_sum(study: Study, purpose: Purpose, number: int, attempt: int, cohort
     code = encoding(plan, purpose, parameters=len(study.parameters), hospitals=len(cohort))
     party = Coordinator(announcement, roster=study.roster, length=code.length)
     mechanisms = {name: _mechanism(study, name, purpose) for name in cohort}
+    hospitals, sizes = study.hospitals, dict(study.enrolled)
 
     def ask(requests: Mapping[str, tuple[Body, Vector | None]]) -> Iterator[Answer]:
         return study.gather.ask(requests, group=str(number), deadline_s=plan.deadline_s)
 
     def check(hospital: str, upload: Upload) -> None:
-        check_receipt(upload, study.hospitals[hospital], mechanisms[hospital])
+        check_receipt(upload, hospitals[hospital].identity, mechanisms[hospital])
 
     def leave_out(hospital: str, stage: str, answer: Answer, error: FederationError) -> None:
         study.journal.write("left-out", hospital=hospital, round=number, stage=stage, reason=str(error))
@@ -291,8 +250,16 @@ def secure_sum(study: Study, purpose: Purpose, number: int, attempt: int, cohort
         elif answer.problem in NOT_NOW:
             study.away.wait_for(hospital)
 
-    sizes = dict(study.enrolled)
-    run = Attempt(party, ask=ask, check=check, leave_out=leave_out, anchor=study.receipts.anchor)
+    def receipts() -> dict[str, SignedReceipt]:
+        return {hospital: signed_receipt(upload) for hospital, upload in run.uploads.items()}
+
+    def about_to(stage: str) -> None:
+        if stage == "train":
+            study.store.charged(plan.study, purpose, number, attempt)
+        elif stage == "agree":  # what hospitals are about to sign must not be forgotten here
+            study.evidence.hold(_evidence(party), receipts())
+
+    run = Attempt(party, ask=ask, check=check, leave_out=leave_out, anchor=study.receipts.anchors(), about_to=about_to)
     total, weight = None, 0.0
     try:
         cells = run.run(study.parameters)
@@ -301,24 +268,22 @@ def secure_sum(study: Study, purpose: Purpose, number: int, attempt: int, cohort
     except FederationError as error:
         study.journal.write("aborted", purpose=purpose, round=number, attempt=attempt, reason=str(error))
         log.warning("round %d, attempt %d to %s: %s", number, attempt, purpose, error)
-    receipts = {hospital: signed_receipt(upload) for hospital, upload in run.uploads.items()}
-    study.receipts.keep(receipts)
-    for hospital, kept in sorted(receipts.items()):  # an order that an auditor can check
+    opened = {"null_coordinates": total[-NULL_COORDINATES:].tolist(), "weight": weight} if total is not None else {}
+    study.evidence.hold(_evidence(party) | (opened if purpose == "train" else {}), receipts())
+    study.evidence.close()
+    study.receipts.keep(receipts())
+    for hospital, kept in receipts().items():
         study.away.forget(hospital)
         study.epsilons[hospital] = kept.receipt.epsilon_filter
-        _keep(study.folder / "receipts.jsonl", {"hospital": hospital, "upload": kept.model_dump(mode="json")})
-    evidence: dict[str, Any] = {"transcript": party.transcript().model_dump(mode="json")}
-    if party.complaint is not None:
-        evidence["complaint"] = party.complaint.model_dump(mode="json")
-    if total is not None and purpose == "train":
-        evidence |= {"null_coordinates": total[-NULL_COORDINATES:].tolist(), "weight": weight}
-    _keep(study.folder / "sums.jsonl", evidence)
+    set_aside(study, number, failed=set(cohort) & (party.dropped.keys() | {party.at_fault}), steady=run.uploads)
+    study.store.end_attempt(plan.study, purpose, number, attempt, opened=total is not None)
     study.journal.write(
         "sum",
         purpose=purpose,
         round=number,
         attempt=attempt,
         opened=total is not None,
+        answered=sorted(run.uploads),
         threshold=announcement.threshold,
         hospitals=len(cohort),
         dropped=party.dropped,
@@ -326,7 +291,15 @@ def secure_sum(study: Study, purpose: Purpose, number: int, attempt: int, cohort
         bytes_up=4 * code.length,
         stages=run.seconds,
     )
-    return Sum(frozenset(run.uploads), total, weight, run.charged, party.at_fault, run.seconds)
+    return Sum(attempt, frozenset(run.uploads), total, weight, run.charged, party.at_fault, run.seconds)
+
+
+def _evidence(party: Coordinator) -> dict[str, Any]:
+    """What an auditor needs of an attempt, as far as it has come; no single update."""
+    evidence: dict[str, Any] = {"transcript": party.transcript().model_dump(mode="json")}
+    if party.complaint is not None:
+        evidence["complaint"] = party.complaint.model_dump(mode="json")
+    return evidence
 
 
 def close_study(study: Study) -> dict[str, PrivacyStatement]:
@@ -337,7 +310,7 @@ def close_study(study: Study) -> dict[str, PrivacyStatement]:
     """
     statements: dict[str, PrivacyStatement] = {}
     request = StudyEnd(study=study.plan.study, plan_digest=study.digest)
-    cohort = sorted(set(study.enrolled) & set(study.gather.online()))
+    cohort = sorted(study.gather.online())
     for first in range(0, len(cohort), CLOSED_AT_ONCE):
         for answer in _ask(study, cohort[first : first + CLOSED_AT_ONCE], request, None):
             if isinstance(answer.body, PrivacyStatement):
@@ -372,9 +345,3 @@ def _mechanism(study: Study, hospital: str, purpose: Purpose) -> Mechanism:
     if purpose == "train":
         return training_mechanism(study.plan, study.enrolled[hospital])
     return release_mechanism(study.plan)
-
-
-def _keep(path: Path, evidence: Mapping[str, Any]) -> None:
-    """Append to the evidence that an auditor cross-checks with the hospitals' ledgers and transcripts."""
-    with path.open("ab") as file:
-        file.write(rfc8785.dumps(evidence) + b"\n")

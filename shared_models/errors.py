@@ -193,6 +193,24 @@ class ConnectionLostError(FederationError):
     code = "connection"
 
 
+class StoreError(FederationError):
+    """The coordinator's database cannot be reached or written."""
+
+    code = "store"
+
+
+class UnknownStudyError(FederationError):
+    """There is no study of this name."""
+
+    code = "unknown-study"
+
+
+class StudyStateError(FederationError):
+    """What is asked of a study does not fit the state it is in."""
+
+    code = "study-state"
+
+
 class NotEnrolledError(FederationError):
     """A round of a study that this hospital's process has not approved; the coordinator may propose it (again)."""
 

@@ -190,9 +190,15 @@ class Federation:
         identities.update(
             {name: read_public(self.folder / "public" / f"{name}.identity.pub").hex() for name in self.names}
         )
-        receipts = self.folder / "last-receipts.json"
-        config: UserConfig = {"plan": str(plan_file), "folder": str(folder), "receipts": str(receipts)}
-        context = Context(RUN, COORDINATOR_NODE, {}, RecordDict({"identities": identities}), config)
+        sizes = ConfigRecord({hospital.name: hospital.public_size for hospital in self.example.hospitals})
+        config: UserConfig = {
+            "plan": str(plan_file),
+            "folder": str(folder),
+            "receipts": str(self.folder / "last-receipts.json"),
+            "database": f"sqlite:///{self.folder / 'coordinator.sqlite'}",
+        }
+        state = RecordDict({"identities": identities, "public_sizes": sizes})
+        context = Context(RUN, COORDINATOR_NODE, {}, state, config)
         server_app(self.wire, context)
         return folder
 
