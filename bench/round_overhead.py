@@ -23,11 +23,16 @@ from server.coordinator import SuperLink
 from server.demo import fit_plan, free_port, lay_out, start_hospital
 from server.examples import write_example
 from server.gather import Gather
+from server.halt import Halt
 from server.members import registered
 from server.processes import Children
+from server.quorum import enrol_enough
 from server.receipts import LastReceipts
-from server.round import Study, close_study, enrol_enough, secure_sum
+from server.round import close_study, secure_sum
 from server.settings import read_settings
+from server.store import Store
+from server.study import Registered, Study
+from server.turns import Turns
 from shared_models.encoding import encoding
 from shared_models.errors import FederationError
 from shared_models.messages import StudyEnd
@@ -42,21 +47,30 @@ def measure(folder: Path, rounds: int) -> dict[str, float]:
     plan = fit_plan(example, rounds + 1)
     lay_out(folder, example, plan, free_port())
     settings = read_settings(folder / "coordinator" / "coordinator.toml")
-    identities = {member.name: bytes.fromhex(member.identity) for member in registered(settings)}
+    members = {m.name: Registered(bytes.fromhex(m.identity), m.public_size) for m in registered(settings)}
     added, stages, empty = [], [], []
     with Children(folder / "logs") as children, SuperLink(settings) as link, link.run() as grid:
         for hospital in example.hospitals:
             start_hospital(children, folder, hospital.name)
         (folder / "study").mkdir()
+        store = Store(settings.database_url)
+        store.submit(plan, by="the benchmark", folder=folder / "study")
         study = Study(
-            plan, identities, Gather(grid, frozenset(identities)), folder / "study", LastReceipts(folder / "last.json")
+            plan,
+            lambda: members,
+            Gather(grid, frozenset(members)),
+            folder / "study",
+            LastReceipts(folder / "last.json"),
+            store,
+            Turns(),
+            Halt(),
         )
         enrol_enough(study)
         for number in range(1, rounds + 2):
             started = time.perf_counter()
-            found = secure_sum(study, "train", number, 1, sorted(identities))
+            found = secure_sum(study, "train", number, sorted(members))
             seconds = time.perf_counter() - started
-            if found.uploaders != set(identities):
+            if found.uploaders != set(members):
                 raise FederationError("a hospital missed a round: its time says nothing", hint="See its log.")
             if number > 1:
                 added.append(seconds - found.seconds["train"])

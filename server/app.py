@@ -15,8 +15,11 @@ from server.round import close_study, run_study
 from server.store import State, Store, StudyRow, Wish
 from server.study import Registered, Study
 from server.turns import Turns
-from shared_models.errors import FederationError
+from shared_models.errors import ConfigError, FederationError, IdentityError, LedgerError, StoreError
 from shared_models.plan import read_plan
+
+# What is wrong with the coordinator's disk, database or roster is no fault of the study's: it waits until it is mended.
+OUTSIDE = (StoreError, ConfigError, IdentityError, LedgerError, OSError)
 
 app = ServerApp()
 
@@ -69,6 +72,12 @@ def conduct(
     except HaltedError:
         _halted(study)
         return
+    except OUTSIDE as error:
+        if not patient:
+            raise
+        study.journal.write("interrupted", error=str(error))
+        study.enter(State.PAUSED, f"interrupted, and tried again by itself: {error}")
+        raise
     except FederationError as error:
         study.journal.write("failed", error=str(error), hint=error.hint)
         study.enter(State.FAILED, str(error))
@@ -89,6 +98,7 @@ def _halted(study: Study) -> None:
     """What an operator wished has come to pass; where nobody wished anything, the coordinator ends and comes back."""
     wish = study.store.study(study.plan.study).wish
     if wish is Wish.STOP:
+        study.gather.halt = Halt()  # the stop is over; hospitals have to hear of it
         study.journal.write("stopped")
         study.enter(State.STOPPED, "by an operator")
         close_study(study)

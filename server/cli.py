@@ -30,18 +30,22 @@ def run(
         typer.Option("--folder", help="Where model, card, checkpoints and journal go; by default in the state."),
     ] = None,
 ) -> None:
-    """Run one study to its end: wait for the hospitals, train, write the model and its card."""
+    """Run one study to its end: wait for the hospitals, train, write the model and its card.
+
+    Interrupted or killed, it goes on where it was when it is given again.
+    """
     from server.coordinator import run_study
     from server.settings import read_settings
-    from shared_models.plan import read_plan
 
+    _log_to_terminal()
+    run_study(read_settings(settings_file), plan, folder and folder.absolute())
+
+
+def _log_to_terminal() -> None:
     text = "%(asctime)s coordinator %(levelname)s %(message)s"
     logging.basicConfig(level=logging.WARNING, format=text, force=True)
     logging.getLogger("konsil").setLevel(logging.INFO)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    settings = read_settings(settings_file)
-    study = read_plan(plan).study
-    run_study(settings, plan, folder or settings.state / "studies" / study)
 
 
 @app.command()

@@ -6,6 +6,7 @@ client certificate, and then Flower's node authentication decides which hospital
 """
 
 import asyncio
+import fcntl
 import logging
 import os
 import secrets
@@ -15,7 +16,7 @@ import threading
 import time
 from base64 import b64encode
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -30,8 +31,7 @@ from cryptography.x509 import load_pem_x509_certificate
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 
-from flwr.app import ConfigRecord, Context, Message, RecordDict
-from flwr.app.user_config import UserConfig
+from flwr.app import Message
 from flwr.common.constant import (
     ISOLATION_MODE_PROCESS,
     NOOP_ACCOUNT_NAME,
@@ -53,11 +53,21 @@ from flwr.superlink.grid import HttpGrid
 from flwr.superlink.main import create_app
 from flwr.superlink.servicer.runtime import runtime_handlers
 
+from server.halt import Halt
 from server.members import registered
+from server.receipts import LastReceipts
 from server.settings import Settings
-from shared_models.errors import ConfigError, IdentityError
+from server.store import State, Store, StudyRow
+from server.studies import Studies
+from server.study import Registered
+from server.turns import Turns
+from shared_models.config import read_toml
+from shared_models.durable import file_identity
+from shared_models.errors import AlreadyRunningError, ConfigError, IdentityError, RosterError, StudyStateError
+from shared_models.plan import StudyPlan, parse_plan
 from shared_models.roster import Member
 
+log = logging.getLogger("konsil.coordinator")
 # Flower logs every call on a handler of its own; what matters is in the journal.
 logging.getLogger("flwr").setLevel(logging.ERROR)
 logging.getLogger("flwr").handlers.clear()
@@ -233,6 +243,8 @@ class SuperLink:
         factory = app.state.linkstate_factory
         factory.state_instance = _LinkState(factory.federation_manager, factory.objectstore_factory.store())
         self.state: LinkState = factory.state_instance
+        self._refreshing = threading.Lock()
+        self._roster = file_identity(settings.roster)
         self.members = registered(settings)
         self.node_ids = {member.name: self._register(member) for member in self.members}
         self._server = uvicorn.Server(_uvicorn_config(Admission(app, self._doorbell), settings))
@@ -253,6 +265,35 @@ class SuperLink:
         node_id = self.state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, public_bytes, 0, name=hospital.name)
         self._doorbell.public_keys[node_id] = b64encode(public_bytes)
         return node_id
+
+    def refresh(self) -> tuple[Member, ...]:
+        """Take in a roster that was signed meanwhile: newcomers and new keys are let in, who was turned out is not.
+
+        Returns:
+            The members that may connect now. A roster that is refused changes nothing; the log says why.
+        """
+        with self._refreshing:
+            found = file_identity(self._settings.roster)
+            now = time.time()
+            if found == self._roster and all(member.valid(now) for member in self.members):
+                return self.members
+            try:
+                members = registered(self._settings)
+                node_keys = {member.name: member.node_key for member in self.members}
+                stay = {member.name for member in members if node_keys.get(member.name) == member.node_key}
+                for name in node_keys.keys() - stay:
+                    node_id = self.node_ids.pop(name)
+                    self._doorbell.public_keys.pop(node_id, None)
+                    self.state.delete_node(NOOP_FLWR_AID, node_id)
+                for member in members:
+                    if member.name not in stay:
+                        self.node_ids[member.name] = self._register(member)
+            except (RosterError, IdentityError) as error:
+                log.warning("the roster of before stays in force: %s (%s)", error, error.hint)
+            else:
+                self.members = members
+            self._roster = found
+            return self.members
 
     def __enter__(self) -> "SuperLink":
         host, port = self._settings.host, self._settings.port
@@ -381,18 +422,66 @@ def _valid_certificate(path: Path) -> Path:
     return path
 
 
-def run_study(settings: Settings, plan_file: Path, folder: Path) -> None:
-    """Host the SuperLink and run one study to its end, in this process.
+@contextmanager
+def coordinating(settings: Settings) -> Iterator[Studies]:
+    """A coordinator while it runs: hospitals are served, and every study that is not over goes on.
 
     Raises:
-        FederationError: What stopped the study; the last checkpoint stays valid.
+        AlreadyRunningError: Another coordinator has this state folder.
+        ConfigError, IdentityError, StoreError: It cannot start; see ``SuperLink`` and ``Store``.
     """
-    from server.app import app  # noqa: PLC0415 - torch is only needed once a study really starts
+    from server.app import conduct  # noqa: PLC0415 - torch is only needed once studies really run
+    from server.round import check_fits  # noqa: PLC0415
 
-    with SuperLink(settings) as link, link.run() as grid:
-        receipts = settings.state / "last-receipts.json"
-        config: UserConfig = {"plan": str(plan_file), "folder": str(folder), "receipts": str(receipts)}
-        identities = ConfigRecord()
-        identities.update({member.name: member.identity for member in link.members})
-        state = RecordDict({"identities": identities})
-        app(grid, Context(grid.run.run_id, SUPERLINK_NODE_ID, {}, state, config))
+    with _only_one(settings.state), closing(Store(settings.database_url)) as store, SuperLink(settings) as link:
+        receipts = LastReceipts(settings.state / "last-receipts.json")
+
+        def members() -> dict[str, Registered]:
+            return {m.name: Registered(bytes.fromhex(m.identity), m.public_size) for m in link.refresh()}
+
+        def run(row: StudyRow, turns: Turns, halt: Halt) -> None:
+            conduct(row, grid, members, receipts, store, turns, halt, patient=True)
+
+        def check(plan: StudyPlan) -> None:
+            check_fits(plan, members())
+
+        with link.run() as grid, Studies(store, settings.state / "studies", run, check=check) as studies:
+            yield studies
+
+
+@contextmanager
+def _only_one(state: Path) -> Iterator[None]:
+    """Hold the lock on the state folder: two coordinators would use attempts' numbers twice."""
+    state.mkdir(parents=True, exist_ok=True)
+    with (state / "coordinator.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise AlreadyRunningError(
+                f"another coordinator has {state}", hint="Stop it, or give this one a state folder of its own."
+            ) from None
+        yield
+
+
+def run_study(settings: Settings, plan_file: Path, folder: Path | None) -> None:
+    """Coordinate until one study is over; one that was begun before goes on where it was.
+
+    Raises:
+        ConfigError: The plan is invalid.
+        StudyStateError: The study is over already, or it ends otherwise than finished; the last checkpoint stays valid.
+    """
+    fields = read_toml(plan_file, "plan")
+    plan = parse_plan(fields, str(plan_file))
+    with coordinating(settings) as studies:
+        before = studies.submit(fields, by="the command line", folder=folder).row
+        if before.state.over:
+            raise StudyStateError(
+                f"study {plan.study} is {before.state}: it has run here before",
+                hint="Give the new study another name; its hospitals have charged this one already.",
+            )
+        studies.resume(plan.study)
+        row = studies.wait(plan.study)
+        if row.state is not State.FINISHED:
+            raise StudyStateError(
+                f"study {plan.study} is {row.state}: {row.reason}", hint=f"See {row.folder / 'events.jsonl'}."
+            )

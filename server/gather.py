@@ -42,16 +42,15 @@ class Gather:
 
     Args:
         grid: Flower's Grid of the running ServerApp.
-        halt: Ends a stage when the study is stopped.
 
     Attributes:
         hospitals: Names that may take part; a node of any other name is never asked.
+        halt: Ends a stage when the study is stopped.
     """
 
-    def __init__(self, grid: Grid, hospitals: frozenset[str], halt: Halt) -> None:
+    def __init__(self, grid: Grid, hospitals: frozenset[str], halt: Halt | None = None) -> None:
         self._grid = grid
-        self._halt = halt
-        self.hospitals = hospitals
+        self.hospitals, self.halt = hospitals, halt or Halt()
 
     def online(self) -> dict[str, Lease]:
         """Registered hospitals whose lease is alive, each with that lease: a daemon that restarts gets another."""
@@ -78,7 +77,7 @@ class Gather:
         waiting = dict(zip(self._grid.push_messages(messages), asked, strict=True))
         deadline = time.monotonic() + deadline_s
         look_again = time.monotonic() + ONLINE_EVERY_S
-        while waiting and time.monotonic() < deadline and not self._halt.stopped:
+        while waiting and time.monotonic() < deadline and not self.halt.stopped:
             alive = asked
             if time.monotonic() > look_again:  # before the answers are pulled, so that none is lost with its sender
                 alive, look_again = self.online(), time.monotonic() + ONLINE_EVERY_S

@@ -35,11 +35,13 @@ from shared_models.messages import (
     signed_receipt,
 )
 from shared_models.model_file import write_model
+from shared_models.nets.build import count_parameters
 from shared_models.plan import LARGEST_COHORT, StudyPlan
 from shared_models.privacy.mechanisms import Mechanism, release_mechanism, training_mechanism
 from shared_models.receipts import SignedReceipt
 from shared_models.secagg.key_agreement import Announcement, Purpose
 from shared_models.secagg.protocol import Coordinator, check_cohort_rule, plan_threshold
+from shared_models.tasks import find_task
 from shared_models.update import vector_digest, vector_to_parameters
 
 log = logging.getLogger("konsil.coordinator")
@@ -90,7 +92,7 @@ def run_study(study: Study) -> dict[str, PrivacyStatement]:
         HaltedError: The study was told to pause or to stop.
     """
     plan = study.plan
-    check_fits(study)
+    check_fits(plan, study.hospitals)
     first = take_up(study)
     if first <= plan.rounds:
         enrol_enough(study)
@@ -148,7 +150,7 @@ def take_up(study: Study) -> int:
     return recorded[-1].round + 1 if recorded else 1
 
 
-def check_fits(study: Study) -> None:
+def check_fits(plan: StudyPlan, registered: Collection[str]) -> None:
     """Check before anything is sent that the study's sums fit the modulus, with as many hospitals as may be invited.
 
     Raises:
@@ -156,17 +158,19 @@ def check_fits(study: Study) -> None:
         TooFewHospitalsError, ThresholdError: Fewer hospitals are registered than a sum needs, or than the plan wants.
         ScaleTooSmallError: Updates of this plan from so many hospitals would overflow the modulus.
     """
-    unknown = sorted(set(getattr(study.plan, "hospitals", None) or ()) - set(study.hospitals))
+    names = sorted(getattr(plan, "hospitals", None) or set(registered))
+    unknown = sorted(set(names) - set(registered))
     if unknown:
         raise ConfigError(
-            f"study {study.plan.study} is for hospitals that are not on the roster: {', '.join(unknown)}",
+            f"study {plan.study} is for hospitals that are not on the roster: {', '.join(unknown)}",
             hint="Enrol them first, or correct the plan's list of hospitals.",
         )
-    hospitals = min(len(study.names), LARGEST_COHORT)
-    check_cohort_rule(sorted(study.names)[:hospitals], plan_threshold(study.plan.minimum_hospitals, hospitals))
-    purposes: tuple[Purpose, ...] = ("train", "evaluate") if study.plan.evaluation else ("train",)
+    hospitals = min(len(names), LARGEST_COHORT)
+    check_cohort_rule(names[:hospitals], plan_threshold(plan.minimum_hospitals, hospitals))
+    parameters = count_parameters(plan.network, find_task(plan.task))
+    purposes: tuple[Purpose, ...] = ("train", "evaluate") if plan.evaluation else ("train",)
     for purpose in purposes:
-        encoding(study.plan, purpose, parameters=len(study.parameters), hospitals=hospitals)
+        encoding(plan, purpose, parameters=parameters, hospitals=hospitals)
 
 
 def train_round(study: Study, number: int) -> Sum:
@@ -178,7 +182,7 @@ def train_round(study: Study, number: int) -> Sum:
         spare = study.plan.privacy.spare_charges - study.store.paid_in_vain(study.plan.study, number - 1)
         if spare < 0:
             break
-        if tried > 1:  # the second is made at once
+        if tried > 1 and study.patient:  # the second is made at once
             study.halt.wait(min(0.25 * 2**tried, LONGEST_PAUSE_S))
         cohort = gather_cohort(study, without)
         if len(cohort) < study.plan.minimum_hospitals:

@@ -31,6 +31,7 @@ class Settings(Frozen):
         state: Folder for studies and the hospitals' last receipts.
         roster: The signed roster: which hospitals may connect, and with which keys.
         root: The consortium's public root key, 32 bytes in hexadecimal.
+        database: URL of the database; by default ``coordinator.sqlite`` in the state folder.
     """
 
     host: Annotated[str, Field(min_length=1)]
@@ -39,6 +40,12 @@ class Settings(Frozen):
     tls: Tls
     roster: LocalPath
     root: LocalPath
+    database: Annotated[str, Field(min_length=1)] | None = None
+
+    @property
+    def database_url(self) -> str:
+        """Where studies and their progress are written down."""
+        return self.database or f"sqlite:///{self.state.absolute() / 'coordinator.sqlite'}"
 
 
 def read_settings(path: Path) -> Settings:

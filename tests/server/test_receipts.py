@@ -31,8 +31,8 @@ def test_the_newest_receipts_survive_a_restart(tmp_path: Path) -> None:
     again = LastReceipts(path)
 
     everybody = digest_of_all({"bob": _receipt(2), "ann": _receipt(3)})
-    assert again.anchor("ann") == Anchor(last=_receipt(3), everybody=everybody)
-    assert again.anchor("eve") == Anchor(last=None, everybody=everybody)
+    assert again.anchors()("ann") == Anchor(last=_receipt(3), everybody=everybody)
+    assert again.anchors()("eve") == Anchor(last=None, everybody=everybody)
 
 
 def test_a_damaged_file_stops_the_coordinator(tmp_path: Path) -> None:
