@@ -27,7 +27,7 @@ from rich.table import Table
 from server.card import read_statements, write_card
 from server.examples import Example, check_study, read_example
 from server.journal import read_events
-from server.pki import Authority, create_hospital_keys
+from server.pki import Authority, create_hospital_keys, publish_tls_key
 from server.processes import Children, MemoryMeter
 from server.trial import hand_out, trial_root, trial_roster
 from shared_models.errors import ConfigError, FederationError
@@ -172,6 +172,7 @@ def lay_out(folder: Path, example: Example, plan: StudyPlan, port: int) -> None:
         home = folder / "hospitals" / hospital.name
         create_hospital_keys(home / "keys", public, hospital.name)
         authority.issue(home / "keys", hospital.name)
+        publish_tls_key(home / "keys" / "tls.pem", public / f"{hospital.name}.tls.pub")
         settings = hospital_settings(
             hospital.name, hospital.folder, hospital.public_size, plan, port, authority.certificate
         )

@@ -4,6 +4,7 @@ Private keys are written 0600. Nothing here is used to verify anything: verifica
 ledger's own.
 """
 
+import hashlib
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
@@ -26,6 +27,7 @@ from shared_models.errors import IdentityError
 from shared_models.identity import create_key, public_bytes
 
 VALID_FOR = timedelta(days=30)
+ROLE_URI = "konsil:role/"
 
 
 class Authority:
@@ -72,8 +74,10 @@ class Authority:
         authority._valid_for = valid_for
         return authority
 
-    def certify(self, key: ec.EllipticCurvePublicKey, name: str, *, hosts: Sequence[str] = ()) -> bytes:
-        """A certificate in PEM for somebody's key. With hosts it is a server's, else a client's."""
+    def certify(
+        self, key: ec.EllipticCurvePublicKey, name: str, *, hosts: Sequence[str] = (), role: str | None = None
+    ) -> bytes:
+        """A certificate in PEM for somebody's key. With hosts it is a server's, else a client's; see ``roles.py``."""
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
         builder = self._builder(subject, key)
         builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
@@ -82,13 +86,16 @@ class Authority:
         builder = builder.add_extension(x509.ExtendedKeyUsage([purpose]), critical=False)
         if hosts:
             builder = builder.add_extension(x509.SubjectAlternativeName([_host(h) for h in hosts]), critical=False)
+        if role is not None:
+            uri = x509.UniformResourceIdentifier(f"{ROLE_URI}{role}")
+            builder = builder.add_extension(x509.SubjectAlternativeName([uri]), critical=False)
         return builder.sign(self._key, hashes.SHA256()).public_bytes(Encoding.PEM)
 
-    def issue(self, folder: Path, name: str, *, hosts: Sequence[str] = ()) -> None:
+    def issue(self, folder: Path, name: str, *, hosts: Sequence[str] = (), role: str | None = None) -> None:
         """Make a TLS key and certificate: ``tls.key`` and ``tls.pem``. With hosts it is a server's, else a client's."""
         folder.mkdir(parents=True, exist_ok=True)
         key = ec.generate_private_key(ec.SECP256R1())
-        (folder / "tls.pem").write_bytes(self.certify(key.public_key(), name, hosts=hosts))
+        (folder / "tls.pem").write_bytes(self.certify(key.public_key(), name, hosts=hosts, role=role))
         write_private(folder / "tls.key", _pem(key))
 
     def _builder(self, subject: x509.Name, key: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
@@ -114,6 +121,13 @@ def create_hospital_keys(private: Path, public: Path, name: str) -> None:
     (public / f"{name}.node.pub").write_bytes(node.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH))
     identity = create_key(private / "identity.key")
     (public / f"{name}.identity.pub").write_text(public_bytes(identity).hex() + "\n", encoding="ascii")
+
+
+def publish_tls_key(certificate: Path, public: Path) -> None:
+    """Write the digest of a certificate's key, as the roster has it, to a file for the coordinator of a trial."""
+    key = x509.load_pem_x509_certificate(certificate.read_bytes()).public_key()
+    digest = hashlib.sha256(key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)).hexdigest()
+    public.write_text(digest + "\n", encoding="ascii")
 
 
 def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:

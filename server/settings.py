@@ -22,6 +22,30 @@ class Tls(Frozen):
     authority_key: LocalPath | None = None
 
 
+class Control(Frozen):
+    """Where ``konsil-coordinator start`` serves people and programs, and how much of it they get.
+
+    Attributes:
+        maximum_message_bytes: Of a request; plans are small.
+        maximum_connections: Open at a time; further ones are closed at once.
+        maximum_calls: Going on at a time.
+        maximum_calls_per_certificate: The part of them that one key may have.
+        handshake_timeout_s: From the connection to the end of its TLS handshake.
+        request_timeout_s: From a call's beginning to the end of its request.
+        keepalive_s: A connection that says nothing for so long is asked whether it is there.
+    """
+
+    host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
+    port: Annotated[int, Field(ge=1, le=65_535)] = 9093
+    maximum_message_bytes: Annotated[int, Field(ge=65_536, le=67_108_864)] = 1_048_576
+    maximum_connections: Annotated[int, Field(ge=10, le=100_000)] = 500
+    maximum_calls: Annotated[int, Field(ge=10, le=100_000)] = 1000
+    maximum_calls_per_certificate: Annotated[int, Field(ge=1, le=100_000)] = 250
+    handshake_timeout_s: Annotated[float, Field(ge=0.1, le=60, allow_inf_nan=False)] = 10.0
+    request_timeout_s: Annotated[float, Field(ge=0.1, le=60, allow_inf_nan=False)] = 10.0
+    keepalive_s: Annotated[float, Field(ge=1, le=3600, allow_inf_nan=False)] = 30.0
+
+
 class Settings(Frozen):
     """Everything that the coordinator's process needs to know before it sees a plan.
 
@@ -32,6 +56,7 @@ class Settings(Frozen):
         roster: The signed roster: which hospitals may connect, and with which keys.
         root: The consortium's public root key, 32 bytes in hexadecimal.
         database: URL of the database; by default ``coordinator.sqlite`` in the state folder.
+        control: The control service, which only ``start`` serves.
     """
 
     host: Annotated[str, Field(min_length=1)]
@@ -41,6 +66,7 @@ class Settings(Frozen):
     roster: LocalPath
     root: LocalPath
     database: Annotated[str, Field(min_length=1)] | None = None
+    control: Control = Control()
 
     @property
     def database_url(self) -> str:
@@ -55,3 +81,28 @@ def read_settings(path: Path) -> Settings:
         ConfigError: The file is missing, or a key is unknown, missing or out of range.
     """
     return config.read_settings(path, Settings, described_in="docs/coordinator.md")
+
+
+class Operator(Frozen):
+    """``operator.toml``: where the coordinator is, and with which certificate to call it.
+
+    Attributes:
+        connect: ``host:port`` of the control service.
+        ca: The authority's certificate.
+        certificate: The caller's own, which holds its role.
+        key: Its private key.
+    """
+
+    connect: Annotated[str, Field(pattern=r"^.+:[0-9]{1,5}$")]
+    ca: LocalPath
+    certificate: LocalPath
+    key: LocalPath
+
+
+def read_operator(path: Path) -> Operator:
+    """Read and validate ``operator.toml``, every error at once.
+
+    Raises:
+        ConfigError: The file is missing, or a key is unknown, missing or out of range.
+    """
+    return config.read_settings(path, Operator, described_in="docs/coordinator.md")

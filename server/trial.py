@@ -35,7 +35,7 @@ def trial_roster(
 
     Args:
         root: Who will sign it.
-        public: Holds ``NAME.identity.pub`` and ``NAME.node.pub``.
+        public: Holds ``NAME.identity.pub``, ``NAME.node.pub``, and ``NAME.tls.pub`` where hospitals have certificates.
         sizes: Each member's public size, by name.
         version: Of the roster.
         revoked: Names of members that were turned out.
@@ -48,7 +48,7 @@ def trial_roster(
             display_name=name,
             identity=read_public(public / f"{name}.identity.pub").hex(),
             node_key=(public / f"{name}.node.pub").read_text("ascii").strip(),
-            tls_key=hashlib.sha256(f"trial {name}".encode()).hexdigest(),  # a trial's certificates are made anew freely
+            tls_key=_tls_key(public, name),
             public_size=size,
             valid_from=start,
             valid_until=start + int(VALID_FOR.total_seconds()),
@@ -63,6 +63,12 @@ def trial_roster(
         members=tuple(members),
         root_fingerprint=fingerprint(public_bytes(root)),
     )
+
+
+def _tls_key(public: Path, name: str) -> str:
+    """As published; made up in a trial without a network, where nobody has a certificate."""
+    path = public / f"{name}.tls.pub"
+    return path.read_text("ascii").strip() if path.exists() else hashlib.sha256(f"trial {name}".encode()).hexdigest()
 
 
 def hand_out(root: Ed25519PrivateKey, roster: UnsignedRoster, homes: Iterable[Path]) -> None:

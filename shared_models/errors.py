@@ -211,6 +211,30 @@ class StudyStateError(FederationError):
     code = "study-state"
 
 
+class NotAllowedError(FederationError):
+    """A call of the control service that this certificate does not allow."""
+
+    code = "not-allowed"
+
+
+class MalformedCallError(FederationError):
+    """A call of the control service that cannot be read, is too large, too slow, or one too many."""
+
+    code = "malformed-call"
+
+
+class TransferError(FederationError):
+    """A file that did not come over whole, or is not what it was when its transfer began."""
+
+    code = "transfer"
+
+
+class AuditError(FederationError):
+    """The coordinator's audit log is damaged, was changed, or cannot be written: no call is answered."""
+
+    code = "audit"
+
+
 class NotEnrolledError(FederationError):
     """A round of a study that this hospital's process has not approved; the coordinator may propose it (again)."""
 

@@ -16,7 +16,7 @@ from client.settings import Settings as HospitalSettings
 from client.settings import read_settings as read_hospital
 from server.demo import coordinator_settings, free_port, hospital_settings
 from server.examples import example_plan
-from server.pki import Authority, create_hospital_keys
+from server.pki import Authority, create_hospital_keys, publish_tls_key
 from server.settings import Settings as CoordinatorSettings
 from server.settings import read_settings as read_coordinator
 from server.trial import hand_out, trial_root, trial_roster
@@ -71,6 +71,7 @@ class Keys:
         """A hospital's keys and settings; ``public`` is where the public halves go."""
         create_hospital_keys(self.folder / name / "keys", self.folder / public, name)
         self.authority.issue(self.folder / name / "keys", name)
+        publish_tls_key(self.folder / name / "keys" / "tls.pem", self.folder / public / f"{name}.tls.pub")
         records = self.folder / name / "records"
         settings = hospital_settings(
             name, records, 100, example_plan("breast-cancer", 3), self.port, self.authority.certificate
