@@ -6,6 +6,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from shared_models.errors import MalformedCallError
+
 
 class Journal:
     """Appends events to a file; each line is complete or absent.
@@ -53,3 +55,28 @@ def read_events(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]
         data = file.read()
     end = data.rfind(b"\n") + 1
     return [json.loads(line) for line in data[:end].splitlines()], offset + end
+
+
+def read_positions(path: Path, after: int, most_bytes: int) -> list[tuple[dict[str, Any], int]]:
+    """The next complete events behind a position, each with the position behind it: some ``most_bytes`` of them.
+
+    Raises:
+        MalformedCallError: The position is not one behind an event.
+    """
+    found: list[tuple[dict[str, Any], int]] = []
+    try:
+        with path.open("rb") as file:
+            if after:
+                file.seek(after - 1)
+                if file.read(1) != b"\n":
+                    raise MalformedCallError(
+                        f"there is no event before position {after}", hint="Watch from 0, or from the last position."
+                    )
+            place = after
+            while place - after < most_bytes and (line := file.readline()).endswith(b"\n"):
+                place += len(line)
+                found.append((json.loads(line), place))
+    except FileNotFoundError:
+        if after:
+            raise MalformedCallError("the study has no events yet", hint="Watch from 0.") from None
+    return found
