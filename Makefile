@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PYTEST := pytest
 DONE := $(VENV)/.done
 
-.PHONY: help setup demo test soak check bench clean
+.PHONY: help setup demo test soak check proto bench clean
 
 help:  ## What there is to make
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -33,6 +33,9 @@ check: $(DONE)  ## Format, lint, types, import rules and tests with coverage
 	PYTHONPATH=. $(BIN)/lint-imports
 	$(MAKE) test PYTEST='coverage run -m pytest'
 	$(BIN)/coverage report
+
+proto: $(DONE)  ## Generate the control service's Python from server/control.proto
+	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. server/control.proto
 
 bench: $(DONE)  ## The benchmarks; each prints ratios measured in one run (make bench ARGS=bench/round_latency.py)
 	@for script in $(or $(ARGS),$(wildcard bench/*.py)); do echo "== $$script"; $(BIN)/python $$script || exit 1; done

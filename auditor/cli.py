@@ -99,6 +99,30 @@ def budget(
             raise ConfigError(f"{json_file} cannot be written: {error.strerror}", hint="Choose another file.") from None
 
 
+@app.command()
+def log(
+    exports: Annotated[list[Path], typer.Argument(metavar="EXPORT...", help="Exports of a coordinator's audit log.")],
+    key: Annotated[
+        list[Path] | None, typer.Option("--key", help="The coordinator's audit.pub, as it came from elsewhere.")
+    ] = None,
+) -> None:
+    """Check a coordinator's audit log: that no line was changed, removed, added or cut off."""
+    from shared_models.audit_log import read_export, verify_export
+    from shared_models.errors import AuditError
+    from shared_models.identity import fingerprint, read_public
+
+    keys = {fingerprint(read_public(path)) for path in key or []}
+    for path in exports:
+        found = verify_export(read_export(path))
+        if keys and found.key not in keys:
+            raise AuditError(f"{path} is of the key {found.key}", hint="None of the given keys signed it.")
+        word = "a given key" if keys else "the key it names itself; give --key to be sure whose it is"
+        typer.echo(
+            f"holds   {path}: {found.entries} lines, {found.calls} calls, {found.refused} of them refused; "
+            f"signed by {word} ({found.key[:19]}…)"
+        )
+
+
 def _describe(verified: "Verified") -> str:
     key = "a given key" if verified.key_was_given else "the key it names itself; give --key to be sure whose it is"
     rotations = f", after {verified.rotations} rotation(s)" if verified.rotations else ""

@@ -121,9 +121,8 @@ class AuditLog:
     def _write(self, content: bytes) -> None:
         try:
             self._file.seek(self._size)
-            written = self._file.write(content)
-            if written != len(content):
-                raise OSError(None, "the disk took only a part of a line")
+            while content:  # the disk may take a part only, and say why when it is given the rest
+                content = content[self._file.write(content) or 0 :]
             os.fsync(self._file.fileno())
         except OSError:
             try:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from server import cli_enrol
+from server import cli_control, cli_enrol
 from shared_models import terminal
 
 app = typer.Typer(
@@ -19,6 +19,7 @@ app = typer.Typer(
     add_completion=False,
 )
 cli_enrol.add_to(app)
+cli_control.add_to(app)
 
 
 @app.command()

@@ -10,7 +10,7 @@ import json
 import logging
 import tomllib
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
@@ -35,12 +35,10 @@ from shared_models.errors import (
     AuditError,
     ConfigError,
     FederationError,
-    IdentityError,
     MalformedCallError,
     NotAllowedError,
     RosterError,
     StoreError,
-    StudyStateError,
     TransferError,
     UnknownStudyError,
 )
@@ -55,18 +53,6 @@ MAXIMUM_METADATA_BYTES = 65_536
 LONGEST_TEXT = 16_384  # of an error: a plan with very many mistakes
 THREADS = 8
 
-_STATUS: tuple[tuple[type[FederationError], grpc.StatusCode], ...] = (
-    (NotAllowedError, grpc.StatusCode.PERMISSION_DENIED),
-    (UnknownStudyError, grpc.StatusCode.NOT_FOUND),
-    (ConfigError, grpc.StatusCode.INVALID_ARGUMENT),
-    (MalformedCallError, grpc.StatusCode.INVALID_ARGUMENT),
-    (StoreError, grpc.StatusCode.UNAVAILABLE),
-    (AuditError, grpc.StatusCode.UNAVAILABLE),
-    (RosterError, grpc.StatusCode.UNAVAILABLE),
-    (IdentityError, grpc.StatusCode.UNAUTHENTICATED),
-    (TransferError, grpc.StatusCode.FAILED_PRECONDITION),
-)
-
 
 class TooManyCallsError(MalformedCallError):
     """More calls at a time than the service, or one certificate, may have."""
@@ -78,6 +64,12 @@ class EndingError(FederationError):
     """The service is about to end; whoever watches connects again."""
 
     code = "ending"
+
+
+class FaultError(FederationError):
+    """A fault of this program; its caller hears no more of it."""
+
+    code = "fault"
 
 
 class UnknownCallError(NotAllowedError):
@@ -97,11 +89,27 @@ class _Call:
     """
 
     request: type[Message] | None
-    answer: Callable[[Any, Caller, Any], AsyncIterator[Message]]
+    answer: Callable[[Any, Caller, Any], AsyncGenerator[Message, None]]
     ends: bool = False
 
 
-class ControlService(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc ships no types
+@dataclass
+class _Visit:
+    """A call on its way through the gate.
+
+    Attributes:
+        about: What the audit log says of it.
+        line: Its line there, once it is admitted.
+    """
+
+    name: str
+    call: _Call | None
+    context: Any
+    about: dict[str, Any]
+    line: int | None = None
+
+
+class ControlService(grpc.GenericRpcHandler):
     """Serves ``control.proto``, health and reflection; belongs to one event loop.
 
     Every method is served as a stream of bytes, which on the wire is the same thing: so that no request is waited for
@@ -157,48 +165,50 @@ class ControlService(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc ship
 
     async def _serve(self, method: str, _requests: Any, context: Any) -> None:
         name = "/".join(part.rsplit(".", 1)[-1] for part in method.strip("/").split("/"))[:100]
-        about: dict[str, Any] = {"call": name, "peer": context.peer()[:100] or None}
-        admitted: int | None = None
-        call = self._calls.get(method)
+        visit = _Visit(name, self._calls.get(method), context, {"call": name, "peer": context.peer()[:100] or None})
+        error: FederationError | None = None
         try:
             try:
-                caller = await self._run(self._identify, context.auth_context(), on=self._gate)
-                about |= {"caller": caller.name or None, "role": caller.role and str(caller.role), "key": caller.key}
-                with self._counted(caller):
-                    if call is None:
-                        raise UnknownCallError(f"there is no call {name}", hint="See server/control.proto.")
-                    request = await self._read(call, context)
-                    study = getattr(request, "study", "")
-                    about |= {"study": study[:200] or None} if isinstance(study, str) else {}
-                    check_allowed(caller, name)
-                    await self._check_study(caller, study)
-                    admitted = await self._write("call", outcome="allowed", **about)
-                    async with aclosing(call.answer(request, caller, context)) as responses:  # type: ignore[type-var]
-                        async for response in responses:
-                            await context.write(response.SerializeToString())
-            except FederationError as error:
-                code, text, hint = error.code, str(error), error.hint
-                status = _status_of(error)
+                await self._answer(visit)
+            except FederationError as known:
+                error = known
             except Exception:
                 log.exception("%s: a fault of this program", name)
-                code, text, hint = "fault", "a fault of the coordinator's", "See its log."
-                status = grpc.StatusCode.INTERNAL
-            else:
-                await self._ended(call, admitted, "succeeded", None)
-                return
-            if admitted is None:
-                await self._write("call", outcome="refused", code=code, **about)
-                log.warning("%s by %s refused: %s", name, about.get("caller"), text)
-            else:
-                await self._ended(call, admitted, "failed", code)
+                error = FaultError("a fault of the coordinator's", hint="See its log.")
+            await self._ended(visit, error)
         except asyncio.CancelledError:  # the caller has gone, or the service ends
-            self._gone(call, admitted, about)
+            self._gone(visit)
             raise
-        except AuditError as error:  # what cannot be written down is not said either
-            log.error("%s (%s)", error, error.hint)  # noqa: TRY400 - no traceback for what is known
-            status, code, text, hint = grpc.StatusCode.UNAVAILABLE, error.code, str(error), error.hint
-        told = pb.Error(code=code, text=text[:LONGEST_TEXT], hint=hint[:LONGEST_TEXT])
-        await context.abort(status, code, ((ERROR_KEY, told.SerializeToString()),))
+        except AuditError as unwritten:  # what cannot be written down is not said either
+            log.error("%s (%s)", unwritten, unwritten.hint)  # noqa: TRY400 - no traceback for what is known
+            error = unwritten
+        if error is not None:
+            told = pb.Error(code=error.code, text=str(error)[:LONGEST_TEXT], hint=error.hint[:LONGEST_TEXT])
+            await context.abort(_status_of(error), error.code, ((ERROR_KEY, told.SerializeToString()),))
+
+    async def _answer(self, visit: "_Visit") -> None:
+        """One call, from the certificate to the last response.
+
+        Raises:
+            FederationError: It is refused, or what it asks for fails.
+        """
+        context, about = visit.context, visit.about
+        caller = await self._run(self._identify, context.auth_context(), on=self._gate)
+        about |= {"caller": caller.name or None, "role": caller.role and str(caller.role), "key": caller.key}
+        with self._counted(caller):
+            call = _served(visit)
+            request = await self._read(call.request, context)
+            study = getattr(request, "study", "")
+            about["study"] = study[:200] or None
+            check_allowed(caller, visit.name)
+            await self._check_study(caller, study)
+            visit.line = await self._write("call", outcome="allowed", **about)
+            responses = call.answer(request, caller, context)
+            try:
+                async for response in responses:
+                    await context.write(response.SerializeToString())
+            finally:
+                await responses.aclose()
 
     def _identify(self, auth: Mapping[str, list[bytes]]) -> Caller:
         (certificate,) = auth.get("x509_pem_cert", [b""])
@@ -226,13 +236,13 @@ class ControlService(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc ship
             self._going_on[caller.key] -= 1
             self._going_on += Counter()  # forget keys at zero
 
-    async def _read(self, call: _Call, context: Any) -> Any:
+    async def _read(self, kind: type[Message] | None, context: Any) -> Any:
         """The one request of a call.
 
         Raises:
             MalformedCallError: It does not come in time, is too large, or is no message of its kind.
         """
-        if call.request is None:
+        if kind is None:
             return None
         try:
             raw = await asyncio.wait_for(context.read(), self._limits.request_timeout_s)
@@ -244,7 +254,7 @@ class ControlService(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc ship
             most = self._limits.maximum_message_bytes
             raise MalformedCallError(f"there was no request, or one above {most} bytes", hint="Send one message.")
         try:
-            return call.request.FromString(raw)
+            return kind.FromString(raw)
         except DecodeError:
             raise MalformedCallError("the request cannot be read", hint="See server/control.proto.") from None
 
@@ -271,17 +281,22 @@ class ControlService(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc ship
     async def _write(self, kind: Any, **fields: Any) -> int:
         return int(await self._run(partial(self._audit.append, kind, **fields), on=self._gate))
 
-    async def _ended(self, call: _Call | None, admitted: int | None, outcome: str, code: str | None) -> None:
-        if call is not None and call.ends and admitted is not None:
-            await self._write("done", of=admitted, outcome=outcome, code=code)
+    async def _ended(self, visit: "_Visit", error: FederationError | None) -> None:
+        """Write down how a call ended, before its caller hears of it."""
+        if visit.line is None and error is not None:
+            log.warning("%s by %s refused: %s", visit.name, visit.about.get("caller"), error)
+            await self._write("call", outcome="refused", code=error.code, **visit.about)
+        elif visit.call is not None and visit.call.ends:
+            outcome = "succeeded" if error is None else "failed"
+            await self._write("done", of=visit.line, outcome=outcome, code=error.code if error else None)
 
-    def _gone(self, call: _Call | None, admitted: int | None, about: Mapping[str, Any]) -> None:
+    def _gone(self, visit: "_Visit") -> None:
         """Have it written down without waiting for it: a call that was cancelled waits for nothing any more."""
-        if admitted is None:
-            fields = {**about, "outcome": "refused", "code": "cancelled"}
+        if visit.line is None:
+            fields = {**visit.about, "outcome": "refused", "code": "cancelled"}
             self._gate.submit(self._append_late, "call", fields)
-        elif call is not None and call.ends:
-            self._gate.submit(self._append_late, "done", {"of": admitted, "outcome": "failed", "code": "cancelled"})
+        elif visit.call is not None and visit.call.ends:
+            self._gate.submit(self._append_late, "done", {"of": visit.line, "outcome": "failed", "code": "cancelled"})
 
     def _append_late(self, kind: Any, fields: Mapping[str, Any]) -> None:
         try:
@@ -294,26 +309,26 @@ class ControlService(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc ship
 
     # the calls
 
-    async def _submit(self, request: pb.SubmitRequest, caller: Caller, _context: Any) -> AsyncIterator[Message]:
+    async def _submit(self, request: pb.SubmitRequest, caller: Caller, _context: Any) -> AsyncGenerator[Message, None]:
         plan = _plan_fields(request)
         status = await self._run(partial(self._studies.submit, plan, by=str(caller)))
         yield _study(status, caller, whole=True)
 
-    async def _list(self, _request: pb.ListRequest, caller: Caller, _context: Any) -> AsyncIterator[Message]:
+    async def _list(self, _request: pb.ListRequest, caller: Caller, _context: Any) -> AsyncGenerator[Message, None]:
         found = [status for status in await self._run(self._studies.all) if takes_part(caller, status.row.plan)]
         yield pb.Studies(studies=[_study(status, caller, whole=False) for status in found])
 
-    async def _show(self, request: pb.StudyRequest, caller: Caller, _context: Any) -> AsyncIterator[Message]:
+    async def _show(self, request: pb.StudyRequest, caller: Caller, _context: Any) -> AsyncGenerator[Message, None]:
         yield _study(await self._run(self._studies.show, request.study), caller, whole=True)
 
     async def _order(
         self, order: Callable[[str], StudyStatus], request: pb.StudyRequest, caller: Caller, _context: Any
-    ) -> AsyncIterator[Message]:
+    ) -> AsyncGenerator[Message, None]:
         yield _study(await self._run(order, request.study), caller, whole=True)
 
-    async def _watch(self, request: pb.WatchRequest, caller: Caller, _context: Any) -> AsyncIterator[Message]:
+    async def _watch(self, request: pb.WatchRequest, caller: Caller, _context: Any) -> AsyncGenerator[Message, None]:
         told: dict[str, Any] = {}
-        async with aclosing(self._watching.follow(request.study, request.after)) as news:  # type: ignore[type-var]
+        async with aclosing(self._watching.follow(request.study, request.after)) as news:
             async for events, place, status in news:
                 await self._check_still(caller)
                 state = _state(status)
@@ -333,12 +348,10 @@ class ControlService(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc ship
         request: pb.FetchRequest,
         caller: Caller,
         _context: Any,
-    ) -> AsyncIterator[Message]:
+    ) -> AsyncGenerator[Message, None]:
         content: Content = await self._run(content_of, request)
         if request.offset > content.size or (request.offset and request.snapshot != content.snapshot):
-            raise TransferError(
-                "it is not what it was when the transfer began", hint="Begin again, without an offset."
-            )
+            raise TransferError("it is not what it was when the transfer began", hint="Begin again, without an offset.")
         yield pb.Chunk(header=pb.Header(name=content.name, size=content.size, snapshot=content.snapshot))
         digest = hashlib.sha256()
         chunks = content.chunks(request.offset, digest)
@@ -365,25 +378,23 @@ class ControlService(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc ship
                 raise TransferError("this is no snapshot of the audit log", hint="Begin again, without an offset.")
         return audit_content(self._audit.path, size, head)
 
-    async def _health(self, request: Any, _caller: Caller, _context: Any) -> AsyncIterator[Message]:
+    async def _health(self, request: Any, _caller: Caller, _context: Any) -> AsyncGenerator[Message, None]:
         if request.service not in {"", SERVICE, HEALTH, REFLECTION}:
             raise UnknownCallError(f"there is no service {request.service[:100]}", hint=f"Ask for {SERVICE}.")
         serving = health_pb2.HealthCheckResponse.NOT_SERVING if self._over.is_set() else _SERVING
         yield health_pb2.HealthCheckResponse(status=serving)
 
-    async def _watch_health(self, request: Any, caller: Caller, context: Any) -> AsyncIterator[Message]:
+    async def _watch_health(self, request: Any, caller: Caller, context: Any) -> AsyncGenerator[Message, None]:
         async for response in self._health(request, caller, context):
             yield response
         await self._over.wait()
         yield health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.NOT_SERVING)
 
-    async def _reflect(self, _request: None, caller: Caller, context: Any) -> AsyncIterator[Message]:
-        call = _Call(reflection_pb2.ServerReflectionRequest, self._reflect)
-
-        async def requests() -> AsyncIterator[Message]:
+    async def _reflect(self, _request: None, caller: Caller, context: Any) -> AsyncGenerator[Message, None]:
+        async def requests() -> AsyncGenerator[Message, None]:
             for _ in range(1000):  # enough for every tool; each must come in time
                 try:
-                    yield await self._read(call, context)
+                    yield await self._read(reflection_pb2.ServerReflectionRequest, context)
                 except MalformedCallError:
                     return
 
@@ -395,13 +406,29 @@ class ControlService(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc ship
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 
 
+def _served(visit: _Visit) -> _Call:
+    if visit.call is None:
+        raise UnknownCallError(f"there is no call {visit.name}", hint="See server/control.proto.")
+    return visit.call
+
+
+# The first that fits; what is not here is a precondition that does not hold.
+_STATUS: tuple[tuple[type[FederationError], grpc.StatusCode], ...] = (
+    (UnknownCallError, grpc.StatusCode.UNIMPLEMENTED),
+    (TooManyCallsError, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (NotAllowedError, grpc.StatusCode.PERMISSION_DENIED),
+    (UnknownStudyError, grpc.StatusCode.NOT_FOUND),
+    (ConfigError, grpc.StatusCode.INVALID_ARGUMENT),
+    (MalformedCallError, grpc.StatusCode.INVALID_ARGUMENT),
+    (StoreError, grpc.StatusCode.UNAVAILABLE),
+    (AuditError, grpc.StatusCode.UNAVAILABLE),
+    (RosterError, grpc.StatusCode.UNAVAILABLE),
+    (EndingError, grpc.StatusCode.UNAVAILABLE),
+    (FaultError, grpc.StatusCode.INTERNAL),
+)
+
+
 def _status_of(error: FederationError) -> grpc.StatusCode:
-    if isinstance(error, UnknownCallError):
-        return grpc.StatusCode.UNIMPLEMENTED
-    if isinstance(error, TooManyCallsError):
-        return grpc.StatusCode.RESOURCE_EXHAUSTED
-    if isinstance(error, EndingError):
-        return grpc.StatusCode.UNAVAILABLE
     return next((code for kind, code in _STATUS if isinstance(error, kind)), grpc.StatusCode.FAILED_PRECONDITION)
 
 
@@ -428,7 +455,7 @@ def _state(status: StudyStatus) -> dict[str, Any]:
         **({} if row.reason is None else {"reason": row.reason}),
         "rounds_done": row.rounds_done,
         "rounds": row.plan.rounds,
-        "position": status.position,
+        "queue": status.position,
     }
 
 

@@ -1,6 +1,7 @@
 """Calling a coordinator's control service, from wherever there is a certificate for it."""
 
 import hashlib
+import math
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -52,7 +53,8 @@ class ControlClient:
         credentials = grpc.ssl_channel_credentials(
             _read(operator.ca), private_key=_read(operator.key), certificate_chain=_read(operator.certificate)
         )
-        self._channel = grpc.secure_channel(operator.connect, credentials, options=_OPTIONS)
+        name = [("grpc.ssl_target_name_override", operator.server_name)] if operator.server_name else []
+        self._channel = grpc.secure_channel(operator.connect, credentials, options=[*_OPTIONS, *name])
         self._stub = ControlStub(self._channel)
         self._random = random.Random()  # noqa: S311 - of pauses
 
@@ -76,7 +78,7 @@ class ControlClient:
         request = pb.SubmitRequest(json=plan) if plan.lstrip().startswith("{") else pb.SubmitRequest(toml=plan)
         return self._study(self._stub.Submit, request)
 
-    def list(self) -> "list[dict[str, Any]]":
+    def all(self) -> list[dict[str, Any]]:
         """All studies that concern the caller, in the order of their submission.
 
         Raises:
@@ -111,34 +113,35 @@ class ControlClient:
         return self._study(self._stub.Stop, pb.StudyRequest(study=study))
 
     def watch(
-        self, study: str, after: int = 0, *, patience_s: float = float("inf"), lost: Callable[[str], None] = lambda _: None
+        self, study: str, after: int = 0, *, patience_s: float = math.inf, lost: Callable[[str], None] = lambda _: None
     ) -> Iterator[dict[str, Any]]:
         """A study's events after a position, as the journal has them, until it is over.
 
         Every event has ``study`` and ``position`` too. Events called ``state`` come first, and whenever the study's
-        state changes: ``state``, ``reason``, ``rounds_done``, ``rounds``, ``position``. When the connection is lost, it
-        is made again, and nothing is missed or said twice but ``state``.
+        state changes: ``state``, ``reason``, ``rounds_done``, ``rounds``, ``queue``. When the connection is lost, it is
+        made again, and nothing is missed or said twice but ``state``.
 
         Args:
             study: Its name.
             after: The position of the last event that is known.
-            patience_s: How long to try in vain to connect again.
+            patience_s: How long to try in vain to connect again; what never was connected is not tried again.
             lost: Is told whenever the connection is lost.
 
         Raises:
             UnknownStudyError: There is none of this name.
             FederationError: The caller may not, or may no longer; no connection for as long as ``patience_s``.
         """
-        failures, since = 0, time.monotonic()
+        failures, since, connected = 0, time.monotonic(), False
         while True:
             call = self._stub.Watch(pb.WatchRequest(study=study, after=after))
             try:
                 for message in call:
-                    failures, since, after = 0, time.monotonic(), message.position
+                    failures, since, after, connected = 0, time.monotonic(), message.position, True
                     yield from_message(message)
             except grpc.RpcError as error:
                 found = _error(error, self._operator.connect)
-                if error.code() not in _BACK_SOON or time.monotonic() - since > patience_s:
+                gone = not connected or time.monotonic() - since > patience_s
+                if error.code() not in _BACK_SOON or gone:
                     raise found from None
                 lost(str(found))
                 pause = min(0.2 * 2**failures, LONGEST_PAUSE_S)
@@ -228,11 +231,11 @@ def _as_dict(study: pb.Study) -> dict[str, Any]:
 
 def _error(error: grpc.RpcError, address: str) -> FederationError:
     """What the service said, as the error that it is; or that there is no connection."""
-    metadata: Mapping[str, Any] = dict(error.trailing_metadata() or ())  # type: ignore[attr-defined]
+    metadata: Mapping[str, Any] = dict(error.trailing_metadata() or ())
     if ERROR_KEY in metadata:
         told = pb.Error.FromString(metadata[ERROR_KEY])
         return _classes().get(told.code, FederationError)(told.text, hint=told.hint)
-    details = error.details() or error.code().name  # type: ignore[attr-defined]
+    details = error.details() or error.code().name
     return ConnectionLostError(
         f"the control service at {address} does not answer: {details}",
         hint="Is konsil-coordinator start running there? Are ca, certificate and key of its consortium, and valid?",

@@ -38,7 +38,7 @@ _FACTS: Mapping[str, str] = MappingProxyType(
 # What a hospital hears of a study that it is part of; what is not here it does not hear.
 _OF_THE_STUDY = frozenset(
     {
-        *("time", "event", "study", "plan_digest", "rounds", "rounds_done", "parameters", "state", "position"),
+        *("time", "event", "study", "plan_digest", "rounds", "rounds_done", "parameters", "state", "queue"),
         *("round", "attempt", "purpose", "opened", "threshold", "charged", "bytes_up", "stages", "stage", "seconds"),
         *("metrics_released",),
     }

@@ -132,18 +132,18 @@ class Event(_message.Message):
     def __init__(self, study: _Optional[str] = ..., position: _Optional[int] = ..., time: _Optional[str] = ..., kind: _Optional[str] = ..., state: _Optional[_Union[StateFacts, _Mapping]] = ..., started: _Optional[_Union[StartedFacts, _Mapping]] = ..., hospital: _Optional[_Union[HospitalFacts, _Mapping]] = ..., round: _Optional[_Union[RoundFacts, _Mapping]] = ..., sum: _Optional[_Union[SumFacts, _Mapping]] = ..., attempt: _Optional[_Union[AttemptFacts, _Mapping]] = ..., reason: _Optional[_Union[ReasonFacts, _Mapping]] = ..., quorum: _Optional[_Union[QuorumFacts, _Mapping]] = ..., other: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ...) -> None: ...
 
 class StateFacts(_message.Message):
-    __slots__ = ("state", "reason", "rounds_done", "rounds", "position")
+    __slots__ = ("state", "reason", "rounds_done", "rounds", "queue")
     STATE_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     ROUNDS_DONE_FIELD_NUMBER: _ClassVar[int]
     ROUNDS_FIELD_NUMBER: _ClassVar[int]
-    POSITION_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_FIELD_NUMBER: _ClassVar[int]
     state: str
     reason: str
     rounds_done: int
     rounds: int
-    position: int
-    def __init__(self, state: _Optional[str] = ..., reason: _Optional[str] = ..., rounds_done: _Optional[int] = ..., rounds: _Optional[int] = ..., position: _Optional[int] = ...) -> None: ...
+    queue: int
+    def __init__(self, state: _Optional[str] = ..., reason: _Optional[str] = ..., rounds_done: _Optional[int] = ..., rounds: _Optional[int] = ..., queue: _Optional[int] = ...) -> None: ...
 
 class StartedFacts(_message.Message):
     __slots__ = ("study", "plan_digest", "rounds", "parameters", "rounds_done")
@@ -227,8 +227,8 @@ class SumFacts(_message.Message):
         KEY_FIELD_NUMBER: _ClassVar[int]
         VALUE_FIELD_NUMBER: _ClassVar[int]
         key: str
-        value: str
-        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
     class StagesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -254,11 +254,11 @@ class SumFacts(_message.Message):
     answered: _containers.RepeatedScalarFieldContainer[str]
     threshold: int
     hospitals: int
-    dropped: _containers.ScalarMap[str, str]
+    dropped: _containers.ScalarMap[str, int]
     at_fault: str
     bytes_up: int
     stages: _containers.ScalarMap[str, float]
-    def __init__(self, purpose: _Optional[str] = ..., round: _Optional[int] = ..., attempt: _Optional[int] = ..., opened: _Optional[bool] = ..., answered: _Optional[_Iterable[str]] = ..., threshold: _Optional[int] = ..., hospitals: _Optional[int] = ..., dropped: _Optional[_Mapping[str, str]] = ..., at_fault: _Optional[str] = ..., bytes_up: _Optional[int] = ..., stages: _Optional[_Mapping[str, float]] = ...) -> None: ...
+    def __init__(self, purpose: _Optional[str] = ..., round: _Optional[int] = ..., attempt: _Optional[int] = ..., opened: _Optional[bool] = ..., answered: _Optional[_Iterable[str]] = ..., threshold: _Optional[int] = ..., hospitals: _Optional[int] = ..., dropped: _Optional[_Mapping[str, int]] = ..., at_fault: _Optional[str] = ..., bytes_up: _Optional[int] = ..., stages: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class AttemptFacts(_message.Message):
     __slots__ = ("purpose", "round", "attempt", "charged", "reason", "answered")

@@ -5,6 +5,7 @@ there and ``roster.json`` back.
 """
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -17,7 +18,8 @@ from pydantic import ValidationError
 
 from server.members import signed_roster
 from server.pki import Authority
-from server.settings import Settings, read_settings
+from server.roles import STAFF
+from server.settings import Settings, read_operator, read_settings
 from shared_models.config import explain
 from shared_models.enrolment import (
     Kit,
@@ -35,6 +37,7 @@ from shared_models.roster import Coordinator, Member, SignedRoster, UnsignedRost
 
 SIGNED, STAGED = "roster.json", "roster.next.json"
 CERTIFICATES = "certificates"
+ANY_ADDRESS = frozenset({"0.0.0.0", "::", "[::]"})  # noqa: S104 - compared with, not listened on
 AUTHORITY_VALID_FOR = timedelta(days=3650)
 MEMBER_VALID_FOR = timedelta(days=730)
 
@@ -65,7 +68,8 @@ def init(folder: Path, *, consortium: str, name: str, address: str) -> str:
     (folder / "root.pub").write_text(public_bytes(root).hex() + "\n", encoding="ascii")
     authority = Authority(folder / "authority", valid_for=AUTHORITY_VALID_FOR)
     authority.save_key(folder / "authority" / "ca.key")
-    authority.issue(folder, "coordinator", hosts=[host.strip("[]")])
+    hosts = dict.fromkeys((host.strip("[]"), "localhost", "127.0.0.1"))  # operators may call from this machine
+    authority.issue(folder, "coordinator", hosts=list(hosts))
     certificate = load_pem_x509_certificate(authority.certificate.read_bytes())
     empty = UnsignedRoster(
         consortium=consortium,
@@ -180,6 +184,40 @@ def write_kits(settings: Settings) -> Iterator[Path]:
         yield path
 
 
+def issue(settings: Settings, name: str, role: str, folder: Path, *, valid_for: timedelta, connect: str | None) -> Path:
+    """Make a key and a certificate for a person or a program that calls the control service, and ``operator.toml``.
+
+    Args:
+        settings: The coordinator's.
+        name: Whose; it is in the audit log with every call.
+        role: What it may do, see ``roles.py``.
+        folder: Where; made if missing.
+        valid_for: How long.
+        connect: ``host:port`` by which the service is reached from there; this machine's if None.
+
+    Returns:
+        The operator's file.
+
+    Raises:
+        ConfigError: Name or role is none, or there is something in the folder already.
+    """
+    if role not in STAFF:
+        raise ConfigError(f"there is no role {role}", hint=f"Choose one of {', '.join(STAFF)}.")
+    if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,63}", name):
+        raise ConfigError(f"{name!r} is no name", hint="a-z, 0-9, -; at most 64 characters.")
+    file = folder / "operator.toml"
+    if any((folder / taken).exists() for taken in (file.name, "tls.key", "tls.pem", "ca.pem")):
+        raise ConfigError(f"{folder} holds a certificate already", hint="Nothing is overwritten: choose another.")
+    _authority(settings, valid_for).issue(folder, name, role=role)
+    (folder / "ca.pem").write_bytes(settings.tls.ca.read_bytes())
+    host = settings.control.host
+    near = f"{'localhost' if host in ANY_ADDRESS else host}:{settings.control.port}"
+    fields = {"connect": connect or near, "ca": "ca.pem", "certificate": "tls.pem", "key": "tls.key"}
+    file.write_text(tomli_w.dumps(fields), encoding="utf-8")
+    read_operator(file)
+    return file
+
+
 def read_staged(path: Path) -> UnsignedRoster:
     """Read an unsigned roster.
 
@@ -216,10 +254,10 @@ def _stage(settings: Settings, roster: UnsignedRoster) -> UnsignedRoster:
     return roster
 
 
-def _authority(settings: Settings) -> Authority:
+def _authority(settings: Settings, valid_for: timedelta = MEMBER_VALID_FOR) -> Authority:
     if settings.tls.authority_key is None:
         raise ConfigError("tls.authority_key is not set", hint="Name the TLS authority's key in coordinator.toml.")
-    return Authority.load(settings.tls.ca, settings.tls.authority_key, valid_for=MEMBER_VALID_FOR)
+    return Authority.load(settings.tls.ca, settings.tls.authority_key, valid_for=valid_for)
 
 
 def _settings(port: int) -> dict[str, object]:

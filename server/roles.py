@@ -1,6 +1,6 @@
 """Who may call what of the control service: a role in a certificate that the authority signed, and one table.
 
-The authority puts the role of a person's or program's certificate into it, as the URI ``konsil:role/ROLE``. A certificate
+The authority puts a person's or program's role into the certificate, as the URI ``konsil:role/ROLE``. A certificate
 without one is a hospital's, and counts as long as the signed roster has that hospital, with that key.
 """
 

@@ -1,12 +1,13 @@
 """The coordinator's own settings, ``coordinator.toml``: where it listens, whom it knows, where it keeps its state."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from shared_models import config
 from shared_models.config import Frozen, LocalPath
+from shared_models.errors import ConfigError
 
 
 class Tls(Frozen):
@@ -91,12 +92,14 @@ class Operator(Frozen):
         ca: The authority's certificate.
         certificate: The caller's own, which holds its role.
         key: Its private key.
+        server_name: The name in the coordinator's certificate, where it is not the host of ``connect``: in a tunnel.
     """
 
     connect: Annotated[str, Field(pattern=r"^.+:[0-9]{1,5}$")]
     ca: LocalPath
     certificate: LocalPath
     key: LocalPath
+    server_name: Annotated[str, Field(min_length=1)] | None = None
 
 
 def read_operator(path: Path) -> Operator:
@@ -106,3 +109,26 @@ def read_operator(path: Path) -> Operator:
         ConfigError: The file is missing, or a key is unknown, missing or out of range.
     """
     return config.read_settings(path, Operator, described_in="docs/coordinator.md")
+
+
+def find_operator(file: Path | None, **given: Any) -> Operator:
+    """Where to call and as whom: from a file, from options that override it, or from options alone.
+
+    Raises:
+        ConfigError: Something is missing, or the file is invalid.
+    """
+    given = {key: value for key, value in given.items() if value is not None}
+    if file is None:
+        missing = [f"--{key}" for key in ("connect", "ca", "certificate", "key") if key not in given]
+        if missing:
+            raise ConfigError(
+                f"nobody said where the control service is, or who calls: {', '.join(missing)}",
+                hint="Give these options, or --operator operator.toml, or set KONSIL_OPERATOR.",
+            )
+        fields: dict[str, Any] = {}
+    else:
+        fields = dict(read_operator(file))
+    try:
+        return Operator(**{**fields, **given})
+    except ValidationError as error:
+        raise ConfigError(config.explain(error), hint="See docs/coordinator.md.") from None

@@ -70,7 +70,9 @@ def file_content(path: Path, name: str) -> Content:
     try:
         found = path.stat()
     except OSError as error:
-        raise TransferError(f"{path.name} cannot be read: {error.strerror}", hint="See the coordinator's log.") from None
+        raise TransferError(
+            f"{path.name} cannot be read: {error.strerror}", hint="See the coordinator's log."
+        ) from None
     return Content(name, (Stretch(path, found.st_size),), f"{found.st_size}-{found.st_mtime_ns}")
 
 
@@ -110,13 +112,13 @@ def audit_head(snapshot: str, size: int) -> tuple[int, Statement]:
     """
     try:
         told, line = snapshot.split(" ", 1)
-        head = json.loads(line)["head"]
+        head, end = json.loads(line)["head"], int(told)
         statement = Statement(int(head["seq"]), str(head["hash"]), bytes.fromhex(head["signature"]))
-        if not 0 < int(told) <= size:
-            raise ValueError(told)
-        return int(told), statement
     except (ValueError, KeyError, TypeError, RecursionError):
         raise _changed() from None
+    if not 0 < end <= size:
+        raise _changed()
+    return end, statement
 
 
 def _sizes(folder: Path) -> dict[str, int]:

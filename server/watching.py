@@ -1,7 +1,7 @@
 """Watching studies: each is looked at once, however many watch it, and no watcher holds a thread."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -14,6 +14,7 @@ LOOK_EVERY_S = 0.2
 AT_LEAST_EVERY_S = 5.0  # a watcher is asked whether it may still watch
 BATCH_BYTES = 65_536
 
+Run = Callable[..., Awaitable[Any]]
 
 
 class News(NamedTuple):
@@ -56,7 +57,7 @@ class Watching:
         self._studies, self._run = studies, run
         self._watched: dict[str, _Watched] = {}
 
-    async def follow(self, study: str, after: int) -> AsyncIterator[News]:
+    async def follow(self, study: str, after: int) -> AsyncGenerator[News, None]:
         """What happens in a study after a position, until it is over; now and then there is nothing new.
 
         Raises:

@@ -294,11 +294,10 @@ def _parse(line: bytes, place: int) -> AuditEntry:
 
 def _head(line: bytes | None) -> Statement:
     try:
-        fields = json.loads(line or b"")
-        told = fields["head"]
+        told = json.loads(line or b"")["head"]
         head = Statement(int(told["seq"]), str(told["hash"]), bytes.fromhex(told["signature"]))
-        if head_line(head) != line:
-            raise ValueError(line)
     except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
-        raise AuditError("the export does not end with the log's head", hint="It was cut; export it again.") from None
+        head = None
+    if head is None or head_line(head) != line:
+        raise AuditError("the export does not end with the log's head", hint="It was cut; export it again.")
     return head

@@ -68,10 +68,24 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
         ConfigError: The file is missing, unreadable or not TOML; the message names it.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(read_text(path, what))
+    except tomllib.TOMLDecodeError as error:
+        raise _unreadable(path, what, error) from None
+
+
+def read_text(path: Path, what: str) -> str:
+    """Read a text file that a person wrote.
+
+    Raises:
+        ConfigError: The file is missing or unreadable; the message names it.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(f"{what} {path} does not exist", hint="Check the path, or write the file first.") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(
-            f"{what} {path} cannot be read: {error}", hint="Mend the file; it must be UTF-8 TOML."
-        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise _unreadable(path, what, error) from None
+
+
+def _unreadable(path: Path, what: str, error: Exception) -> ConfigError:
+    return ConfigError(f"{what} {path} cannot be read: {error}", hint="Mend the file; it must be UTF-8 TOML.")
