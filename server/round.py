@@ -126,7 +126,7 @@ def one_round(study: Study, number: int) -> None:
         "checkpoint": str(checkpoint_path(study.folder / "checkpoints", number)),
     }
     # The database has the last word: where a crash came between the two, the event is there and is not told again.
-    if not (study.resumed and study.journal.last("round", round=number)):
+    if not (number == study.taken_up and study.journal.last("round", round=number)):
         study.journal.write("round", round=number, rounds=plan.rounds, **facts)
     study.store.finish_round(plan.study, number, facts)
 
@@ -139,7 +139,6 @@ def take_up(study: Study) -> int:
         vector_to_parameters(study.parameters, study.model)
     known = {"study": plan.study, "plan_digest": study.digest, "rounds": plan.rounds}
     if study.journal.begun:
-        study.resumed = True
         told = study.journal.last("sum", purpose="train") or {"epsilon_filter": {}}
         study.epsilons = dict(told["epsilon_filter"])
         study.journal.write("resumed", **known, rounds_done=study.rounds_done)
@@ -152,7 +151,8 @@ def take_up(study: Study) -> int:
             about = {"purpose": purpose, "round": number, "attempt": attempt, "charged": charged}
             study.journal.write("aborted", **about, reason="the coordinator ended in the middle of it")
     recorded = study.store.rounds(plan.study)
-    return recorded[-1].round + 1 if recorded else 1
+    study.taken_up = recorded[-1].round + 1 if recorded else 1
+    return study.taken_up
 
 
 def check_fits(plan: StudyPlan, registered: Collection[str]) -> None:
