@@ -100,6 +100,7 @@ class _Visit:
     Attributes:
         about: What the audit log says of it.
         line: Its line there, once it is admitted.
+        written: Whether its end is there.
     """
 
     name: str
@@ -107,6 +108,7 @@ class _Visit:
     context: Any
     about: dict[str, Any]
     line: int | None = None
+    written: bool = False
 
 
 class ControlService(grpc.GenericRpcHandler):
@@ -202,7 +204,7 @@ class ControlService(grpc.GenericRpcHandler):
             about["study"] = study[:200] or None
             check_allowed(caller, visit.name)
             await self._check_study(caller, study)
-            visit.line = await self._write("call", outcome="allowed", **about)
+            await self._write(self._admit, visit)
             responses = call.answer(request, caller, context)
             try:
                 async for response in responses:
@@ -278,31 +280,40 @@ class ControlService(grpc.GenericRpcHandler):
         if self._over.is_set():
             raise EndingError("the coordinator ends", hint="Connect again when it is back.")
 
-    async def _write(self, kind: Any, **fields: Any) -> int:
-        return int(await self._run(partial(self._audit.append, kind, **fields), on=self._gate))
+    def _admit(self, visit: "_Visit") -> None:
+        """In the gate's thread: what is allowed is on the disk before it happens."""
+        visit.line = self._audit.append("call", outcome="allowed", **visit.about)
+
+    def _close(self, visit: "_Visit", code: str | None) -> None:
+        """In the gate's thread: how a call ended, once; only what has an effect or takes a while has an end."""
+        if visit.written:
+            return
+        visit.written = True
+        if visit.line is None:
+            self._audit.append("call", outcome="refused", code=code, **visit.about)
+        elif visit.call is not None and visit.call.ends:
+            self._audit.append("done", of=visit.line, outcome="failed" if code else "succeeded", code=code)
 
     async def _ended(self, visit: "_Visit", error: FederationError | None) -> None:
         """Write down how a call ended, before its caller hears of it."""
         if visit.line is None and error is not None:
             log.warning("%s by %s refused: %s", visit.name, visit.about.get("caller"), error)
-            await self._write("call", outcome="refused", code=error.code, **visit.about)
-        elif visit.call is not None and visit.call.ends:
-            outcome = "succeeded" if error is None else "failed"
-            await self._write("done", of=visit.line, outcome=outcome, code=error.code if error else None)
+        await self._write(self._close, visit, error.code if error else None)
 
     def _gone(self, visit: "_Visit") -> None:
-        """Have it written down without waiting for it: a call that was cancelled waits for nothing any more."""
-        if visit.line is None:
-            fields = {**visit.about, "outcome": "refused", "code": "cancelled"}
-            self._gate.submit(self._append_late, "call", fields)
-        elif visit.call is not None and visit.call.ends:
-            self._gate.submit(self._append_late, "done", {"of": visit.line, "outcome": "failed", "code": "cancelled"})
+        """Write it down without waiting for it: a call that was cancelled waits for nothing any more."""
 
-    def _append_late(self, kind: Any, fields: Mapping[str, Any]) -> None:
-        try:
-            self._audit.append(kind, **fields)
-        except AuditError as error:
-            log.error("%s (%s)", error, error.hint)  # noqa: TRY400 - no traceback for what is known
+        def late() -> None:
+            try:
+                self._close(visit, "cancelled")
+            except AuditError as error:
+                log.error("%s (%s)", error, error.hint)  # noqa: TRY400 - no traceback for what is known
+
+        self._gate.submit(late)
+
+    async def _write(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Have the gate's thread write; a caller that goes away meanwhile does not stop it."""
+        await asyncio.shield(self._run(function, *arguments, on=self._gate))
 
     async def _run(self, function: Callable[..., Any], *arguments: Any, on: Executor | None = None) -> Any:
         return await asyncio.get_running_loop().run_in_executor(on or self._threads, function, *arguments)

@@ -203,7 +203,7 @@ class ControlClient:
         offset = part.stat().st_size if known else 0
         digest = hashlib.sha256()
         told: str | None = None
-        with part.open("r+b" if known else "wb") as file, self._explained():
+        with part.open("r+b" if known else "w+b") as file, self._explained():
             while data := file.read(1 << 20):
                 digest.update(data)
             for chunk in method(pb.FetchRequest(study=study, offset=offset, snapshot=known)):

@@ -63,7 +63,7 @@ def read_positions(path: Path, after: int, most_bytes: int) -> list[tuple[dict[s
     try:
         with path.open("rb") as file:
             if after:
-                file.seek(after - 1)
+                file.seek(min(after - 1, path.stat().st_size))
                 if file.read(1) != b"\n":
                     raise MalformedCallError(
                         f"there is no event before position {after}", hint="Watch from 0, or from the last position."
