@@ -162,8 +162,12 @@ def fit_plan(example: Example, rounds: int | None) -> StudyPlan:
     return plan.model_copy(update=update)
 
 
-def lay_out(folder: Path, example: Example, plan: StudyPlan, port: int) -> None:
-    """Make the throw-away keys, certificates and settings of everybody, as they would do themselves."""
+def lay_out(folder: Path, example: Example, plan: StudyPlan, port: int) -> Authority:
+    """Make the throw-away keys, certificates and settings of everybody, as they would do themselves.
+
+    Returns:
+        The authority, whose key is written nowhere.
+    """
     authority = Authority(folder / "authority")
     authority.issue(folder / "coordinator", "coordinator", hosts=["127.0.0.1", "localhost"])
     (folder / "plan.toml").write_text(plan_text(plan), encoding="utf-8")
@@ -182,6 +186,7 @@ def lay_out(folder: Path, example: Example, plan: StudyPlan, port: int) -> None:
     hand_out(root, trial_roster(root, public, sizes, address=f"127.0.0.1:{port}"), homes)
     settings = coordinator_settings(port, authority.certificate)
     (folder / "coordinator" / "coordinator.toml").write_text(tomli_w.dumps(settings), encoding="utf-8")
+    return authority
 
 
 def plan_text(plan: StudyPlan) -> str:
