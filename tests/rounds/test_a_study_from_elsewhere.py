@@ -67,7 +67,7 @@ class Centre:
 
 @pytest.mark.timeout(PATIENCE_S + 60)
 def test_a_study_is_run_from_elsewhere(tmp_path: Path) -> None:
-    """Issued, submitted, watched to its end, fetched, cross-checked; the coordinator ends in between, and comes back."""
+    """Issued, submitted, watched to its end, fetched, cross-checked; the coordinator ends in between and comes back."""
     example = write_example("breast-cancer", tmp_path / "data", hospitals=3, seed=0)
     plan = changed(fit_plan(example, 2), deadline_s=60.0)
     lay_out(tmp_path, example, plan, free_port()).save_key(tmp_path / "authority" / "ca.key")
@@ -96,9 +96,8 @@ def test_a_study_is_run_from_elsewhere(tmp_path: Path) -> None:
         centre.call("auditor", "audit", "fetch", "--out", str(tmp_path / "audit.jsonl"))
         with tarfile.open(tmp_path / "evidence.tar") as tar:
             tar.extractall(tmp_path / "evidence", filter="data")
-        homes = [
-            str(tmp_path / "hospitals" / hospital.name / "state" / "ledger.sqlite") for hospital in example.hospitals
-        ]
+        homes = [tmp_path / "hospitals" / hospital.name for hospital in example.hospitals]
+        ledgers = [str(home / "state" / "ledger.sqlite") for home in homes]
         folder = ("--study", str(tmp_path / "evidence" / STUDY))
         verified = children.run("verify", "konsil-audit", "verify", *ledgers, *folder)
         key = str(tmp_path / "coordinator" / "state" / "audit.pub")
