@@ -7,6 +7,7 @@ client certificate, and then Flower's node authentication decides which hospital
 
 import asyncio
 import fcntl
+import hashlib
 import logging
 import os
 import secrets
@@ -15,7 +16,7 @@ import ssl
 import threading
 import time
 from base64 import b64encode
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
 from functools import partial
@@ -24,8 +25,9 @@ from typing import Any
 
 import uvicorn
 from cryptography.hazmat.primitives.asymmetric.ec import SECP384R1, EllipticCurvePublicKey
-from cryptography.hazmat.primitives.serialization import load_ssh_public_key
-from cryptography.x509 import load_pem_x509_certificate
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
+from cryptography.x509 import load_der_x509_certificate, load_pem_x509_certificate
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 # Flower phones home and looks for updates unless told not to, before it is imported.
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
@@ -87,6 +89,7 @@ FLEET_CALLS = frozenset(
         "confirm-message-received",
     )
 )
+TLS_KEY = "konsil.tls_key"  # in a request's scope
 LONG_POLL_S = 10.0  # well below the 30 s at which Flower's client gives up
 TASK_HEARTBEAT_S = 10.0
 
@@ -155,23 +158,61 @@ class _Doorbell:
         return bell
 
 
-class Admission:
-    """ASGI middleware: the Fleet calls of a registered node pass; everything else is refused before Flower sees it."""
+class _WithCertificate(AutoHTTPProtocol):  # type: ignore[misc, valid-type]  # one of two, by what is installed
+    """uvicorn's HTTP, telling the application whose TLS certificate the connection has."""
 
-    def __init__(self, app: Asgi, doorbell: _Doorbell) -> None:
+    def connection_made(self, transport: Any) -> None:
+        """Keep the digest of the certificate's key, as the roster has it."""
+        super().connection_made(transport)
+        certificate = transport.get_extra_info("ssl_object").getpeercert(binary_form=True)
+        key = load_der_x509_certificate(certificate).public_key()
+        digest = hashlib.sha256(key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)).hexdigest()
+        app: Asgi = self.app  # type: ignore[has-type]
+
+        async def with_key(scope: dict[str, Any], receive: Any, send: Any) -> None:
+            scope[TLS_KEY] = digest
+            await app(scope, receive, send)
+
+        self.app = with_key
+
+
+class Admission:
+    """ASGI middleware: the Fleet calls of a registered node pass; everything else is refused before Flower sees it.
+
+    Args:
+        app: Flower's.
+        doorbell: Holds pulls.
+        tls_keys: Header by which a node's requests are recognised -> digest of the TLS key that its connection has.
+    """
+
+    def __init__(self, app: Asgi, doorbell: _Doorbell, tls_keys: Mapping[bytes, str]) -> None:
         self._app = app
         self._doorbell = doorbell
+        self._tls_keys = tls_keys
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
-        """Admit by method and path; hold a pull until there is a message."""
+        """Admit by method, path and certificate; hold a pull until there is a message."""
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
-        elif scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in FLEET_CALLS:
+        elif (
+            scope["type"] != "http"
+            or scope["method"] != "POST"
+            or scope["path"] not in FLEET_CALLS
+            or not self._own_certificate(scope)
+        ):
             await _forbid(scope, send)
         elif scope["path"] == "/v1/fleet/pull-messages":
             await self._hold(scope, receive, send)
         else:
             await self._app(scope, receive, send)
+
+    def _own_certificate(self, scope: dict[str, Any]) -> bool:
+        """Whether a request that names a node comes over a connection of this very hospital.
+
+        One that names none goes on to Flower, which refuses it.
+        """
+        named = [value for name, value in scope["headers"] if name == b"flwr-public-key"]
+        return not named or (len(named) == 1 and self._tls_keys.get(named[0]) == scope[TLS_KEY])
 
     async def _hold(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         headers = dict(scope["headers"])
@@ -253,7 +294,10 @@ class SuperLink:
         self._roster = file_identity(settings.roster)
         self.members = registered(settings)
         self.node_ids = {member.name: self._register(member) for member in self.members}
-        self._server = uvicorn.Server(_uvicorn_config(Admission(app, self._doorbell), settings))
+        self._tls_keys: dict[bytes, str] = {}
+        self._note_keys()
+        admission = Admission(app, self._doorbell, self._tls_keys)
+        self._server = uvicorn.Server(_uvicorn_config(admission, settings))
         self._thread = threading.Thread(target=self._serve, name="superlink", daemon=True)
 
     def _register(self, hospital: Member) -> int:
@@ -271,6 +315,13 @@ class SuperLink:
         node_id = self.state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, public_bytes, 0, name=hospital.name)
         self._doorbell.public_keys[node_id] = b64encode(public_bytes)
         return node_id
+
+    def _note_keys(self) -> None:
+        """Which TLS key each node's requests have to come with, as of the roster."""
+        known = {self._doorbell.public_keys[self.node_ids[m.name]]: m.tls_key for m in self.members}
+        self._tls_keys.update(known)
+        for header in self._tls_keys.keys() - known.keys():
+            del self._tls_keys[header]
 
     def refresh(self) -> tuple[Member, ...]:
         """Take in a roster that was signed meanwhile: newcomers and new keys are let in, who was turned out is not.
@@ -298,6 +349,7 @@ class SuperLink:
                 log.warning("the roster of before stays in force: %s (%s)", error, error.hint)
             else:
                 self.members = members
+                self._note_keys()
             self._roster = found
             return self.members
 
@@ -393,6 +445,7 @@ def _uvicorn_config(app: Asgi, settings: Settings) -> uvicorn.Config:
     certificate = _valid_certificate(settings.tls.certificate)
     config = uvicorn.Config(
         app,
+        http=_WithCertificate,
         log_config=None,
         access_log=False,
         timeout_graceful_shutdown=3,

@@ -128,7 +128,8 @@ def event_of(kind: str, events: list[dict[str, str]]) -> dict[str, str]:
 
 def old_tls(centre: Centre) -> dict[ssl.TLSVersion, str | None]:
     """What comes of a handshake, with a good certificate, by the newest version of TLS that a client offers."""
-    home, found = centre.folder / "viewer", {}
+    home = centre.folder / "viewer"
+    found: dict[ssl.TLSVersion, str | None] = {}
     for most in (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3):
         context = ssl.create_default_context(cafile=home / "ca.pem")
         context.load_cert_chain(home / "tls.pem", home / "tls.key")

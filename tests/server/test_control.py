@@ -194,6 +194,8 @@ def own(tmp_path: Path) -> Callable[..., Centre]:
 
 # who may do what
 
+_HEALTH = health_pb2.HealthCheckRequest(service=SERVICE)
+
 CALLS: dict[str, Callable[[ControlClient, Path], Any]] = {
     "Control/Submit": lambda client, _: client.submit(plan_text(plan("done"))),
     "Control/List": lambda client, _: client.all(),
@@ -211,7 +213,6 @@ CALLS: dict[str, Callable[[ControlClient, Path], Any]] = {
     ),
     "ServerReflection/ServerReflectionInfo": lambda client, _: services(client._channel),
 }
-_HEALTH = health_pb2.HealthCheckRequest(service=SERVICE)
 
 # As docs/coordinator.md has it, written out again.
 MAY = {

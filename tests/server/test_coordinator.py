@@ -3,18 +3,23 @@
 import ssl
 import threading
 import time
+from base64 import b64encode
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from flwr.app import Context, Message
 from flwr.proto.control_pb2 import RegisterNodeRequest, StartRunRequest
 from flwr.proto.fleet_pb2 import ActivateNodeRequest, RegisterNodeFleetRequest
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
 from client.daemon import FleetConnection, _tls
 from server.coordinator import FLEET_CALLS, SuperLink
 from server.gather import Gather
+from server.pki import publish_tls_key
 from server.trial import hand_out
 from shared_models.errors import ConfigError, IdentityError, RosterSignatureError
 from shared_models.messages import Enrolment, Proposal, reply
@@ -171,6 +176,52 @@ def test_a_node_of_another_key_is_not_admitted(keys: Keys, link: SuperLink) -> N
         FleetConnection(keys.hospital("stranger")).__enter__()
 
     assert "register" in caught.value.hint
+
+
+def test_a_node_key_counts_with_its_own_certificate_only(keys: Keys, link: SuperLink) -> None:
+    """North's certificate and south's node key: whoever stole one of the two gets nowhere with it."""
+    stolen = keys.hospital("south").model_copy(update={"tls": keys.hospital("north").tls})
+
+    with pytest.raises(IdentityError, match="or not with this TLS certificate"):
+        FleetConnection(stolen).__enter__()
+    with FleetConnection(keys.hospital("south")):
+        assert link.online() == {"south"}
+
+
+def test_a_certificate_that_is_not_on_the_roster_counts_no_longer(keys: Keys, link: SuperLink) -> None:
+    """The authority signed both; the roster has the first. A new roster is taken in while the coordinator runs."""
+    keys.hospital_certificate("north", keys.authority)
+    with pytest.raises(IdentityError, match="or not with this TLS certificate"):
+        FleetConnection(keys.hospital("north")).__enter__()
+
+    publish = keys.folder / "coordinator" / "hospitals" / "north.tls.pub"
+    publish_tls_key(keys.folder / "north" / "keys" / "tls.pem", publish)
+    keys.sign_roster(version=2)
+    link.refresh()
+
+    with FleetConnection(keys.hospital("north")):
+        assert link.online() == {"north"}
+
+
+@pytest.mark.usefixtures("link")
+def test_a_node_is_named_once(keys: Keys) -> None:
+    """Two names in one request could be read differently by the admission layer and by Flower."""
+    keys_of = [(keys.folder / name / "keys" / "node.key").read_bytes() for name in ("north", "south")]
+    headers = [(b"flwr-public-key", b64encode(public_key_to_bytes(load_key(key).public_key()))) for key in keys_of]
+    url = f"https://127.0.0.1:{keys.port}/v1/fleet/pull-messages"
+
+    with httpx.Client(verify=_tls(keys.hospital("north"))) as client:
+        codes = [client.post(url, headers=named).status_code for named in (headers[1:], headers, headers[:1])]
+
+    assert codes[:2] == [403, 403]
+    assert codes[2] in {400, 401}  # Flower's own refusal: there is no signature
+
+
+def load_key(content: bytes) -> EllipticCurvePrivateKey:
+    """A node key."""
+    key = load_ssh_private_key(content, password=None)
+    assert isinstance(key, EllipticCurvePrivateKey)
+    return key
 
 
 def test_a_revoked_hospital_is_turned_away(keys: Keys) -> None:
