@@ -331,7 +331,7 @@ def _rejected(error: httpx.HTTPStatusError) -> FederationError:
         return ConnectionLostError(f"the coordinator answered {error.response.status_code}")
     return IdentityError(
         "the coordinator does not accept this hospital's node key, or not with this TLS certificate",
-        hint="Ask the coordinator which keys its roster has; and check both clocks: signatures last minutes.",
+        hint="Ask the coordinator to register the keys; and check that both clocks are right: signatures last minutes.",
     )
 
 

@@ -66,7 +66,7 @@ from server.studies import Studies
 from server.study import Registered
 from server.turns import Turns
 from shared_models.config import read_toml
-from shared_models.durable import file_identity
+from shared_models.durable import file_state
 from shared_models.errors import AlreadyRunningError, ConfigError, IdentityError, RosterError, StudyStateError
 from shared_models.plan import StudyPlan, parse_plan
 from shared_models.roster import Member
@@ -291,7 +291,7 @@ class SuperLink:
         factory.state_instance = _LinkState(factory.federation_manager, self._objects)
         self.state: LinkState = factory.state_instance
         self._refreshing = threading.Lock()
-        self._roster = file_identity(settings.roster)
+        self._roster = file_state(settings.roster)
         self.members = registered(settings)
         self.node_ids = {member.name: self._register(member) for member in self.members}
         self._tls_keys: dict[bytes, str] = {}
@@ -330,7 +330,7 @@ class SuperLink:
             The members that may connect now. A roster that is refused changes nothing; the log says why.
         """
         with self._refreshing:
-            found = file_identity(self._settings.roster)
+            found = file_state(self._settings.roster)
             now = time.time()
             if found == self._roster and all(member.valid(now) for member in self.members):
                 return self.members

@@ -21,7 +21,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from server.members import signed_roster
 from server.pki import ROLE_URI
 from server.settings import Settings
-from shared_models.durable import replace_file
+from shared_models.durable import file_state, replace_file
 from shared_models.errors import ConfigError, NotAllowedError
 from shared_models.plan import StudyPlan
 from shared_models.roster import Member
@@ -217,12 +217,7 @@ class _Reread(Generic[T]):
         self._known: tuple[tuple[int, ...], T] | None = None
 
     def value(self) -> T:
-        try:
-            found = self._path.stat()
-        except FileNotFoundError:
-            seen: tuple[int, ...] = ()
-        else:
-            seen = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+        seen = file_state(self._path)
         if self._known is None or self._known[0] != seen:
             self._known = seen, self._read()
         return self._known[1]

@@ -52,6 +52,19 @@ def file_identity(path: Path) -> tuple[int, int]:
     return found.st_dev, found.st_ino
 
 
+def file_state(path: Path) -> tuple[int, ...]:
+    """What changes when a file is replaced or written in place; empty for none: for whoever reads it again then.
+
+    Raises:
+        OSError: It cannot be asked.
+    """
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return ()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
 def create_file(path: Path, content: bytes, *, mode: int) -> None:
     """Write a file that is not there yet.
 

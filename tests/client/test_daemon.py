@@ -127,7 +127,7 @@ class _Recorder:
     calls: list[str]
     bodies: list[bytes]
 
-    def __init__(self, app: Callable[..., Any], _doorbell: object) -> None:
+    def __init__(self, app: Callable[..., Any], *_: object) -> None:
         self._app = app
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:

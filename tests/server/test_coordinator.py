@@ -207,11 +207,15 @@ def test_a_certificate_that_is_not_on_the_roster_counts_no_longer(keys: Keys, li
 def test_a_node_is_named_once(keys: Keys) -> None:
     """Two names in one request could be read differently by the admission layer and by Flower."""
     keys_of = [(keys.folder / name / "keys" / "node.key").read_bytes() for name in ("north", "south")]
-    headers = [(b"flwr-public-key", b64encode(public_key_to_bytes(load_key(key).public_key()))) for key in keys_of]
-    url = f"https://127.0.0.1:{keys.port}/v1/fleet/pull-messages"
+    public = [b64encode(public_key_to_bytes(load_key(key).public_key())).decode() for key in keys_of]
+    headers = [("flwr-public-key", key) for key in public]
+    url = f"https://127.0.0.1:{keys.port}/v1/fleet/send-node-heartbeat"
 
     with httpx.Client(verify=_tls(keys.hospital("north"))) as client:
-        codes = [client.post(url, headers=named).status_code for named in (headers[1:], headers, headers[:1])]
+        codes = [
+            client.post(url, headers=[*PROTOBUF.items(), *named]).status_code
+            for named in (headers[1:], headers, headers[:1])
+        ]
 
     assert codes[:2] == [403, 403]
     assert codes[2] in {400, 401}  # Flower's own refusal: there is no signature
