@@ -193,11 +193,11 @@ def train_round(study: Study, number: int) -> Sum:
         if len(cohort) < study.plan.minimum_hospitals:
             break
         found = secure_sum(study, "train", number, cohort)
-        study.halt.check()
         if found.total is not None:
             study.parameters = average(study.parameters, found.total[:-NULL_COORDINATES], found.weight)
             vector_to_parameters(study.parameters, study.model)
             return found
+        study.halt.check()
         without |= {found.at_fault} if found.at_fault else set()
         answered = sorted(found.uploaders)
         study.journal.write(
