@@ -306,7 +306,7 @@ class Hospital:
                 study.model,
                 records,
                 study.task,
-                training=study.plan.training,
+                training=study.plan.training_in(self._party.announcement.round),
                 privacy=study.plan.privacy,
                 expected_batch=mechanism.expected_batch,
                 random=random,

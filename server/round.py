@@ -16,13 +16,14 @@ import rfc8785
 from numpy.typing import NDArray
 
 from server.aggregate import Attempt
-from server.checkpoint import save_checkpoint
+from server.checkpoint import keep_best, save_checkpoint
 from server.cohort import choose
 from server.evaluate import released_metrics
-from server.fedavg import average
+from server.fedavg import server_step
 from server.gather import Answer, Gather
 from server.journal import Journal
 from server.patience import NOT_NOW, NOT_YET, Patience
+from server.progress import Progress
 from server.receipts import LastReceipts
 from shared_models.encoding import NULL_COORDINATES, encoding, public_weight
 from shared_models.errors import DropoutError, FederationError, NotEnrolledError, ProtocolError
@@ -82,6 +83,8 @@ class Study:
         self.task = find_task(self.plan.task)
         self.model = build_network(self.plan.network, self.task, seed=self.plan.seed)
         self.parameters: NDArray[np.float32] = parameters_to_vector(self.model)
+        self.server_step = server_step(self.plan.averaging, len(self.parameters))
+        self.progress = Progress(self.plan)
         self.journal = Journal(self.folder / "events.jsonl")
         self.refused: dict[str, str] = {}
         self.pending, self.away = Patience(), Patience()  # approvals that are waited for; hospitals outside their hours
@@ -125,13 +128,19 @@ def run_study(study: Study) -> dict[str, PrivacyStatement]:
     )
     enrol_enough(study)
     spare = plan.privacy.spare_charges
+    finished = 0
     for number in range(1, plan.rounds + 1):
+        if why := study.progress.verdict():
+            journal.write("stopped-early", round=finished, rounds=plan.rounds, reason=why)
+            break
         started = time.monotonic()
         trained, failed = train_round(study, number, spare)
         spare -= failed
         answered = trained.uploaders
         released = evaluate_round(study, number)
-        checkpoint = save_checkpoint(study.folder / "checkpoints", study.model, study.parameters, plan, number)
+        checkpoint = save_checkpoint(
+            study.folder / "checkpoints", study.model, study.parameters, plan, number, study.server_step.state()
+        )
         journal.write(
             "round",
             round=number,
@@ -144,8 +153,11 @@ def run_study(study: Study) -> dict[str, PrivacyStatement]:
             seconds=round(time.monotonic() - started, 3),
             checkpoint=str(checkpoint),
         )
+        finished = number
+        study.progress.see(number, released)
+        keep_best(study.folder, plan, study.progress.best)
     statements = close_study(study)
-    write_model(study.folder / "model.safetensors", study.model, plan, round=str(plan.rounds))
+    write_model(study.folder / "model.safetensors", study.model, plan, round=str(finished))
     return statements
 
 
@@ -219,7 +231,7 @@ def train_round(study: Study, number: int, spare: int) -> tuple[Sum, int]:
             break
         found = secure_sum(study, "train", number, attempt, cohort)
         if found.total is not None:
-            study.parameters = average(study.parameters, found.total[:-NULL_COORDINATES], found.weight)
+            study.parameters = study.server_step.step(study.parameters, found.total[:-NULL_COORDINATES], found.weight)
             vector_to_parameters(study.parameters, study.model)
             return found, charged
         charged += found.charged
