@@ -67,8 +67,8 @@ def train(
     """Train in place for the steps of one round, under the plan's mechanism.
 
     The proximal term of FedProx, mu/2 times the squared distance from the round's global parameters, depends on no
-    record. So its gradient, mu times that distance, is added after clipping and noise, where it costs no privacy. It must
-    not be clipped with a patient's gradient: it would take up room that is the patient's, once for everybody drawn.
+    record. So its gradient, mu times that distance, is added after clipping and noise, where it costs no privacy. It
+    must not be clipped with a patient's gradient: it would take up room that is the patient's, once for all drawn.
 
     Guarantees:
         * Adding or removing one patient, with all records, moves each step's sum by at most ``privacy.clip`` in L2

@@ -1,7 +1,7 @@
 """Checkpoints of the global model: safetensors under a temporary name, fsynced, renamed; the newest few are kept.
 
-A checkpoint holds all that a study needs to go on after its round: the parameters, and what the averaging remembers. The
-best model, by what hospitals released, is kept as well.
+A checkpoint holds all that a study needs to go on after its round: the parameters, and what the averaging remembers.
+The best model, by what hospitals released, is kept as well.
 """
 
 import logging

@@ -1,7 +1,7 @@
 """How the global parameters move by the sum of a round: federated averaging, and its relatives with a memory.
 
-All of them take the same weighted mean of the hospitals' updates, and nothing else of a round. So they work under secure
-aggregation, and spend no privacy: each is arithmetic on a sum that was noised before it was encrypted.
+All of them take the same weighted mean of the hospitals' updates, and nothing else of a round. So they work under
+secure aggregation, and spend no privacy: each is arithmetic on a sum of updates that were noised at the hospitals.
 
 The coordinator takes one step a round, keeps what the step remembers beside the checkpoint, and goes on from there
 after a crash as if nothing had happened.
@@ -130,8 +130,8 @@ class FedAvgM:
 class Adaptive:
     """FedAdagrad, FedAdam and FedYogi: each parameter's step is scaled by the size of its own recent updates.
 
-    As in the paper, the running mean m begins at zero, the running square v at tau squared, and neither is corrected for
-    that.
+    As in the paper, the running mean m begins at zero, the running square v at tau squared, and neither is corrected
+    for that.
 
     Guarantees:
         * v is never negative.

@@ -1,7 +1,7 @@
 """Whether a study still gets better, by what hospitals released and by nothing else: the best round, and when to stop.
 
-Released statistics are noised and paid for. So whatever is decided by them spends nothing more, and reveals nothing that
-was not released.
+Released statistics are noised and paid for. So whatever is decided by them spends nothing more, and reveals nothing
+that was not released.
 """
 
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ class Best:
 
 
 class Progress:
-    """Follows a study's releases in order. The journal's ``round`` events hold them all: read again, they give the same.
+    """Follows a study's releases in order. The journal's ``round`` events hold all of them: seen again, all is the same.
 
     Attributes:
         best: The best release; the first of equals; None before the first.
