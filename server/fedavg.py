@@ -57,7 +57,7 @@ def server_step(averaging: plan.Averaging, parameters: int, state: Mapping[str, 
         state: What ``state`` of the same plan's step gave; None before the first round.
 
     Raises:
-        ConfigError: The state is not one of this step: other names, shapes or types, or a number that is not finite.
+        ConfigError: The state is not one of this step: other names, shapes or types, or numbers that it cannot have.
     """
     match averaging:
         case plan.FedAvg():
@@ -187,3 +187,5 @@ def _check_state(state: Mapping[str, Floats] | None, names: tuple[str, ...], par
     for name, array in state.items():
         if array.dtype != np.float64 or array.shape != (parameters,) or not np.isfinite(array).all():
             raise ConfigError(f"{name} of the checkpoint is not {parameters} finite float64 numbers", hint=hint)
+        if name == VARIANCE and array.min(initial=0.0) < 0:
+            raise ConfigError(f"{name} of the checkpoint is negative", hint=hint)

@@ -29,7 +29,7 @@ class Best:
 
 
 class Progress:
-    """Follows a study's releases in order. The journal's ``round`` events hold all of them: seen again, all is the same.
+    """Follows a study's releases in order; the journal's ``round`` events hold them all, to follow them again.
 
     Attributes:
         best: The best release; the first of equals; None before the first.
