@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tomli_w
@@ -19,13 +20,14 @@ EVALUATION = {"every": 1, "clip": 1.0, "noise_multiplier": 40.0, "bins": 20}
 NEVER_ENOUGH = {"metric": "auroc", "patience": 2, "minimum_improvement": 1.0}  # no AUROC beats another by 1
 
 
-def _releasing(folder: Path, **changes: object) -> Federation:
+def _releasing(folder: Path, **changes: Any) -> Federation:
     """Five rounds, statistics after each; hospitals keep some of their patients for validation."""
     federation = make_federation(
         folder,
         rounds=5,
         privacy={"noise_multiplier": 40.0, "spare_charges": 0},
-        **{"evaluation": EVALUATION, **changes},
+        evaluation=EVALUATION,
+        **changes,
     )
     for hospital in federation.example.hospitals:
         manifest = hospital.folder / "manifest.toml"
