@@ -210,6 +210,8 @@ class Hospital:
         plan = parse_plan(proposal.plan, "the proposed plan")
         self.books.anchors.check(proposal.anchor, study=plan.study)
         policy, coordinator = self.settings.policy, self.settings.coordinator
+        if self.settings.name not in (plan.hospitals or {self.settings.name}):
+            raise PolicyError(f"study {plan.study} is for other hospitals", hint="Its plan names those that it is for.")
         self._admit(plan, count_parameters(plan.network, find_task(plan.task)))
         if self.books.budget.check(plan) is None:
             stands = policy.stands(plan, coordinator)
@@ -272,6 +274,11 @@ class Hospital:
         if announcement.threshold < study.plan.minimum_hospitals:
             raise ThresholdError(
                 f"threshold {announcement.threshold} is below the plan's {study.plan.minimum_hospitals} hospitals",
+                hint="The coordinator is broken or lies.",
+            )
+        if strangers := set(announcement.invited) - set(study.plan.hospitals or announcement.invited):
+            raise ProtocolError(
+                f"{', '.join(sorted(strangers))} invited, whom the plan does not name",
                 hint="The coordinator is broken or lies.",
             )
         self._encoding(study, announcement)  # what could not be encoded is refused before anything is computed
