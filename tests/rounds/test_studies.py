@@ -28,8 +28,8 @@ PATIENCE_S = 60.0
 
 @pytest.fixture
 def quick(tmp_path: Path) -> Federation:
-    """Four hospitals with much budget, short deadlines, and a wire that several studies may use."""
-    federation = make_federation(tmp_path, rounds=60, deadline_s=1.0, privacy={"noise_multiplier": 200.0})
+    """Six hospitals with much budget, short deadlines, and a wire that several studies may use."""
+    federation = make_federation(tmp_path, rounds=60, hospitals=6, deadline_s=1.0, privacy={"noise_multiplier": 200.0})
     federation.plan = changed(federation.plan, rounds=4)
     deliver, one_at_a_time = federation.wire.deliver, threading.Lock()
 
@@ -179,6 +179,30 @@ def test_studies_queue_at_hospitals_that_they_share(quick: Federation) -> None:
         began = {name: _time_of_first_sum(studies, name) for name in (first, second, third)}
         assert began[first] < began[second] < began[third]
         assert _last_time(studies, first) < began[second]
+
+
+def test_studies_of_other_hospitals_run_side_by_side(quick: Federation) -> None:
+    """A study that names its hospitals leaves the others to somebody else; the third waits for one that it shares."""
+    names = quick.names
+    with coordinating(quick) as studies:
+        first = _submit(studies, quick, study="first", rounds=40, hospitals=names[:3])
+        second = _submit(studies, quick, study="second", rounds=40, hospitals=names[3:])
+        third = _submit(studies, quick, study="third", rounds=1)
+        _until(studies, second, lambda status: status.row.rounds_done >= 1)
+        _until(studies, first, lambda status: status.row.rounds_done >= 1)
+        assert {studies.show(study).row.state for study in (first, second)} == {State.RUNNING}
+        assert studies.show(third).row.state in {State.PENDING, State.QUEUED}
+        for study in (first, second):
+            studies.stop(study)
+        studies.wait(third)
+
+        assert studies.show(third).row.state is State.FINISHED
+
+
+def test_a_plan_for_a_stranger_is_refused(quick: Federation) -> None:
+    """Before it is entered, with the name."""
+    with coordinating(quick) as studies, pytest.raises(ConfigError, match="not on the roster: nowhere"):
+        _submit(studies, quick, hospitals=[*quick.names, "nowhere"])
 
 
 def _time_of_first_sum(studies: Studies, study: str) -> str:
