@@ -88,7 +88,7 @@ def for_hospital(event: Mapping[str, Any], hospital: str) -> dict[str, Any] | No
 def to_dict(message: Message) -> dict[str, Any]:
     """A message's fields by their names, numbers as numbers; an optional field that is absent is left out."""
     if isinstance(message, Struct):
-        return dict(MessageToDict(message))
+        return {key: _whole(value) for key, value in MessageToDict(message).items()}
     return {
         field.name: _value(field, getattr(message, field.name))
         for field in message.DESCRIPTOR.fields
@@ -96,9 +96,18 @@ def to_dict(message: Message) -> dict[str, Any]:
     }
 
 
+def _whole(value: Any) -> Any:
+    """The same, with whole numbers as such: a ``Struct`` knows only one kind of number."""
+    if isinstance(value, dict):
+        return {key: _whole(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_whole(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 def _value(field: FieldDescriptor, value: Any) -> Any:
     if field.message_type is not None and field.message_type.GetOptions().map_entry:
-        return dict(value)
+        return dict(sorted(value.items()))  # a map has no order of its own
     if field.message_type is not None:
         return [to_dict(item) for item in value] if field.is_repeated else to_dict(value)
     if field.enum_type is not None:

@@ -154,8 +154,7 @@ def check_allowed(caller: Caller, call: str) -> None:
 
 def takes_part(caller: Caller, plan: StudyPlan) -> bool:
     """Whether a study concerns a caller: a hospital sees its own ones, everybody else all."""
-    invited = getattr(plan, "hospitals", None)
-    return caller.role is not Role.HOSPITAL or invited is None or caller.name in invited
+    return caller.role is not Role.HOSPITAL or plan.hospitals is None or caller.name in plan.hospitals
 
 
 def withdraw(settings: Settings, certificate: Path) -> str:

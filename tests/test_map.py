@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("server", "client", "shared_models", "auditor")
 TOP_FOLDERS = {".ci", *PACKAGES, "bench", "deploy", "docs", "tests"}
 DOCUMENTS = [*(ROOT / name for name in ("README.md", "CHANGELOG.md", "DECISIONS.md")), *(ROOT / "docs").glob("*.md")]
-HEAVY = ("torch", "flwr", "opacus")
+HEAVY = ("torch", "flwr", "opacus", "grpc")
 
 
 def sources(*folders: str) -> list[Path]:

@@ -21,10 +21,12 @@ import pytest
 import tomli_w
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from typer.testing import CliRunner
 
+from server import cli
 from server import control_pb2 as pb
 from server.audit import AuditLog, export_lines
-from server.control import HEALTH, REFLECTION, SERVICE, THREADS
+from server.control import HEALTH, REFLECTION, SERVICE, THREADS, ControlService
 from server.control_client import ControlClient
 from server.control_events import for_hospital, from_message, to_message
 from server.control_pb2_grpc import ControlStub
@@ -35,13 +37,14 @@ from server.examples import example_plan
 from server.halt import Halt
 from server.journal import Journal, read_events
 from server.pki import Authority
-from server.roles import ALLOWED, Caller, Role, takes_part, withdraw
-from server.settings import Control, Operator, Settings
+from server.roles import ALLOWED, Doorman, withdraw
+from server.settings import Control, Operator, Settings, read_operator
 from server.store import State, Store, StudyRow, Wish
 from server.studies import Studies
 from server.transfer import CHUNK_BYTES
 from server.turns import Turns
-from shared_models.audit_log import AuditEntry, follow_export
+from shared_models.audit_log import AuditEntry, follow_export, read_export, verify_export
+from shared_models.config import read_toml
 from shared_models.errors import (
     AuditError,
     ConfigError,
@@ -375,20 +378,28 @@ def test_a_hospital_hears_nothing_of_another_hospital(centre: Centre) -> None:
     assert "reason" not in shown
 
 
-def test_a_hospital_sees_the_studies_that_it_is_part_of() -> None:
-    """A plan may name its hospitals; everybody else sees every study."""
+PLANS_FOR = {"theirs": ("east", "south", "west"), "ours": ("east", "north", "south"), "all": None}
 
-    class PlanForSome(StudyPlan):
-        hospitals: tuple[str, ...]
 
-    some = PlanForSome(**dict(plan("some")), hospitals=("south", "east"))
-    until = datetime.max.replace(tzinfo=UTC)
+def test_a_hospital_sees_the_studies_that_it_is_part_of(own: Callable[..., Centre]) -> None:
+    """A plan may name its hospitals; to the others it is as if there was no such study, and the log says who asked."""
+    with own().serving() as centre, centre.client("hospital") as client, centre.client("viewer") as viewer:
+        for study, hospitals in PLANS_FOR.items():
+            centre.studies.submit(plan(study, hospitals=hospitals).model_dump(mode="json"), by="the test")
+            centre.studies.wait(study)
 
-    seen = {
-        (name, role) for name in ("north", "south") for role in Role if takes_part(Caller(name, role, "", until), some)
-    }
+        assert [study["name"] for study in client.all()] == ["ours", "all"]
+        assert [study["name"] for study in viewer.all()] == ["theirs", "ours", "all"]
+        client.show("ours")
+        for call in (client.show, lambda name: list(client.watch(name))):
+            with pytest.raises(UnknownStudyError) as theirs:
+                call("theirs")
+            with pytest.raises(UnknownStudyError) as nothing:
+                call("no-such")
+            assert str(theirs.value).replace("theirs", "no-such") == str(nothing.value)
+        refused = [(entry.caller, entry.study, entry.code) for entry in centre.log() if entry.outcome == "refused"]
 
-    assert seen == {(name, role) for name in ("north", "south") for role in Role} - {("north", Role.HOSPITAL)}
+    assert refused == [("north", study, "unknown-study") for study in ("theirs", "no-such")] * 2
 
 
 # studies
@@ -928,3 +939,109 @@ def test_reflection_names_what_is_served(centre: Centre) -> None:
     """Tools find their way with a certificate, and not without."""
     with centre.channel("viewer") as channel:
         assert set(services(channel)) == {SERVICE, HEALTH, REFLECTION}
+
+
+# the commands
+
+
+def run(centre: Centre, *arguments: str, role: str = "operator") -> str:
+    """What a command prints; who calls is in the environment, as a person would have it."""
+    who = centre.operator(role)
+    environment = {
+        "KONSIL_CONNECT": who.connect,
+        **{f"KONSIL_{name.upper()}": str(getattr(who, name)) for name in ("ca", "certificate", "key")},
+    }
+    found = CliRunner().invoke(cli.app, arguments, env=environment)
+    if found.exception is not None and not isinstance(found.exception, SystemExit):
+        raise found.exception
+    return found.output
+
+
+def test_people_read_studies_in_lines(centre: Centre) -> None:
+    """One line per study and per event; JSON for programs."""
+    listed = run(centre, "list").splitlines()
+    shown = run(centre, "show", "done")
+    watched = run(centre, "watch", "done", role="viewer").splitlines()
+
+    rounds = plan("done").rounds
+    assert listed[0] == f"{'done':<24} finished, round {rounds}/{rounds}"
+    assert f"submitted by the test, {datetime.now(UTC):%Y-%m-%d}" in shown
+    assert plan("done").digest() in shown
+    assert len([line for line in watched if " round round=" in line]) == rounds
+    assert "epsilon_filter={east: 0.5, north: 0.25}" in "\n".join(watched)
+    assert json.loads(run(centre, "list", "--json"))[0]["state"] == "finished"
+    assert [json.loads(line)["event"] for line in run(centre, "watch", "done", "--json").splitlines()][-1] == "state"
+
+
+def test_who_calls_and_where_has_to_be_said(centre: Centre, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error names what is missing; a file with a mistake in it is explained."""
+    found = CliRunner().invoke(cli.app, ["list", "--connect", "here:1"])
+    assert isinstance(found.exception, ConfigError)
+    assert "--ca, --certificate, --key" in str(found.exception)
+
+    file = centre.keys.folder / "operator.toml"
+    file.write_text('connect = "nowhere"\nca = "ca.pem"\nport = 1\n', encoding="utf-8")
+    found = CliRunner().invoke(cli.app, ["list", "--operator", str(file)])
+
+    assert isinstance(found.exception, ConfigError)
+    assert [
+        word for word in ("connect", "port: unknown key", "certificate", "key") if word not in str(found.exception)
+    ] == []
+
+
+def test_the_log_is_shown_and_verified_on_the_machine_itself(centre: Centre, tmp_path: Path) -> None:
+    """Without a certificate: whoever may read the state folder may read it."""
+    settings = ("--settings", str(centre.folder / "coordinator.toml"))
+    with centre.client("viewer") as client, pytest.raises(NotAllowedError):
+        client.stop("done")
+
+    last = json.loads(run(centre, "audit", "show", "--json", *settings).splitlines()[-1])
+
+    assert (last["call"], last["caller"], last["outcome"]) == ("Control/Stop", "viewer-anna", "refused")
+    assert "outcome=refused" in run(centre, "audit", "show", *settings).splitlines()[-1]
+    assert run(centre, "audit", "verify", *settings).startswith("holds: ")
+    run(centre, "audit", "export", "--out", str(tmp_path / "log"), *settings)
+    assert verify_export(read_export(tmp_path / "log")).refused > 0
+
+
+def test_certificates_are_issued_and_withdrawn(own: Callable[..., Centre]) -> None:
+    """The folder that is handed over is all that its holder needs; keys are theirs alone; nothing is overwritten."""
+    centre = own()
+    settings = read_toml(centre.folder / "coordinator.toml", "settings")
+    centre.keys.authority.save_key(centre.folder / "ca.key")
+    settings["tls"]["authority_key"] = "ca.key"
+    settings["control"] = {"port": centre.settings.control.port}
+    (centre.folder / "coordinator.toml").write_text(tomli_w.dumps(settings), encoding="utf-8")
+    where = ("--settings", str(centre.folder / "coordinator.toml"))
+    home = centre.keys.folder / "bert"
+
+    run(centre, "issue", "bert", "--role", "viewer", "--folder", str(home), *where)
+
+    assert (home / "tls.key").stat().st_mode & 0o777 == 0o600
+    for name, role, folder in (
+        ("bert", "viewer", home),
+        ("bert", "root", home / "2"),
+        ("No Name", "viewer", home / "3"),
+    ):
+        with pytest.raises(ConfigError):
+            run(centre, "issue", name, "--role", role, "--folder", str(folder), *where)
+    with centre.serving(), ControlClient(read_operator(home / "operator.toml")) as client:
+        client.all()
+        assert "CN=bert" in run(centre, "withdraw", str(home / "tls.pem"), *where)
+        with pytest.raises(NotAllowedError, match="was withdrawn"):
+            client.all()
+    with pytest.raises(ConfigError, match="is no certificate"):
+        run(centre, "withdraw", str(home / "tls.key"), *where)
+
+
+def test_a_call_over_an_old_tls_is_refused(centre: Centre) -> None:
+    """Where the handshake could not prevent it: the gate asks for the version too."""
+    service = ControlService(centre.studies, Doorman(centre.settings), centre.audit, centre.settings.control)
+    certificate = centre.operator("operator").certificate.read_bytes()
+    auth = {"x509_pem_cert": [certificate], "x509_common_name": [b"operator-anna"]}
+
+    assert service._identify({**auth, "ssl_tls_version": [b"TLSv1.3"]}).role == "operator"
+    for version in ([b"TLSv1.2"], []):
+        with pytest.raises(NotAllowedError, match="old version of TLS"):
+            service._identify({**auth, "ssl_tls_version": version})
+    service.shutdown()
