@@ -73,14 +73,12 @@ class AuditLog:
 
     def _follow(self) -> int:
         """Follow the lines by their hashes, the last by its signature too. Returns their size on the disk."""
-        size, last, before = 0, None, AuditChain(self.public_key)
-        for line in read_log(self.path):
-            if last is not None:
-                before.follow(last, trusted=True)
-            self._chain.follow(line, trusted=True)
-            size, last = size + len(line) + 1, line
+        size, last = 0, None
+        for last in read_log(self.path):
+            self._chain.follow(last, trusted=True)
+            size += len(last) + 1
         if last is not None:
-            before.follow(last)
+            self._chain.inspect(last, self._chain.seq)
         for statement in read_head(self._head_path).statements:
             self._chain.confirm(statement)
         return size

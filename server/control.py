@@ -128,7 +128,8 @@ class ControlService(grpc.GenericRpcHandler):
     def __init__(self, studies: Studies, doorman: Doorman, audit: AuditLog, limits: Limits) -> None:
         self._studies, self._doorman, self._audit, self._limits = studies, doorman, audit, limits
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="control")
-        self._gate = ThreadPoolExecutor(1, thread_name_prefix="control-gate")  # roster and audit log: one at a time
+        self._door = ThreadPoolExecutor(1, thread_name_prefix="control-door")  # the doorman is asked one at a time
+        self._gate = ThreadPoolExecutor(1, thread_name_prefix="control-gate")  # the audit log's only writer
         self._watching = Watching(studies, self._run)
         self._going_on = Counter[str]()
         self._over = asyncio.Event()
@@ -160,8 +161,8 @@ class ControlService(grpc.GenericRpcHandler):
 
     def shutdown(self) -> None:
         """Let go of the threads, once no call goes on."""
-        self._threads.shutdown()
-        self._gate.shutdown()
+        for pool in (self._threads, self._door, self._gate):
+            pool.shutdown()
 
     # the gate
 
@@ -195,7 +196,7 @@ class ControlService(grpc.GenericRpcHandler):
             FederationError: It is refused, or what it asks for fails.
         """
         context, about = visit.context, visit.about
-        caller = await self._run(self._identify, context.auth_context(), on=self._gate)
+        caller = await self._run(self._identify, context.auth_context(), on=self._door)
         about |= {"caller": caller.name or None, "role": caller.role and str(caller.role), "key": caller.key}
         with self._counted(caller):
             call = _served(visit)
@@ -274,7 +275,7 @@ class ControlService(grpc.GenericRpcHandler):
         Raises:
             NotAllowedError, EndingError: It is not; or the service ends.
         """
-        problem = await self._run(self._doorman.problem_with, caller, on=self._gate)
+        problem = await self._run(self._doorman.problem_with, caller, on=self._door)
         if problem:
             raise NotAllowedError(f"{caller}: {problem}", hint="Ask the coordinator's operators.")
         if self._over.is_set():

@@ -61,19 +61,22 @@ class ControlServer:
         self._thread.join(timeout=10)
 
     def _run(self) -> None:
+        limits = self._settings.control
+        service = ControlService(self._studies, Doorman(self._settings), self._audit, limits)
         try:
-            asyncio.run(self._serve())
+            asyncio.run(self._serve(service))
         except BaseException as error:
             if self._ready.done():
                 log.exception("the control service ended")
             else:
                 self._ready.set_exception(error)
+        finally:
+            service.shutdown()  # last: calls that were cut off are still written down
 
-    async def _serve(self) -> None:
+    async def _serve(self, service: ControlService) -> None:
         self._loop, self._over = asyncio.get_running_loop(), asyncio.Event()
-        limits = self._settings.control
-        service = ControlService(self._studies, Doorman(self._settings), self._audit, limits)
-        server = grpc.aio.server(options=_options(self._settings), maximum_concurrent_rpcs=2 * limits.maximum_calls)
+        most = 2 * self._settings.control.maximum_calls  # the service counts too, and says so
+        server = grpc.aio.server(options=_options(self._settings), maximum_concurrent_rpcs=most)
         server.add_generic_rpc_handlers((service,))
         try:
             port = server.add_secure_port(self.address, _credentials(self._settings))
@@ -89,7 +92,6 @@ class ControlServer:
         await self._over.wait()
         service.close()
         await server.stop(GRACE_S)
-        service.shutdown()
 
 
 def _options(settings: Settings) -> list[tuple[str, Any]]:

@@ -5,6 +5,7 @@ without one is a hospital's, and counts as long as the signed roster has that ho
 """
 
 import hashlib
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -22,11 +23,13 @@ from server.members import signed_roster
 from server.pki import ROLE_URI
 from server.settings import Settings
 from shared_models.durable import file_state, replace_file
-from shared_models.errors import ConfigError, NotAllowedError
+from shared_models.errors import ConfigError, FederationError, NotAllowedError
 from shared_models.plan import StudyPlan
 from shared_models.roster import Member
 
 T = TypeVar("T")
+
+log = logging.getLogger("konsil.control")
 
 WITHDRAWN = "withdrawn.txt"  # beside the roster: one digest of a key per line
 
@@ -94,7 +97,7 @@ class Caller:
 class Doorman:
     """Reads certificates, whose chain and signature TLS has checked already, in the light of roster and withdrawals.
 
-    Both files are read again when they change; safe to use from one thread at a time.
+    Both files are read again when they change. Safe to use from one thread at a time.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -209,7 +212,10 @@ def _digests(path: Path) -> Iterator[str]:
 
 
 class _Reread(Generic[T]):
-    """What a file says, read again whenever it is another file, or was written."""
+    """What a file says, read again whenever it is another file, or was written.
+
+    As long as what is there now is refused, or is just being written, what was there before stays in force.
+    """
 
     def __init__(self, path: Path, read: Callable[[], T]) -> None:
         self._path, self._read = path, read
@@ -218,5 +224,10 @@ class _Reread(Generic[T]):
     def value(self) -> T:
         seen = file_state(self._path)
         if self._known is None or self._known[0] != seen:
-            self._known = seen, self._read()
+            try:
+                self._known = seen, self._read()
+            except FederationError as error:
+                if self._known is None:
+                    raise
+                log.warning("%s of before stays in force: %s (%s)", self._path.name, error, error.hint)
         return self._known[1]

@@ -101,36 +101,37 @@ class AuditChain:
             AuditError: The number of the line, and what is wrong with it.
         """
         place = self.seq + 1
-        entry = None
-        if trusted:
-            seq, previous = _place_of(line, place)
-        else:
-            entry = _parse(line, place)
-            seq, previous = entry.seq, entry.previous_hash
+        entry = None if trusted else self.inspect(line, place)
+        seq, previous = _place_of(line, place)
         if seq != place:
             raise wrong(place, f"line {seq} stands in its place: lines were removed, inserted or reordered")
         if previous != self.hash:
             raise wrong(place, "it does not follow the line before it: one of the two was changed or replaced")
-        if entry is not None:
-            self._check(entry)
         self.seq, self.hash = place, hashlib.sha256(line).hexdigest()
         self._tail = {seq: self._tail[seq] for seq in self._tail if seq >= place - 2} | {place: self.hash}
         return entry
 
-    def _check(self, entry: AuditEntry) -> None:
-        if (entry.seq == 1) != (entry.kind == "opened"):
-            raise wrong(entry.seq, "a log is opened once, in its first line")
+    def inspect(self, line: bytes, place: int) -> AuditEntry:
+        """What a line says, if it is by the log's key; whether it follows another is not asked.
+
+        Raises:
+            AuditError: The number of the line, and what is wrong with it.
+        """
+        entry = _parse(line, place)
+        if (place == 1) != (entry.kind == "opened"):
+            raise wrong(place, "a log is opened once, in its first line")
         if entry.kind == "opened":
             named = bytes.fromhex(entry.public_key or "")
             if self.public_key is not None and named != self.public_key:
                 raise wrong(1, f"it names the key {fingerprint(named)[:19]}…: the log is another's")
             self.public_key = named
         if self.public_key is None or len(self.public_key) != 32:
-            raise wrong(entry.seq, "it names no key")
+            raise wrong(place, "it names no key")
         try:
             verify(self.public_key, SIGNED, entry.payload(), bytes.fromhex(entry.signature))
         except IdentityError:
-            raise wrong(entry.seq, "it is not signed by the log's key: it was changed") from None
+            raise wrong(place, "it is not signed by the log's key: it was changed") from None
+        return entry
 
     def confirm(self, statement: Statement) -> None:
         """Check that no line is missing at the end: the log reaches as far as a head's statement says.

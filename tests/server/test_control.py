@@ -322,6 +322,20 @@ def test_a_hospital_counts_as_long_as_the_roster_has_it(own: Callable[..., Centr
             client.all()
 
 
+def test_a_roster_that_is_refused_changes_nothing(own: Callable[..., Centre]) -> None:
+    """As on the hospitals' port: half a file, or somebody else's, turns nobody in or out."""
+    with own().serving() as centre, centre.client("hospital") as client:
+        client.all()
+        content = centre.settings.roster.read_bytes()
+
+        for broken in (content[:100], b"", content.replace(b'"north"', b'"norxh"')):
+            centre.settings.roster.write_bytes(broken)
+            client.all()
+        centre.keys.sign_roster(version=2, revoked=["north"])
+        with pytest.raises(NotAllowedError):
+            client.all()
+
+
 def test_a_hospitals_certificate_is_the_rosters(own: Callable[..., Centre]) -> None:
     """The authority's signature and a name are not enough: the key must be the one on the roster."""
     with own().serving() as centre:
@@ -843,7 +857,7 @@ def test_two_hundred_watchers_leave_the_service_up(own: Callable[..., Centre]) -
         watchers = [stubs[number % 4].Watch(pb.WatchRequest(study="long")) for number in range(200)]
         first = [next(watcher) for watcher in watchers]  # all of them are admitted
 
-        assert len(control_threads()) <= before + 1 + 1 + THREADS
+        assert len(control_threads()) <= before + 3 + THREADS
         with centre.client("operator") as client:
             assert client.show("long")["state"] in {"pending", "running"}
         centre.rounds.release(3)
@@ -855,7 +869,7 @@ def test_two_hundred_watchers_leave_the_service_up(own: Callable[..., Centre]) -
 
 
 def control_threads() -> list[threading.Thread]:
-    """Threads of all control services in this process: an event loop, a gate, and a few each."""
+    """Threads of all control services in this process: an event loop, a door, a gate, and a few each."""
     return [thread for thread in threading.enumerate() if thread.name.startswith("control")]
 
 
