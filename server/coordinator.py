@@ -132,6 +132,10 @@ class _Doorbell:
         self._closed = False
         self.public_keys: dict[int, bytes] = {}  # node id -> the header by which its requests are recognised
 
+    def begin(self) -> None:
+        """Called once the server's event loop runs: a ring before a hospital's first pull must not be lost."""
+        self._loop = asyncio.get_running_loop()
+
     def ring(self, node_ids: Iterable[int]) -> None:
         """Called from the study's thread when messages for these nodes have been stored."""
         if self._loop is not None:
@@ -148,7 +152,6 @@ class _Doorbell:
 
     async def wait(self, public_key: bytes) -> asyncio.Event | None:
         """Wait until the bell of this node rings, or long enough. A stranger's key has no bell and never waits."""
-        self._loop = asyncio.get_running_loop()
         if self._closed or public_key not in self.public_keys.values():
             return None
         bell = self._bell(public_key)
@@ -193,6 +196,7 @@ class Admission:
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         """Admit by method, path and certificate; hold a pull until there is a message."""
         if scope["type"] == "lifespan":
+            self._doorbell.begin()
             await self._app(scope, receive, send)
         elif (
             scope["type"] != "http"
