@@ -52,6 +52,7 @@ ERROR_KEY = "konsil-error-bin"
 MAXIMUM_METADATA_BYTES = 65_536
 LONGEST_TEXT = 16_384  # of an error: a plan with very many mistakes
 THREADS = 8
+CANCELLED = "cancelled"  # the code of a call whose caller went away
 
 
 class TooManyCallsError(MalformedCallError):
@@ -293,7 +294,8 @@ class ControlService(grpc.GenericRpcHandler):
         if visit.line is None:
             self._audit.append("call", outcome="refused", code=code, **visit.about)
         elif visit.call is not None and visit.call.ends:
-            self._audit.append("done", of=visit.line, outcome="failed" if code else "succeeded", code=code)
+            outcome = {None: "succeeded", CANCELLED: None}.get(code, "failed")
+            self._audit.append("done", of=visit.line, outcome=outcome, code=code)
 
     async def _ended(self, visit: "_Visit", error: FederationError | None) -> None:
         """Write down how a call ended, before its caller hears of it."""
@@ -306,7 +308,7 @@ class ControlService(grpc.GenericRpcHandler):
 
         def late() -> None:
             try:
-                self._close(visit, "cancelled")
+                self._close(visit, CANCELLED)
             except AuditError as error:
                 log.error("%s (%s)", error, error.hint)  # noqa: TRY400 - no traceback for what is known
 

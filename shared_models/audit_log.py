@@ -44,8 +44,9 @@ class AuditEntry(Frozen):
         key: SHA-256 of the SubjectPublicKeyInfo of the certificate's key.
         peer: The network address that called.
         study: The study that the call is about.
-        outcome: Whether the call was ``allowed``; of a call that is done, whether it succeeded.
-        code: Why not.
+        outcome: Whether the call was ``allowed``; of a call that is done, whether it succeeded. None where its caller
+            went away before the end: what the call was to do may have happened.
+        code: Why not; ``cancelled`` where the caller went away.
         of: The line of the call that is done.
         signature: Ed25519 by the coordinator's audit key over the canonical JSON of all the other fields.
     """
