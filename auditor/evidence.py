@@ -16,13 +16,14 @@ from pydantic import ValidationError
 
 from auditor.verify import Verified, check_entries
 from shared_models.config import Frozen, Name
-from shared_models.errors import EvidenceError, FederationError, ForeignReceiptError
+from shared_models.errors import EvidenceError, FederationError, ForeignReceiptError, UnsupportedEvidenceError
 from shared_models.privacy.entries import Entry
 from shared_models.privacy.evidence import Bundle, unpack
 from shared_models.receipts import SignedReceipt
 from shared_models.secagg.key_agreement import Roster
 from shared_models.secagg.protocol import Transcript
 from shared_models.secagg.transcripts import verify_transcript
+from shared_models.versions import refuse_version
 
 _TYPES = {"poisson-gaussian": "Update", "gaussian-release": "ReleasedStatistics"}
 
@@ -180,7 +181,8 @@ def _lines(path: Path) -> list[bytes]:
 def _parse(line: bytes, kind: type[Kept], folder: Path) -> Kept:
     try:
         return kind.model_validate_json(line)
-    except ValidationError:
+    except ValidationError as error:
+        refuse_version(error, f"a line in {folder}", UnsupportedEvidenceError)
         raise EvidenceError(
             f"{folder} holds a line that is no evidence: {line[:60]!r}", hint="It was changed."
         ) from None

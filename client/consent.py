@@ -21,9 +21,18 @@ from pydantic import TypeAdapter, ValidationError, model_validator
 from shared_models.approval import Approval, verify_approval
 from shared_models.config import Frozen, Name
 from shared_models.durable import replace_file
-from shared_models.errors import ConfigError, ForgedApprovalError, LedgerError, PendingError, PolicyError
+from shared_models.errors import (
+    ConfigError,
+    ForgedApprovalError,
+    LedgerError,
+    PendingError,
+    PolicyError,
+    UnsupportedApprovalError,
+    UnsupportedFileError,
+)
 from shared_models.plan import StudyPlan
 from shared_models.privacy.entries import Digest, Time
+from shared_models.versions import refuse_version
 
 log = logging.getLogger("konsil.hospital")
 
@@ -209,7 +218,11 @@ class Consents:
             return model.model_validate_json(path.read_bytes())
         except FileNotFoundError:
             return None
-        except (OSError, ValidationError):
+        except (OSError, ValidationError) as error:
+            if isinstance(error, ValidationError):
+                refuse_version(
+                    error, path.name, UnsupportedApprovalError if model is Approval else UnsupportedFileError
+                )
             kind = ForgedApprovalError if model is Approval else ConfigError
             raise kind(f"{path.name} is damaged or cannot be read", hint=f"Remove {path}.") from None
 

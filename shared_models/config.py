@@ -5,7 +5,16 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    ValidationInfo,
+    model_serializer,
+)
 
 from shared_models.errors import ConfigError
 
@@ -19,6 +28,36 @@ class Frozen(BaseModel):
     """Immutable, and a typo in a key is an error: ``noise_multipler`` must not mean "default noise"."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class _AlwaysWritten:
+    """Marks a field that has a default and is written all the same; see ``Evolving``."""
+
+
+ALWAYS_WRITTEN = _AlwaysWritten()
+
+
+class Evolving(Frozen):
+    """What crosses the wire, is signed or is hashed, and may get more fields in later releases.
+
+    A field that has a default is left out while it holds it. So a release that adds one says what the release before
+    said, to the bit, until somebody uses the new field: an older strict reader can read it, and digests and signatures
+    are what they were. The fields with a default that the first release wrote anyway are marked ``ALWAYS_WRITTEN``; a
+    later field never is.
+
+    Guarantees:
+        * Whoever adds a field with a default does not have to think of this, at any depth: it holds for every dump.
+    """
+
+    @model_serializer(mode="wrap")
+    def _leave_out_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = handler(self)
+        for name, field in type(self).model_fields.items():
+            if not (field.is_required() or ALWAYS_WRITTEN in field.metadata) and (
+                getattr(self, name) == field.get_default(call_default_factory=True)
+            ):
+                fields.pop(name, None)
+        return fields
 
 
 def _beside_the_file(path: Path, info: ValidationInfo) -> Path:

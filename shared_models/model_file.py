@@ -5,11 +5,12 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from shared_models.errors import ConfigError
+from shared_models.errors import ConfigError, UnsupportedFileError
 from shared_models.nets.build import build_network
 from shared_models.plan import StudyPlan, parse_plan_json
 from shared_models.tasks import find_task
 from shared_models.update import load_model, save_model
+from shared_models.versions import unsupported_format
 
 FORMAT = "konsil-model/1"
 
@@ -24,6 +25,7 @@ def read_model(path: Path) -> tuple[StudyPlan, nn.Module]:
     """Build the network that a model file names and load its parameters.
 
     Raises:
+        UnsupportedFileError: A later release wrote it.
         ConfigError: The file is missing, damaged, or not a model of this project.
     """
     hint = "Pass a model.safetensors or a checkpoint of a study."
@@ -32,7 +34,10 @@ def read_model(path: Path) -> tuple[StudyPlan, nn.Module]:
             metadata = dict(file.metadata() or {})
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"model {path} cannot be read: {error}", hint=hint) from None
-    if metadata.get("format") != FORMAT:
+    found = metadata.get("format", "")
+    if found.startswith("konsil-model/") and found != FORMAT:
+        raise unsupported_format(str(path), found, FORMAT, UnsupportedFileError)
+    if found != FORMAT:
         raise ConfigError(f"{path} is no Konsil model", hint=hint)
     plan = parse_plan_json(metadata.get("plan", ""), str(path))
     model = build_network(plan.network, find_task(plan.task), seed=plan.seed)

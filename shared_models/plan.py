@@ -13,48 +13,49 @@ from typing import Annotated, Any, Literal
 import rfc8785
 from pydantic import Field, ValidationError, model_validator
 
-from shared_models.config import Count, Frozen, Name, Positive, Probability, explain, read_toml
-from shared_models.errors import ConfigError
+from shared_models.config import ALWAYS_WRITTEN, Count, Evolving, Name, Positive, Probability, explain, read_toml
+from shared_models.errors import ConfigError, UnsupportedFileError
+from shared_models.versions import refuse_version
 
 SMALLEST_COHORT = 3  # two hospitals would each learn the other's update from the sum
 LARGEST_COHORT = 100  # every hospital has a mask with every other; larger federations sample
 
 
-class LogisticRegression(Frozen):
+class LogisticRegression(Evolving):
     """Tabular: one linear layer."""
 
     name: Literal["logistic-regression"]
 
 
-class Mlp(Frozen):
+class Mlp(Evolving):
     """Tabular: linear layers with ReLU between them."""
 
     name: Literal["mlp"]
-    hidden: tuple[Count, ...] = (32,)
+    hidden: Annotated[tuple[Count, ...], ALWAYS_WRITTEN] = (32,)
 
 
-class Cnn(Frozen):
+class Cnn(Evolving):
     """Images: convolutions with GroupNorm, global average pooling, one linear layer."""
 
     name: Literal["cnn"]
-    channels: tuple[Count, ...] = (16, 32, 64)
+    channels: Annotated[tuple[Count, ...], ALWAYS_WRITTEN] = (16, 32, 64)
 
 
-class Lstm(Frozen):
+class Lstm(Evolving):
     """Series with missing values: values, mask and time since last seen enter together."""
 
     name: Literal["lstm"]
-    hidden: Count = 64
-    layers: Annotated[int, Field(ge=1, le=4)] = 1
+    hidden: Annotated[Count, ALWAYS_WRITTEN] = 64
+    layers: Annotated[int, Field(ge=1, le=4), ALWAYS_WRITTEN] = 1
 
 
-class Transformer(Frozen):
+class Transformer(Evolving):
     """Tokens or series: pre-norm encoder layers, mean over the positions that are there."""
 
     name: Literal["transformer"]
-    width: Count = 64
-    heads: Annotated[int, Field(ge=1, le=64)] = 4
-    layers: Annotated[int, Field(ge=1, le=48)] = 2
+    width: Annotated[Count, ALWAYS_WRITTEN] = 64
+    heads: Annotated[int, Field(ge=1, le=64), ALWAYS_WRITTEN] = 4
+    layers: Annotated[int, Field(ge=1, le=48), ALWAYS_WRITTEN] = 2
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> "Transformer":
@@ -66,14 +67,14 @@ class Transformer(Frozen):
 Network = Annotated[LogisticRegression | Mlp | Cnn | Lstm | Transformer, Field(discriminator="name")]
 
 
-class TrainingPlan(Frozen):
+class TrainingPlan(Evolving):
     """What one round does at a hospital. Merely fast or slow: nothing here changes what privacy costs but ``steps``."""
 
     learning_rate: Positive
     steps: Annotated[int, Field(ge=1, le=100_000)]
 
 
-class PrivacyPlan(Frozen):
+class PrivacyPlan(Evolving):
     """The mechanism of every local step, and what it may cost; there is no honest default for any of it.
 
     Attributes:
@@ -91,10 +92,10 @@ class PrivacyPlan(Frozen):
     sample_rate: Probability
     epsilon: Positive
     delta: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
-    spare_charges: Annotated[int, Field(ge=0, le=999)] = 0
+    spare_charges: Annotated[int, Field(ge=0, le=999), ALWAYS_WRITTEN] = 0
 
 
-class EvaluationPlan(Frozen):
+class EvaluationPlan(Evolving):
     """Release of validation statistics: noised at the hospital with sigma * S, charged at sample rate 1.
 
     Attributes:
@@ -107,10 +108,10 @@ class EvaluationPlan(Frozen):
     every: Count
     clip: Positive
     noise_multiplier: Positive
-    bins: Annotated[int, Field(ge=2, le=1000, multiple_of=2)] = 20
+    bins: Annotated[int, Field(ge=2, le=1000, multiple_of=2), ALWAYS_WRITTEN] = 20
 
 
-class StudyPlan(Frozen):
+class StudyPlan(Evolving):
     """A study, whole: task, network, rounds, mechanism.
 
     Attributes:
@@ -133,16 +134,16 @@ class StudyPlan(Frozen):
     purpose: Annotated[str, Field(min_length=10, max_length=2000)]
     task: Name
     data_licence: Annotated[str, Field(min_length=2, max_length=200)]
-    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
+    seed: Annotated[int, Field(ge=0, le=2**31 - 1), ALWAYS_WRITTEN] = 0
     rounds: Annotated[int, Field(ge=1, le=100_000)]
     minimum_hospitals: Annotated[int, Field(ge=SMALLEST_COHORT, le=LARGEST_COHORT)]
     deadline_s: Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
-    reply_grid_s: Annotated[float, Field(gt=0, le=60, allow_inf_nan=False)] = 0.1
+    reply_grid_s: Annotated[float, Field(gt=0, le=60, allow_inf_nan=False), ALWAYS_WRITTEN] = 0.1
     weight_cap: Count
     network: Network
     training: TrainingPlan
     privacy: PrivacyPlan
-    evaluation: EvaluationPlan | None = None
+    evaluation: Annotated[EvaluationPlan | None, ALWAYS_WRITTEN] = None
 
     @model_validator(mode="after")
     def _replies_come_in_time(self) -> "StudyPlan":
@@ -184,6 +185,7 @@ def parse_plan_json(text: str, source: str = "plan") -> StudyPlan:
     try:
         return StudyPlan.model_validate_json(text)
     except ValidationError as error:
+        refuse_version(error, source, UnsupportedFileError)
         raise ConfigError(f"{source}: {explain(error)}", hint="See docs/plan.md for every key and its range.") from None
 
 

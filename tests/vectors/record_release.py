@@ -1,6 +1,6 @@
 """Record what a release says and writes: ``python -m tests.vectors.record_release``, once, before the release after it.
 
-A whole study in memory, with real keys, ledgers and records: every message in both directions, the coordinator's and the
+A whole study in memory, with real keys, ledgers and records: every message both ways, the coordinator's and the
 hospitals' files, a ledger with an entry of every kind, the steward's approval and refusal, an evidence bundle; and the
 JSON schema of each message, as strict as the release reads it. Later releases are held against it.
 """
@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+import pytest
 from flwr.app import Message
 from typer.testing import CliRunner
 
@@ -97,11 +98,16 @@ def _schema(kind: type[Body]) -> Any:
 def spoken(way: str, hospital: str, message: Message) -> dict[str, Any]:
     """One message as it crosses: its type, its body, and its vector where it is small."""
     (config,) = message.content.config_records.values()
-    said = {"way": way, "hospital": hospital, "action": message.metadata.message_type, **config}
+    said: dict[str, Any] = {"way": way, "hospital": hospital, "action": message.metadata.message_type, **config}
     for record in message.content.array_records.values():
         (array,) = record.values()
         digest = hashlib.sha256(array.data).hexdigest()
-        vector = {"dtype": array.dtype, "shape": list(array.shape), "stype": array.stype, "sha256": digest}
+        vector: dict[str, Any] = {
+            "dtype": array.dtype,
+            "shape": list(array.shape),
+            "stype": array.stype,
+            "sha256": digest,
+        }
         whole = {"data": base64.b64encode(array.data).decode()} if len(array.data) <= WHOLE_BYTES else {}
         said["vector"] = {**vector, **whole}
     return said
@@ -190,12 +196,10 @@ def _a_cheat(dealer: str, *, of: str) -> Iterator[None]:
             shares, key = Shares(Secret(bytes(len(shares.of_seed.reveal()))), shares.of_key), bytes(32)
         return seal(shares, key=key, context=context, dealer=dealer, holder=holder)
 
-    spoil, genuine = (dealer, of), protocol.seal
-    protocol.seal = cheat
-    try:
+    spoil = (dealer, of)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(protocol, "seal", cheat)
         yield
-    finally:
-        protocol.seal = genuine
 
 
 def main() -> None:
