@@ -4,6 +4,7 @@ True counts are for the steward's own terminal. Nothing of this leaves the hospi
 """
 
 from client.budget import Budget, Price
+from client.consent import named
 from client.membership import read_roster
 from client.records.manifest import Manifest, read_manifest
 from client.records.population import Source
@@ -11,15 +12,24 @@ from client.settings import Settings
 from shared_models.encoding import NULL_COORDINATES
 from shared_models.nets.build import count_parameters
 from shared_models.plan import StudyPlan
+from shared_models.privacy.entries import Entry
 from shared_models.privacy.mechanisms import NEIGHBOURING, UNIT
 from shared_models.secagg.protocol import plan_threshold
+from shared_models.software import software_digest
 from shared_models.tasks import TableInput, Task, find_task
+from shared_models.versions import RELEASE
 
 Rows = list[tuple[str, str]]
 
 
-def disclose(settings: Settings, plan: StudyPlan, budget: Budget) -> Rows:
+def disclose(settings: Settings, plan: StudyPlan, budget: Budget, *, before: Entry | None = None) -> Rows:
     """All of it, as pairs of a heading and a text; reads the records to count patients.
+
+    Args:
+        settings: The hospital's own.
+        plan: What is to be decided on.
+        budget: As the ledger has it.
+        before: The ledger's approval of this study for other software, if that is why the steward is asked.
 
     Raises:
         FederationError: The task is not installed, the records do not fit it, or there is no roster.
@@ -31,6 +41,7 @@ def disclose(settings: Settings, plan: StudyPlan, budget: Budget) -> Rows:
         ("purpose", printable(plan.purpose)),
         ("data licence", printable(plan.data_licence)),
         ("coordinator", f"{settings.coordinator}, as its TLS certificate proves"),
+        *_software(plan, budget, before),
         *_peers(settings, plan),
         *_training(settings, plan, task, manifest),
         *_leaving(plan, task),
@@ -42,6 +53,21 @@ def printable(text: str) -> str:
     """A text that somebody else wrote, on one line, without what could move a cursor or hide a part of it."""
     line = " ".join(text.split())
     return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in line)
+
+
+def _software(plan: StudyPlan, budget: Budget, before: Entry | None) -> Rows:
+    rows = [("software", f"Konsil {RELEASE}, {software_digest()}")]
+    if before is not None:
+        made, reserved = budget.charges(plan.study)
+        rows.append(
+            (
+                "asked again",
+                f"this study was approved for {named(before.software_digest)} on {before.time[:10]}, and the software "
+                f"here has changed since; {made} of its {reserved} charges are made; the price below is that of the "
+                "whole study, and nothing is reserved twice",
+            )
+        )
+    return rows
 
 
 def _peers(settings: Settings, plan: StudyPlan) -> Rows:

@@ -34,9 +34,11 @@ class ApprovedPrice(Evolving):
 
 
 class Approval(Evolving):
-    """A steward's yes to exactly this plan at this price.
+    """A steward's yes to exactly this plan, at this price, computed by this software.
 
     Attributes:
+        software_digest: ``software.software_digest`` of what was installed; None in approvals of release 0.1.0, which
+            did not say.
         time: UTC, by the hospital's own clock.
         signature: Ed25519 by the hospital's identity key over the canonical JSON of all the other fields.
     """
@@ -46,6 +48,7 @@ class Approval(Evolving):
     plan_digest: Digest
     price: ApprovedPrice
     time: Time
+    software_digest: Digest | None = None
     signature: Signature
 
     def payload(self) -> bytes:

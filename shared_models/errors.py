@@ -121,6 +121,12 @@ class PendingError(FederationError):
     code = "pending"
 
 
+class SoftwareChangedError(PendingError):
+    """A study that was approved for other software than is installed now: it waits until somebody agrees again."""
+
+    code = "pending"
+
+
 class ForgedApprovalError(PendingError):
     """An approval that the hospital's own key did not sign, or not for this plan: the study goes on waiting."""
 

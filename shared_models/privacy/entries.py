@@ -43,6 +43,7 @@ Kind = Literal[
     "population-changed",
     "key-rotated",
     "checkpoint",
+    "plan-reapproved",
 ]
 
 KINDS = frozenset[str](get_args(Kind))
@@ -55,6 +56,7 @@ _REQUIRED: Mapping[str, frozenset[str]] = MappingProxyType(
     {
         "budget-opened": frozenset({"population", "budget", "public_key"}),
         "plan-approved": _STUDY | {"population", "limit", "reservation"},
+        "plan-reapproved": _STUDY | {"population", "software_digest", "approved_by"},
         "charge": _ROUND | {"population", "mechanism", "parameters_digest"},
         "round-done": _ROUND,
         "release": _ROUND | {"mechanism"},
