@@ -55,7 +55,7 @@ class GaussianRelease(Evolving):
     kind: Annotated[Literal["gaussian-release"], ALWAYS_WRITTEN] = "gaussian-release"
     noise_multiplier: Positive
     clip: Positive
-    releases: Count = 1
+    releases: Annotated[Count, ALWAYS_WRITTEN] = 1
 
 
 Mechanism = Annotated[PoissonGaussian | GaussianRelease, Field(discriminator="kind")]
