@@ -206,7 +206,7 @@ def _upgraded(approval: str) -> list[dict[str, str]]:
         "software_digest": "b" * 64,
     }
     again = {**study, "approved_by": "steward", "approval": approval, "software_digest": "a" * 64}
-    kinds = {"budget-opened": opening, "plan-approved": first, "plan-reapproved": again}
+    kinds: dict[str, dict[str, Any]] = {"budget-opened": opening, "plan-approved": first, "plan-reapproved": again}
     entries = [_entry(chain, kind, "2026-01-02T03:04:05.678Z", **fields) for kind, fields in kinds.items()]
     return [{"body": e.canonical.decode(), "signature": e.signature, "hash": e.hash} for e in entries]
 
