@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 import tomli_w
 
 from client.consent import STUDIES
-from server.demo import free_port, lay_out
+from server.demo import fit_plan, free_port, lay_out
 from server.examples import write_example
 from server.journal import read_events
 from shared_models.config import read_toml
@@ -28,8 +28,8 @@ from shared_models.config import read_toml
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "hospital.md"
 HOSPITALS, ASKED = 4, "hospital-1"
-PATIENCE_S = 120.0
-UPGRADED_AT = 5  # rounds
+PATIENCE_S = 300.0
+ROUNDS, UPGRADED_AT = 60, 2  # enough of them for the steward to answer in the middle
 SHOWN_AGAIN = ("study ", "software", "asked again", "price", "budget left")  # rows; the others are as they were
 
 
@@ -50,7 +50,7 @@ def main() -> None:
 def recorded(folder: Path) -> dict[str, str]:
     """All blocks, by name."""
     example = write_example("breast-cancer", folder / "data", hospitals=HOSPITALS, seed=0)
-    plan = example.plan
+    plan = fit_plan(example, ROUNDS)
     lay_out(folder, example, plan, free_port())
     home = folder / "hospitals" / ASKED
     settings = read_toml(home / "hospital.toml", "settings file")
@@ -124,7 +124,7 @@ def processes(folder: Path, names: list[str]) -> Iterator[Callable[[str, Path], 
         environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", *arguments]
         with (folder / "log").open("ab") as log:
-            running.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment))
+            running.append(subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, env=environment))
 
     def hospital(name: str, root: Path) -> None:
         start(root, "client.cli", "start", str(folder / "hospitals" / name / "hospital.toml"))
@@ -180,7 +180,7 @@ def until(condition: Callable[[], object]) -> None:
     deadline = time.monotonic() + PATIENCE_S
     while not condition():
         if time.monotonic() > deadline:
-            sys.exit("it did not happen; see the log")
+            sys.exit("it did not happen")
         time.sleep(0.1)
 
 

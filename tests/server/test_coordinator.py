@@ -11,7 +11,7 @@ import pytest
 from flwr.app import Context, Message
 from flwr.proto.control_pb2 import RegisterNodeRequest, StartRunRequest
 from flwr.proto.fleet_pb2 import ActivateNodeRequest, RegisterNodeFleetRequest
-from flwr.proto.message_pb2 import PullObjectResponse
+from flwr.proto.message_pb2 import PullObjectRequest, PullObjectResponse
 
 from client.daemon import FleetConnection, _tls
 from server.coordinator import FLEET_CALLS, SuperLink
@@ -147,13 +147,14 @@ def test_an_exchange_does_not_wait_for_a_poll(keys: Keys, link: SuperLink, monke
         pulled.append(message is not None)
         return message
 
-    def pull(request: object) -> PullObjectResponse:
+    def pull(request: PullObjectRequest) -> PullObjectResponse:
         response = pull_object(request)
         available.append(response.object_available)
         return response
 
     monkeypatch.setattr(FleetConnection, "receive", watched)
     with keys.connected("north", answering), link.run() as grid:
+        assert grid._client is not None
         pull_object = grid._client.PullObject
         monkeypatch.setattr(grid._client, "PullObject", pull)
         gather = Gather(grid, frozenset({"north"}))
