@@ -87,7 +87,9 @@ def _agreed(consents: Consents, study: str) -> bool:
 
 def studies_table(found: list[Listed]) -> Table:
     """The list for a terminal."""
-    table = Table("study", "status", "by, or waits for", "epsilon, at most", "plan", "since (UTC)")
+    table = Table()
+    for heading in ("study", "status", "by, or waits for", "epsilon, at most", "plan", "since (UTC)"):
+        table.add_column(heading, overflow="fold")
     for study in found:
         epsilon = "" if study.epsilon is None else f"{study.epsilon:g}"
         table.add_row(study.study, study.status, study.by, epsilon, study.plan_digest[:12], study.time[:16])

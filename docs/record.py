@@ -55,6 +55,7 @@ def recorded(folder: Path) -> dict[str, str]:
     home = folder / "hospitals" / ASKED
     settings = read_toml(home / "hospital.toml", "settings file")
     settings["policy"]["standing_approvals"] = []
+    settings["population"]["epsilon"] = 3.0
     (home / "hospital.toml").write_text(tomli_w.dumps(settings), encoding="utf-8")
     waits = home / "state" / STUDIES / f"{plan.study}.json"
     steward = Steward(home)
@@ -91,12 +92,12 @@ class Steward:
         """What the terminal shows, the command itself included; ``yes`` is typed at its question."""
         here, there = pty.openpty()
         command = [sys.executable, "-m", "client.cli", *arguments]
-        environment = {**os.environ, "PYTHONPATH": str(self.root), "COLUMNS": "100", "TERM": "dumb", "NO_COLOR": "1"}
+        environment = {**os.environ, "PYTHONPATH": str(self.root), "COLUMNS": "100", "TERM": "xterm", "NO_COLOR": "1"}
         child = subprocess.Popen(command, cwd=self.home, stdin=there, stdout=there, stderr=there, env=environment)
         os.close(there)
         if yes:
             os.write(here, b"y\n")
-        shown = b"".join(_read(here)).decode().replace("\r\n", "\n")
+        shown = re.sub(r"\x1b\[[0-9;]*m", "", b"".join(_read(here)).decode()).replace("\r\n", "\n")
         os.close(here)
         child.wait()
         shown = shown.removeprefix("y\n")  # the terminal's echo, which came before the question

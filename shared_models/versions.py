@@ -49,8 +49,10 @@ def refuse_version(error: ValidationError, what: str, kind: type[UnsupportedVers
     """
     for problem in error.errors(include_url=False):
         place = problem["loc"][-1] if problem["loc"] else ""
-        if problem["type"] == "literal_error" and place in _KEYS and _plain(problem["input"]):
-            _refuse(what, str(place), problem["input"], problem["ctx"]["expected"].strip("'"), kind)
+        if problem["type"] == "literal_error" and place in _KEYS and _is_version(problem["input"]):
+            read = problem["ctx"]["expected"].strip("'")
+            if _name(problem["input"]) == _name(read):  # else it is something else altogether
+                _refuse(what, str(place), problem["input"], read, kind)
 
 
 def refuse_entry(body: bytes, kinds: frozenset[str], what: str) -> None:
@@ -67,10 +69,10 @@ def refuse_entry(body: bytes, kinds: frozenset[str], what: str) -> None:
         return
     if not isinstance(fields, dict):
         return
-    if "format" in fields and _plain(fields["format"]):
+    if "format" in fields and _is_version(fields["format"]):
         _refuse(what, "format", fields["format"], "1", UnsupportedLedgerError)
     found = fields.get("kind")
-    if isinstance(found, str) and found not in kinds and _plain(found):
+    if isinstance(found, str) and found not in kinds and _PLAIN.fullmatch(found):
         raise UnsupportedLedgerError(
             f"{what}: Konsil {RELEASE} knows no entries of kind {found}", hint=_READ_BY[UnsupportedLedgerError]
         )
@@ -87,7 +89,14 @@ def _refuse(what: str, key: str, found: object, read: str, kind: type[Unsupporte
     raise kind(f"{what} is of {key} {found}; Konsil {RELEASE} reads {key} {read}", hint=_READ_BY[kind])
 
 
-def _plain(found: Any) -> bool:
-    """Whether it is a version at all, and harmless to repeat."""
-    is_number = isinstance(found, int) and not isinstance(found, bool) and 0 <= found < 10**9
-    return is_number or (isinstance(found, str) and _PLAIN.fullmatch(found) is not None)
+def _is_version(found: Any) -> bool:
+    """Whether it could be one, and is harmless to repeat."""
+    if isinstance(found, str):
+        return _PLAIN.fullmatch(found) is not None
+    return isinstance(found, int) and not isinstance(found, bool) and 0 <= found < 10**9
+
+
+def _name(version: int | str) -> str:
+    """``konsil-approval`` of ``konsil-approval/1``; nothing of a plain number."""
+    text = str(version)
+    return "" if text.isdecimal() else text.rpartition("/")[0] or text
