@@ -45,7 +45,7 @@ def disclose(settings: Settings, plan: StudyPlan, budget: Budget, *, before: Ent
         *_peers(settings, plan),
         *_training(settings, plan, task, manifest),
         *_leaving(plan, task),
-        *_costs(plan, budget),
+        *_costs(plan, budget, again=before is not None),
     ]
 
 
@@ -64,7 +64,7 @@ def _software(plan: StudyPlan, budget: Budget, before: Entry | None) -> Rows:
                 "asked again",
                 f"this study was approved for {named(before.software_digest)} on {before.time[:10]}, and the software "
                 f"here has changed since; {made} of its {reserved} charges are made; the price below is that of the "
-                "whole study, and nothing is reserved twice",
+                "whole study, which is reserved already",
             )
         )
     return rows
@@ -128,7 +128,7 @@ def _leaving(plan: StudyPlan, task: Task) -> Rows:
     return [("what leaves", f"{update}; {statistics}; {always}")]
 
 
-def _costs(plan: StudyPlan, budget: Budget) -> Rows:
+def _costs(plan: StudyPlan, budget: Budget, *, again: bool) -> Rows:
     terms, price = budget.terms, budget.price(plan)
     relation = f"per {UNIT}, {NEIGHBOURING}, by a Renyi filter at order {terms.order}"
     return [
@@ -137,13 +137,15 @@ def _costs(plan: StudyPlan, budget: Budget) -> Rows:
             f"epsilon {price.study_epsilon_filter:.4f} at delta {plan.privacy.delta:g}, {relation}; "
             f"the plan promises at most {plan.privacy.epsilon:g}",
         ),
-        ("budget left", _left(price, budget)),
+        ("budget left", _left(price, budget, again=again)),
     ]
 
 
-def _left(price: Price, budget: Budget) -> str:
+def _left(price: Price, budget: Budget, *, again: bool) -> str:
+    """Before and after; the same where the study is reserved already."""
     terms = budget.terms
+    now = "now and afterwards" if again else f"afterwards, {price.left_before:.4f} now"
     return (
-        f"epsilon {price.left_after:.4f} afterwards, {price.left_before:.4f} now, of {terms.epsilon:g} at delta "
+        f"epsilon {price.left_after:.4f} {now}, of {terms.epsilon:g} at delta "
         f"{terms.delta:g} for population {budget.population}"
     )
