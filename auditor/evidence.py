@@ -16,13 +16,14 @@ from pydantic import ValidationError
 
 from auditor.verify import Verified, check_entries
 from shared_models.config import Frozen, Name
-from shared_models.errors import EvidenceError, FederationError, ForeignReceiptError
+from shared_models.errors import EvidenceError, FederationError, ForeignReceiptError, UnsupportedEvidenceError
 from shared_models.privacy.entries import Entry
 from shared_models.privacy.evidence import Bundle, unpack
 from shared_models.receipts import SignedReceipt
 from shared_models.secagg.key_agreement import Roster
 from shared_models.secagg.protocol import Transcript
 from shared_models.secagg.transcripts import verify_transcript
+from shared_models.versions import refuse_version
 
 _TYPES = {"poisson-gaussian": "Update", "gaussian-release": "ReleasedStatistics"}
 
@@ -180,7 +181,8 @@ def _lines(path: Path) -> list[bytes]:
 def _parse(line: bytes, kind: type[Kept], folder: Path) -> Kept:
     try:
         return kind.model_validate_json(line)
-    except ValidationError:
+    except ValidationError as error:
+        refuse_version(error, f"a line in {folder}", UnsupportedEvidenceError)
         raise EvidenceError(
             f"{folder} holds a line that is no evidence: {line[:60]!r}", hint="It was changed."
         ) from None
@@ -192,6 +194,8 @@ def cross_check(witnesses: Sequence[Witness], studies: Sequence[StudyFolder]) ->
     Guarantees:
         * Every receipt that a coordinator holds of a bundled hospital is in its bundle, in the same order, and so paid
           for in its ledger; every upload that a signed list of uploaders names has its receipt on both sides.
+        * Every receipt of a hospital whose bundle is not here is signed by the key that the others' roster has of it,
+          and there is one for each of its uploads in the coordinator's signed lists.
         * Of one attempt nobody was told another announcement, U1 or U3, and of one moment no other digest over all
           receipts, than anybody else whose evidence is here.
 
@@ -203,6 +207,7 @@ def cross_check(witnesses: Sequence[Witness], studies: Sequence[StudyFolder]) ->
     for study in studies:
         problems += [*_order(study), *_unsound(study, rosters)]
         problems += [found for witness in witnesses for found in _both_sides(witness, study)]
+        problems += _absent(study, rosters, {witness.hospital for witness in witnesses})
     problems += [found for witness in witnesses for found in _uploads(witness, witnesses, studies)]
     return list(dict.fromkeys(problems))
 
@@ -305,6 +310,31 @@ def _both_sides(witness: Witness, study: StudyFolder) -> Iterator[str]:
             yield f"{where}: the coordinator holds a receipt that {name} did not sign"
         elif kept.digest not in own:
             yield f"{where}: the coordinator holds a receipt that {name}'s evidence lacks: it was cut, or rolled back"
+
+
+def _absent(study: StudyFolder, rosters: Mapping[str, Roster], present: Collection[str]) -> Iterator[str]:
+    """Receipts of hospitals whose bundles are not here, as far as their signatures and the signed lists reach."""
+    sums = {kept.context.hex(): kept for kept in study.transcripts if kept.context}
+    held = {(kept.hospital, kept.upload.context) for kept in study.receipts}
+    for kept in study.receipts:
+        transcript = sums.get(kept.upload.context)
+        roster = rosters.get(transcript.announcement.roster_digest) if transcript else None
+        if transcript is None or roster is None or kept.hospital in present:
+            continue
+        key = roster.identities.get(kept.hospital)
+        if key is None or not _signed_by(kept.upload, key):
+            yield f"{_named(transcript)}: the coordinator holds a receipt that {kept.hospital} did not sign"
+        elif (kept.upload.study, kept.upload.round, kept.upload.attempt) != _turn(transcript):
+            yield f"{_named(transcript)}: the receipt of {kept.hospital} is for another attempt"
+    for context, transcript in sums.items():
+        for name in sorted(set(transcript.uploaders) - set(present)):
+            if (name, context) not in held:
+                yield f"{_named(transcript)}: {name} uploaded, and the coordinator's receipts lack it"
+
+
+def _turn(transcript: Transcript) -> tuple[str, int, int]:
+    announced = transcript.announcement
+    return announced.study, announced.round, announced.attempt
 
 
 def _uploads(witness: Witness, witnesses: Sequence[Witness], studies: Sequence[StudyFolder]) -> Iterator[str]:

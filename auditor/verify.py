@@ -119,6 +119,7 @@ class _Study:
     reserved: Counter[_Mechanism]
     charged: Counter[_Mechanism] = field(default_factory=Counter)
     newest: dict[str, tuple[int, int]] = field(default_factory=dict)
+    software: str | None = None  # that it was approved for again; None as long as it was approved once
     closed: bool = False
 
 
@@ -151,6 +152,8 @@ class Rules:
             yield f"ledger entry {entry.seq}: it belongs to population {entry.population}"
         if entry.kind == "plan-approved":
             yield from _approve(entry, self._studies, self._opening)
+        elif entry.kind == "plan-reapproved":
+            yield from _approve_again(entry, self._studies)
         elif entry.kind == "charge":
             self.charges += 1
             yield from _charge(entry, self._studies)
@@ -185,6 +188,21 @@ def _approve(entry: Entry, studies: dict[str | None, _Study], opening: Entry) ->
         yield f"ledger entry {entry.seq}: epsilon {total:.4g} is spent or reserved, of a budget of {terms.epsilon:g}"
 
 
+def _approve_again(entry: Entry, studies: dict[str | None, _Study]) -> Iterator[str]:
+    """The same plan for other software: it reserves nothing, and from here on no other software is charged for."""
+    study, where = studies.get(entry.study), f"ledger entry {entry.seq}"
+    if study is None:
+        yield f"{where}: it approves study {entry.study} again, which was not approved"
+        return
+    if entry.plan_digest != study.digest:
+        yield f"{where}: it approves another plan of study {entry.study} than was approved"
+    if study.closed:
+        yield f"{where}: it approves study {entry.study} again after its end"
+    if entry.reservation is not None or entry.limit is not None:
+        yield f"{where}: it reserves study {entry.study} a second time"
+    study.software = entry.software_digest
+
+
 def _charge(entry: Entry, studies: dict[str | None, _Study]) -> Iterator[str]:
     study, mechanism, where = studies.get(entry.study), entry.mechanism, f"ledger entry {entry.seq}"
     if study is None or mechanism is None:
@@ -194,6 +212,8 @@ def _charge(entry: Entry, studies: dict[str | None, _Study]) -> Iterator[str]:
         yield f"{where}: it charges study {entry.study} for another plan than was approved"
     if study.closed:
         yield f"{where}: it charges study {entry.study} after its end"
+    if study.software is not None and entry.software_digest != study.software:
+        yield f"{where}: it charges study {entry.study} by other software than was approved"
     turn = (entry.round or 0, entry.attempt or 0)
     if not turn > study.newest.get(mechanism.kind, (0, 0)):
         yield f"{where}: round {turn[0]}, attempt {turn[1]} of study {entry.study} was charged before"

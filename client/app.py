@@ -14,7 +14,7 @@ from flwr.clientapp import ClientApp
 
 from client.evidence import REFUSALS, EvidenceFile, refusal
 from client.round import Hospital
-from shared_models.errors import FederationError, LedgerError, PendingError, RecordsError
+from shared_models.errors import FederationError, LedgerError, PendingError, RecordsError, SoftwareChangedError
 from shared_models.messages import (
     AdvertiseRequest,
     AgreeRequest,
@@ -72,7 +72,8 @@ def _answer(message: Message, context: Context, expected: type[BodyType], statio
         log.warning("refused %s: the records do not fit; run konsil-hospital check-data", expected.__name__)
         return _refuse(message, context, error)
     except PendingError as error:  # the log has it once, and the coordinator asks again and again
-        log.log(logging.WARNING if type(error) is not PendingError else logging.DEBUG, "%s", error)
+        waits = type(error) in {PendingError, SoftwareChangedError}
+        log.log(logging.DEBUG if waits else logging.WARNING, "%s", error)
         return _refuse(message, context, error, keep=False)
     except FederationError as error:
         log.warning("refused %s: %s (%s)", expected.__name__, error, error.hint)

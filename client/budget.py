@@ -59,7 +59,7 @@ class _Study:
 
     plan_digest: str
     limit: StudyLimit
-    approval: Entry
+    approval: Entry  # the newest: of the software that is trusted to compute it
     reserved: Counter[_Mechanism]
     charged: Counter[_Mechanism] = field(default_factory=Counter)
     newest: dict[str, tuple[int, int]] = field(default_factory=dict)  # kind of mechanism -> (round, attempt)
@@ -161,7 +161,8 @@ class Budget:
         """Whether a study could be approved, by the ledger alone; writes nothing.
 
         Returns:
-            The approval there is, if exactly this plan was approved and is open; None if it could be approved now.
+            The newest approval there is, if exactly this plan was approved and is open; None if it could be approved
+            now. The approval may be for other software than runs here: see ``holds``.
 
         Raises:
             BudgetExhaustedError, PolicyError: As ``approve`` would.
@@ -186,7 +187,8 @@ class Budget:
     ) -> Entry:
         """Reserve all that a study may charge: rounds, spare charges and releases.
 
-        Approving the same plan again while it is open returns the approval there is.
+        Approving the same plan again while it is open returns the approval there is. If that was for other software,
+        the new approval is recorded beside it, and nothing is reserved twice.
 
         Args:
             plan: What was approved.
@@ -203,8 +205,20 @@ class Budget:
         """
         with self._turn:
             known = self.check(plan)
-            if known is not None:
+            if known is not None and holds(known):
                 return known
+            if known is not None:
+                again = self._ledger.append(
+                    "plan-reapproved",
+                    population=self.population,
+                    study=plan.study,
+                    plan_digest=plan.digest(),
+                    approved_by=approved_by,
+                    approval=approval,
+                    software_digest=software_digest(),
+                )
+                self._take_in(again)
+                return again
             mechanisms = study_mechanisms(plan, self.terms.public_size)
             if population_fingerprint and self._fingerprint:
                 self.population_is(population_fingerprint)
@@ -247,7 +261,7 @@ class Budget:
             The charge, durable.
 
         Raises:
-            NotEnrolledError: The study was not approved here.
+            NotEnrolledError: The study was not approved here, or not for the software that runs now.
             PolicyError: It is closed, or was approved with another plan.
             ProtocolError: This round and attempt, or a later one, was charged already: a replay.
             BudgetExhaustedError: Nothing of this kind is left of the reservation.
@@ -326,9 +340,28 @@ class Budget:
             return {name: known.limit.delta for name, known in self._studies.items()}
 
     def approvals(self) -> list[tuple[Entry, bool]]:
-        """The approval of every study, oldest first, and whether the study is closed."""
+        """The newest approval of every study, oldest first, and whether the study is closed."""
         with self._turn:
             return [(known.approval, known.closed) for known in self._studies.values()]
+
+    def limit(self, study: str) -> StudyLimit:
+        """What a study promised to stay within when it was approved first.
+
+        Raises:
+            NotEnrolledError: The study was not approved here.
+        """
+        with self._turn:
+            return self._find(study).limit
+
+    def charges(self, study: str) -> tuple[int, int]:
+        """How many charges of a study are made, and how many were reserved.
+
+        Raises:
+            NotEnrolledError: The study was not approved here.
+        """
+        with self._turn:
+            known = self._find(study)
+            return known.charged.total(), known.reserved.total()
 
     def trained_since(self, moment: float) -> int:
         """How many of the newest ``NEWEST_CHARGES`` training runs were charged after a moment, by the ledger's times.
@@ -355,6 +388,11 @@ class Budget:
             raise PolicyError(f"study {study} is closed", hint="Start a study under a new name.")
         if plan_digest != known.plan_digest:
             raise PolicyError(f"study {study} was approved with another plan", hint="Plans never change; rename it.")
+        if not holds(known.approval):
+            raise NotEnrolledError(
+                f"study {study} was approved for other software than runs here",
+                hint="The coordinator proposes it again.",
+            )
         return known
 
     def _committed(self, but: str | None = None) -> Iterable[_Mechanism]:
@@ -416,6 +454,8 @@ class Budget:
         match entry.kind:
             case "plan-approved":
                 self._take_in_approval(entry)
+            case "plan-reapproved":
+                self._take_in_another_approval(entry)
             case "charge":
                 self._take_in_charge(entry)
             case "study-closed":
@@ -429,6 +469,15 @@ class Budget:
         if entry.study and entry.plan_digest and entry.limit and entry.reservation:
             reserved = Counter({r.mechanism: r.charges for r in entry.reservation})
             self._studies[entry.study] = _Study(entry.plan_digest, entry.limit, entry, reserved)
+
+    def _take_in_another_approval(self, entry: Entry) -> None:
+        """The same study for other software; what was reserved stays what it was."""
+        known = self._studies.get(entry.study or "")
+        if known is None or known.plan_digest != entry.plan_digest:
+            raise _contradiction(entry, "approves again what was not approved")
+        _require(entry, not known.closed, "approves a study again that is closed")
+        _require(entry, entry.reservation is None and entry.limit is None, "reserves a study twice")
+        known.approval = entry
 
     def _take_in_charge(self, entry: Entry) -> None:
         known = self._studies.get(entry.study or "")
@@ -444,6 +493,11 @@ class Budget:
         if isinstance(entry.mechanism, PoissonGaussian):
             self._trained_at.append(datetime.fromisoformat(entry.time).timestamp())
         known.newest[entry.mechanism.kind] = (entry.round, entry.attempt)
+
+
+def holds(approval: Entry) -> bool:
+    """Whether an approval is for the software that is installed here."""
+    return approval.software_digest == software_digest()
 
 
 def _require(entry: Entry, holds: bool, problem: str) -> None:

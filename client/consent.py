@@ -5,12 +5,14 @@ daemon runs. The daemon looks at the answer when the coordinator proposes the st
 
     STUDY.json           waits: the plan, its digest, when it came
     STUDY.approval.json  the steward's signed approval; kept for good
+    STUDY.approval.SOFTWARE.json  an older one, of the time before the software was changed; kept for good
     STUDY.plan.json      the plan that was approved by the steward; kept for good
     STUDY.refused.json   the steward's no; kept for good, because a name is used once
 """
 
 import logging
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
@@ -21,9 +23,19 @@ from pydantic import TypeAdapter, ValidationError, model_validator
 from shared_models.approval import Approval, verify_approval
 from shared_models.config import Frozen, Name
 from shared_models.durable import replace_file
-from shared_models.errors import ConfigError, ForgedApprovalError, LedgerError, PendingError, PolicyError
+from shared_models.errors import (
+    ConfigError,
+    ForgedApprovalError,
+    LedgerError,
+    PendingError,
+    PolicyError,
+    SoftwareChangedError,
+    UnsupportedApprovalError,
+    UnsupportedFileError,
+)
 from shared_models.plan import StudyPlan
-from shared_models.privacy.entries import Digest, Time
+from shared_models.privacy.entries import Digest, Entry, Time
+from shared_models.versions import refuse_version
 
 log = logging.getLogger("konsil.hospital")
 
@@ -90,16 +102,21 @@ class Consents:
     def __init__(self, state: Path) -> None:
         self._folder = state / STUDIES
 
-    def of(self, plan: StudyPlan, public_key: bytes, *, stands: bool) -> Consent:
-        """Whether somebody approved exactly this plan; if nobody did, it waits from now on.
+    def of(
+        self, plan: StudyPlan, public_key: bytes, *, software: str, stands: bool, before: Entry | None = None
+    ) -> Consent:
+        """Whether somebody approved exactly this plan for this software; if nobody did, it waits from now on.
 
         Args:
             plan: Permitted by the policy, and affordable.
             public_key: The hospital's own.
+            software: Digest of the software that runs here.
             stands: Whether a standing rule of the policy covers it.
+            before: The ledger's approval of the same study for other software.
 
         Raises:
             PendingError: It waits for the steward.
+            SoftwareChangedError: It does, because the approval there is was for other software.
             ForgedApprovalError: There is an approval that does not hold for it; it waits.
             PolicyError: The steward refused the study; or it could wait, and too many do.
         """
@@ -112,13 +129,22 @@ class Consents:
             approval = self.approved(plan.study)
             if approval is not None:
                 verify_approval(approval, public_key, study=plan.study, plan_digest=plan.digest())
-                return Consent("steward", approval.signature)
-        except ForgedApprovalError:
+                if approval.software_digest == software:
+                    return Consent("steward", approval.signature)
+        except (ForgedApprovalError, UnsupportedApprovalError):
             self._keep(plan)
             raise
         if stands:
             return Consent("standing-rule")
         self._keep(plan)
+        old = approval or before
+        if old is not None:
+            raise SoftwareChangedError(
+                f"study {plan.study} waits for the steward: it was approved for {named(old.software_digest)}, and "
+                f"{named(software)} runs here",
+                hint=f"Run: konsil-hospital approve hospital.toml {plan.study}; if that was done after an update, "
+                "restart the daemon.",
+            )
         raise PendingError(
             f"study {plan.study} waits for the steward", hint=f"Run: konsil-hospital approve hospital.toml {plan.study}"
         )
@@ -165,7 +191,12 @@ class Consents:
         return self._read(study, "approval.json", Approval)
 
     def approve(self, approval: Approval) -> None:
-        """Put the steward's approval where the daemon looks for it."""
+        """Put the steward's approval where the daemon looks for it; one for other software is set aside."""
+        path = self._file(approval.study, "approval.json")
+        with suppress(ForgedApprovalError, UnsupportedApprovalError):
+            before = self.approved(approval.study)
+            if before is not None and before.software_digest != approval.software_digest:
+                path.replace(path.with_suffix(f".{(before.software_digest or 'unknown')[:12]}.json"))
         self._write(self._file(approval.study, "approval.json"), approval)
 
     def refused(self, study: str) -> Refused | None:
@@ -209,7 +240,11 @@ class Consents:
             return model.model_validate_json(path.read_bytes())
         except FileNotFoundError:
             return None
-        except (OSError, ValidationError):
+        except (OSError, ValidationError) as error:
+            if isinstance(error, ValidationError):
+                refuse_version(
+                    error, path.name, UnsupportedApprovalError if model is Approval else UnsupportedFileError
+                )
             kind = ForgedApprovalError if model is Approval else ConfigError
             raise kind(f"{path.name} is damaged or cannot be read", hint=f"Remove {path}.") from None
 
@@ -219,6 +254,11 @@ class Consents:
             replace_file(path, rfc8785.dumps(content.model_dump(mode="json")))
         except OSError as error:
             raise LedgerError(f"{path} cannot be written: {error.strerror}", hint="Check the disk.") from None
+
+
+def named(software: str | None) -> str:
+    """Software by the beginning of its digest, for people."""
+    return f"software {software[:12]}" if software else "unknown software"
 
 
 def _now() -> str:

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from client.books import read_budget
-from client.budget import Budget
+from client.budget import Budget, holds
 from client.consent import Consents, Proposed
 from client.device import choose_device
 from client.disclosure import Rows, disclose, printable
@@ -21,9 +21,11 @@ from shared_models.errors import ConfigError, FederationError, PolicyError
 from shared_models.identity import load_key
 from shared_models.nets.build import count_parameters
 from shared_models.privacy.ledger import StudyLimit
+from shared_models.software import software_digest
 from shared_models.tasks import find_task
 
 SHORTEST_DIGEST = 8
+_STEWARD, _COORDINATOR = "the steward", "the coordinator, to propose it again"
 
 
 class Listed(NamedTuple):
@@ -59,24 +61,35 @@ def list_studies(settings: Settings) -> list[Listed]:
         LedgerError: There is no ledger yet, it cannot be read, or its chain is broken.
     """
     consents, found = Consents(settings.state), []
-    for entry, closed in read_budget(settings).approvals():
-        epsilon = entry.limit.epsilon if entry.limit else None
-        status = "closed" if closed else "approved"
-        digest, by = entry.plan_digest or "", entry.approved_by or ""
-        found.append(Listed(entry.study or "", status, by, epsilon, digest, entry.time))
-    known = {study.study for study in found}
-    for waiting in consents.waiting():
-        if waiting.study not in known:
-            waits_for = "the coordinator, to propose it again" if consents.approved(waiting.study) else "the steward"
-            epsilon = waiting.plan.privacy.epsilon
-            found.append(Listed(waiting.study, "pending", waits_for, epsilon, waiting.plan_digest, waiting.time))
+    budget, waiting = read_budget(settings), {proposal.study: proposal for proposal in consents.waiting()}
+    for entry, closed in budget.approvals():
+        study = entry.study or ""
+        status, time = "closed" if closed else "approved", entry.time
+        by: str = entry.approved_by or ""
+        if not closed and not holds(entry):
+            status, by = "pending", _COORDINATOR
+            if study in waiting and not _agreed(consents, study):
+                by, time = f"{_STEWARD}: the software changed", waiting[study].time
+        waiting.pop(study, None)
+        found.append(Listed(study, status, by, budget.limit(study).epsilon, entry.plan_digest or "", time))
+    for study, proposal in waiting.items():
+        by = _COORDINATOR if _agreed(consents, study) else _STEWARD
+        found.append(Listed(study, "pending", by, proposal.plan.privacy.epsilon, proposal.plan_digest, proposal.time))
     found += [Listed(r.study, "refused", "steward", None, r.plan_digest, r.time) for r in consents.refusals()]
     return found
 
 
+def _agreed(consents: Consents, study: str) -> bool:
+    """Whether there is a steward's approval for the software that is installed here."""
+    approval = consents.approved(study)
+    return approval is not None and approval.software_digest == software_digest()
+
+
 def studies_table(found: list[Listed]) -> Table:
     """The list for a terminal."""
-    table = Table("study", "status", "by, or waits for", "epsilon, at most", "plan", "since (UTC)")
+    table = Table()
+    for heading in ("study", "status", "by, or waits for", "epsilon, at most", "plan", "since (UTC)"):
+        table.add_column(heading, overflow="fold")
     for study in found:
         epsilon = "" if study.epsilon is None else f"{study.epsilon:g}"
         table.add_row(study.study, study.status, study.by, epsilon, study.plan_digest[:12], study.time[:16])
@@ -97,9 +110,10 @@ def weigh(settings: Settings, study: str) -> Weighed:
         settings.coordinator, choose_device(settings).type, count_parameters(plan.network, find_task(plan.task))
     )
     admit(plan, settings.policy, settings.population, site)
-    if budget.check(plan) is not None:
+    known = budget.check(plan)
+    if known is not None and holds(known):
         raise PolicyError(f"study {study} is approved already", hint="See: konsil-hospital studies hospital.toml")
-    return Weighed(proposal, budget, _table(disclose(settings, plan, budget)))
+    return Weighed(proposal, budget, _table(disclose(settings, plan, budget, before=known)))
 
 
 def glance(settings: Settings, study: str) -> tuple[Proposed, Table]:
@@ -146,6 +160,7 @@ def sign_and_keep(settings: Settings, weighed: Weighed) -> None:
             budget=budget.terms,
         ),
         time=datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+        software_digest=software_digest(),
     )
     Consents(settings.state).approve(approval)
 

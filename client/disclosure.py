@@ -4,6 +4,7 @@ True counts are for the steward's own terminal. Nothing of this leaves the hospi
 """
 
 from client.budget import Budget, Price
+from client.consent import named
 from client.membership import read_roster
 from client.records.manifest import Manifest, read_manifest
 from client.records.population import Source
@@ -11,15 +12,24 @@ from client.settings import Settings
 from shared_models.encoding import NULL_COORDINATES
 from shared_models.nets.build import count_parameters
 from shared_models.plan import StudyPlan
+from shared_models.privacy.entries import Entry
 from shared_models.privacy.mechanisms import NEIGHBOURING, UNIT
 from shared_models.secagg.protocol import plan_threshold
+from shared_models.software import software_digest
 from shared_models.tasks import TableInput, Task, find_task
+from shared_models.versions import RELEASE
 
 Rows = list[tuple[str, str]]
 
 
-def disclose(settings: Settings, plan: StudyPlan, budget: Budget) -> Rows:
+def disclose(settings: Settings, plan: StudyPlan, budget: Budget, *, before: Entry | None = None) -> Rows:
     """All of it, as pairs of a heading and a text; reads the records to count patients.
+
+    Args:
+        settings: The hospital's own.
+        plan: What is to be decided on.
+        budget: As the ledger has it.
+        before: The ledger's approval of this study for other software, if that is why the steward is asked.
 
     Raises:
         FederationError: The task is not installed, the records do not fit it, or there is no roster.
@@ -31,10 +41,11 @@ def disclose(settings: Settings, plan: StudyPlan, budget: Budget) -> Rows:
         ("purpose", printable(plan.purpose)),
         ("data licence", printable(plan.data_licence)),
         ("coordinator", f"{settings.coordinator}, as its TLS certificate proves"),
+        *_software(plan, budget, before),
         *_peers(settings, plan),
         *_training(settings, plan, task, manifest),
         *_leaving(plan, task),
-        *_costs(plan, budget),
+        *_costs(plan, budget, again=before is not None),
     ]
 
 
@@ -42,6 +53,21 @@ def printable(text: str) -> str:
     """A text that somebody else wrote, on one line, without what could move a cursor or hide a part of it."""
     line = " ".join(text.split())
     return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in line)
+
+
+def _software(plan: StudyPlan, budget: Budget, before: Entry | None) -> Rows:
+    rows = [("software", f"Konsil {RELEASE}, {software_digest()}")]
+    if before is not None:
+        made, reserved = budget.charges(plan.study)
+        rows.append(
+            (
+                "asked again",
+                f"this study was approved for {named(before.software_digest)} on {before.time[:10]}, and the software "
+                f"here has changed since; {made} of its {reserved} charges are made; the price below is that of the "
+                "whole study, which is reserved already",
+            )
+        )
+    return rows
 
 
 def _peers(settings: Settings, plan: StudyPlan) -> Rows:
@@ -103,7 +129,7 @@ def _leaving(plan: StudyPlan, task: Task) -> Rows:
     return [("what leaves", f"{update}; {statistics}; {always}")]
 
 
-def _costs(plan: StudyPlan, budget: Budget) -> Rows:
+def _costs(plan: StudyPlan, budget: Budget, *, again: bool) -> Rows:
     terms, price = budget.terms, budget.price(plan)
     relation = f"per {UNIT}, {NEIGHBOURING}, by a Renyi filter at order {terms.order}"
     return [
@@ -112,13 +138,15 @@ def _costs(plan: StudyPlan, budget: Budget) -> Rows:
             f"epsilon {price.study_epsilon_filter:.4f} at delta {plan.privacy.delta:g}, {relation}; "
             f"the plan promises at most {plan.privacy.epsilon:g}",
         ),
-        ("budget left", _left(price, budget)),
+        ("budget left", _left(price, budget, again=again)),
     ]
 
 
-def _left(price: Price, budget: Budget) -> str:
+def _left(price: Price, budget: Budget, *, again: bool) -> str:
+    """Before and after; the same where the study is reserved already."""
     terms = budget.terms
+    now = "now and afterwards" if again else f"afterwards, {price.left_before:.4f} now"
     return (
-        f"epsilon {price.left_after:.4f} afterwards, {price.left_before:.4f} now, of {terms.epsilon:g} at delta "
+        f"epsilon {price.left_after:.4f} {now}, of {terms.epsilon:g} at delta "
         f"{terms.delta:g} for population {budget.population}"
     )

@@ -90,6 +90,8 @@ class StandingApproval(Frozen):
         minimum_noise_multiplier: Least sigma, of training steps and of a release.
         maximum_rounds: Most training runs, spare ones included.
         release_validation: False: plans that release no statistics only.
+        upgrades: No condition: what becomes of a study that is under way when the software here changes. ``ask`` the
+            steward, or ``follow``: the rule approves it again.
     """
 
     tasks: Annotated[tuple[Name, ...], Field(min_length=1)] | None = None
@@ -99,10 +101,11 @@ class StandingApproval(Frozen):
     minimum_noise_multiplier: Positive | None = None
     maximum_rounds: Count | None = None
     release_validation: bool = True
+    upgrades: Literal["ask", "follow"] = "ask"
 
     @model_validator(mode="after")
     def _says_something(self) -> "StandingApproval":
-        if not self.model_fields_set:
+        if not self.model_fields_set - {"upgrades"}:
             raise ValueError("a standing approval without a condition approves everything; name at least one")
         return self
 
@@ -163,9 +166,16 @@ class Policy(Frozen):
         """Fewest hospitals that must stay to the end of each sum."""
         return self.minimum_threshold or self.minimum_hospitals
 
-    def stands(self, plan: StudyPlan, coordinator: str) -> bool:
-        """Whether a standing rule approves this plan; whether the policy permits it is ``admit``'s question."""
-        return any(rule.covers(plan, coordinator) for rule in self.standing_approvals)
+    def stands(self, plan: StudyPlan, coordinator: str, *, upgrade: bool = False) -> bool:
+        """Whether a standing rule approves this plan; whether the policy permits it is ``admit``'s question.
+
+        Args:
+            plan: A new one, or one that is under way.
+            coordinator: Who proposes it.
+            upgrade: It is under way, and the software has changed since it was approved.
+        """
+        rules = [rule for rule in self.standing_approvals if rule.covers(plan, coordinator)]
+        return any(rule.upgrades == "follow" for rule in rules) if upgrade else bool(rules)
 
 
 def admit(plan: StudyPlan, policy: Policy, population: Population, site: Site) -> None:

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from client.books import Books
+from client.budget import holds
 from client.bundle import keep_receipt, keep_transcript
 from client.consent import Consents
 from client.device import choose_device
@@ -140,6 +141,7 @@ class Hospital:
         live: LiveSettings | None = None,
         test_random: Callable[[], SecureRandom] | None = None,
     ) -> None:
+        software_digest()  # of the code that was loaded, not of what an update puts in its place later
         self.settings = settings
         self.books = books
         self.egress = EgressLog(settings)
@@ -199,12 +201,12 @@ class Hospital:
     def enrol(self, proposal: Proposal) -> Enrolment:
         """A study is proposed: permitted by policy, affordable, approved by somebody, fit for the records; or refused.
 
-        Approving again what was approved before, after a restart, reserves nothing twice. No record is read before all
-        of the rest holds.
+        Approving again what was approved before, after a restart or for other software, reserves nothing twice. No
+        record is read before all of the rest holds.
 
         Raises:
             RolledBackError: This hospital's ledger lacks what it signed for.
-            PendingError: Nobody has approved it yet.
+            PendingError: Nobody has approved it yet, or not for the software that runs here.
             FederationError: The plan is malformed, not permitted, too dear, or does not fit the records.
         """
         plan = parse_plan(proposal.plan, "the proposed plan")
@@ -213,9 +215,12 @@ class Hospital:
         if self.settings.name not in (plan.hospitals or {self.settings.name}):
             raise PolicyError(f"study {plan.study} is for other hospitals", hint="Its plan names those that it is for.")
         self._admit(plan, count_parameters(plan.network, find_task(plan.task)))
-        if self.books.budget.check(plan) is None:
-            stands = policy.stands(plan, coordinator)
-            consent = self._consents.of(plan, public_bytes(self._identity), stands=stands)
+        known = self.books.budget.check(plan)
+        if known is None or not holds(known):
+            stands = policy.stands(plan, coordinator, upgrade=known is not None)
+            consent = self._consents.of(
+                plan, public_bytes(self._identity), software=software_digest(), stands=stands, before=known
+            )
             study = self._prepare(plan)
             self.books.budget.approve(
                 plan,

@@ -31,9 +31,16 @@ from shared_models.enrolment import (
     read_request,
     written,
 )
-from shared_models.errors import ConfigError, MalformedRosterError, OlderRosterError, RequestError
+from shared_models.errors import (
+    ConfigError,
+    MalformedRosterError,
+    OlderRosterError,
+    RequestError,
+    UnsupportedRosterError,
+)
 from shared_models.identity import create_key, fingerprint, public_bytes
 from shared_models.roster import Coordinator, Member, SignedRoster, UnsignedRoster, sign_roster, verify_roster
+from shared_models.versions import refuse_version
 
 SIGNED, STAGED = "roster.json", "roster.next.json"
 CERTIFICATES = "certificates"
@@ -227,6 +234,7 @@ def read_staged(path: Path) -> UnsignedRoster:
     try:
         return UnsignedRoster.model_validate_json(read_document(path))
     except ValidationError as error:
+        refuse_version(error, str(path), UnsupportedRosterError)
         raise MalformedRosterError(
             f"{path} is no staged roster: {explain(error)}", hint="It is the file that enrol or revoke wrote."
         ) from None

@@ -10,7 +10,7 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from server.halt import Halt
-from shared_models.errors import ProtocolError
+from shared_models.errors import ProtocolError, UnsupportedVersionError
 from shared_models.messages import Body, Lanes, Refusal, Vector, read_reply, request
 
 log = logging.getLogger("konsil.coordinator")
@@ -94,6 +94,9 @@ def _read(hospital: str, message: Message) -> Answer:
     """Validate one answer; what a peer does wrong costs that peer its place in the round, nobody else."""
     try:
         body, vector = read_reply(message)
+    except UnsupportedVersionError as error:
+        log.warning("%s: %s (%s)", hospital, error, error.hint)
+        return Answer(hospital, None, problem=error.code)
     except ProtocolError as error:
         log.warning("%s: %s", hospital, error)
         return Answer(hospital, None, problem=str(error))

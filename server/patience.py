@@ -8,19 +8,18 @@ from shared_models.errors import DailyRoundsError, ForgedApprovalError, OutsideH
 NOT_YET = frozenset({PendingError.code, ForgedApprovalError.code})  # to a proposal: the steward has not said yes
 NOT_NOW = frozenset({OutsideHoursError.code, DailyRoundsError.code})  # to a round: at another hour
 SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
-ASIDE_FOR_S, LONGEST_ASIDE_S = 10.0, 600.0  # a hospital whose answers have failed again and again
+ASIDE = (10.0, 600.0)  # a hospital whose answers have failed again and again
 
 
 class Patience:
     """Who is waited for, and until when.
 
     Args:
-        shortest_s: Length of a hospital's first pause.
-        longest_s: Length that no pause passes.
+        pauses: Length of a hospital's first pause, and the length that none passes, in seconds.
     """
 
-    def __init__(self, shortest_s: float = SHORTEST_PAUSE_S, longest_s: float = LONGEST_PAUSE_S) -> None:
-        self._shortest_s, self._longest_s = shortest_s, longest_s
+    def __init__(self, pauses: tuple[float, float] | None = None) -> None:
+        self._shortest_s, self._longest_s = pauses or (SHORTEST_PAUSE_S, LONGEST_PAUSE_S)
         self._pauses: dict[str, tuple[float, float]] = {}  # name -> (length of the pause, when it is over)
 
     def wait_for(self, hospital: str) -> bool:

@@ -8,8 +8,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from shared_models.config import Name, explain
 from shared_models.durable import replace_file
-from shared_models.errors import ConfigError
+from shared_models.errors import ConfigError, UnsupportedFileError
 from shared_models.receipts import Anchor, SignedReceipt, digest_of_all
+from shared_models.versions import refuse_version
 
 _Receipts = TypeAdapter(dict[Name, SignedReceipt])
 
@@ -29,6 +30,8 @@ class LastReceipts:
         try:
             self._last = _Receipts.validate_json(path.read_bytes()) if path.exists() else {}
         except (OSError, ValidationError) as error:
+            if isinstance(error, ValidationError):
+                refuse_version(error, str(path), UnsupportedFileError)
             text = explain(error) if isinstance(error, ValidationError) else error.strerror
             raise ConfigError(
                 f"{path} cannot be read: {text}",

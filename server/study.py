@@ -12,7 +12,7 @@ from server.fedavg import server_step
 from server.gather import Gather, Lease
 from server.halt import Halt
 from server.journal import Journal
-from server.patience import ASIDE_FOR_S, LONGEST_ASIDE_S, Patience
+from server.patience import ASIDE, Patience
 from server.progress import Progress
 from server.receipts import LastReceipts
 from server.store import State, Store
@@ -88,7 +88,7 @@ class Study:
         self.evidence = Evidence(self.folder)
         self.refused: dict[str, str] = {}
         self.pending, self.away = Patience(), Patience()  # approvals that are waited for; hospitals outside their hours
-        self.aside = Patience(ASIDE_FOR_S, LONGEST_ASIDE_S)  # hospitals that keep failing
+        self.aside = Patience(ASIDE)  # hospitals that keep failing
         self.refresh()
 
     def refresh(self) -> None:

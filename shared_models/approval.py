@@ -6,7 +6,7 @@ import rfc8785
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import Field
 
-from shared_models.config import Frozen, Name, Positive
+from shared_models.config import ALWAYS_WRITTEN, Evolving, Name, Positive
 from shared_models.errors import ForgedApprovalError, IdentityError
 from shared_models.identity import sign, verify
 from shared_models.privacy.entries import BudgetTerms, Digest, Signature, StudyLimit, Time
@@ -15,7 +15,7 @@ KIND = "study-approval"
 _HINT = "Nothing was approved. Look who wrote the file, then run konsil-hospital approve again."
 
 
-class ApprovedPrice(Frozen):
+class ApprovedPrice(Evolving):
     """What the steward was shown; per patient, by the hospital's Rényi filter.
 
     Attributes:
@@ -33,19 +33,22 @@ class ApprovedPrice(Frozen):
     budget: BudgetTerms
 
 
-class Approval(Frozen):
-    """A steward's yes to exactly this plan at this price.
+class Approval(Evolving):
+    """A steward's yes to exactly this plan, at this price, computed by this software.
 
     Attributes:
+        software_digest: ``software.software_digest`` of what was installed; None in approvals of release 0.1.0, which
+            did not say.
         time: UTC, by the hospital's own clock.
         signature: Ed25519 by the hospital's identity key over the canonical JSON of all the other fields.
     """
 
-    format: Literal["konsil-approval/1"] = "konsil-approval/1"
+    format: Annotated[Literal["konsil-approval/1"], ALWAYS_WRITTEN] = "konsil-approval/1"
     study: Name
     plan_digest: Digest
     price: ApprovedPrice
     time: Time
+    software_digest: Digest | None = None
     signature: Signature
 
     def payload(self) -> bytes:

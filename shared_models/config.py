@@ -32,23 +32,32 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
-LATER = "added after the format's first release"  # marks a field: ``Annotated[..., LATER]``
+class _AlwaysWritten:
+    """Marks a field that has a default and is written all the same; see ``Evolving``."""
 
 
-class Grown(Frozen):
-    """A format that was given more fields since it was first released.
+ALWAYS_WRITTEN = _AlwaysWritten()
+
+
+class Evolving(Frozen):
+    """What crosses the wire, is signed or is hashed, and may get more fields in later releases.
+
+    A field that has a default is left out while it holds it. So a release that adds one says what the release before
+    said, to the bit, until somebody uses the new field: an older strict reader can read it, and digests and signatures
+    are what they were. The fields with a default that the first release wrote anyway are marked ``ALWAYS_WRITTEN``; a
+    later field never is.
 
     Guarantees:
-        * A field marked ``LATER`` is left out of whatever is dumped while it holds its default. So what uses no new
-          field has the bytes and the digest that it always had, and is read by software that knows no such field.
-        * What is left out comes back as the default when it is read: dumping and reading lose nothing.
+        * Whoever adds a field with a default does not have to think of this, at any depth: it holds for every dump.
     """
 
     @model_serializer(mode="wrap")
-    def _without_later_defaults(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        fields: dict[str, Any] = dump(self)
+    def _leave_out_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = handler(self)
         for name, field in type(self).model_fields.items():
-            if LATER in field.metadata and getattr(self, name) == field.default:
+            if not (field.is_required() or ALWAYS_WRITTEN in field.metadata) and (
+                getattr(self, name) == field.get_default(call_default_factory=True)
+            ):
                 fields.pop(name, None)
         return fields
 

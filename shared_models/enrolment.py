@@ -16,17 +16,18 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from pydantic import Field, ValidationError
 
-from shared_models.config import Count, Frozen, Name, explain
-from shared_models.errors import IdentityError, RequestError
+from shared_models.config import ALWAYS_WRITTEN, Count, Evolving, Name, explain
+from shared_models.errors import IdentityError, RequestError, UnsupportedRosterError
 from shared_models.identity import fingerprint, sign, verify
 from shared_models.roster import Hex32, Member, NodeKey, SignedRoster, Text, UnsignedRoster
+from shared_models.versions import refuse_version
 
 REQUESTED, ROTATED = "enrolment-request", "enrolment-rotation"  # the kinds of signatures
 
 Pem = Annotated[str, Field(pattern=r"^-----BEGIN ", max_length=20_000)]
 
 
-class UnsignedRequest(Frozen):
+class UnsignedRequest(Evolving):
     """What a hospital asks to be put on the roster.
 
     Attributes:
@@ -35,7 +36,7 @@ class UnsignedRequest(Frozen):
         certificate_request: PKCS 10 in PEM for the TLS client key; signed by that key.
     """
 
-    format: Literal[1] = 1
+    format: Annotated[Literal[1], ALWAYS_WRITTEN] = 1
     name: Name
     display_name: Text
     identity: Hex32
@@ -84,10 +85,10 @@ class Request(UnsignedRequest):
     """
 
     signature: Signature
-    signature_before: Signature | None = None
+    signature_before: Annotated[Signature | None, ALWAYS_WRITTEN] = None
 
 
-class Kit(Frozen):
+class Kit(Evolving):
     """What a hospital needs to take part.
 
     Attributes:
@@ -99,7 +100,7 @@ class Kit(Frozen):
         certificate: The hospital's TLS client certificate, in PEM.
     """
 
-    format: Literal[1] = 1
+    format: Annotated[Literal[1], ALWAYS_WRITTEN] = 1
     name: Name
     roster: dict[str, Any]
     root: Hex32
@@ -161,6 +162,7 @@ def read_request(document: bytes) -> Request:
     try:
         request = Request.model_validate_json(document)
     except ValidationError as error:
+        refuse_version(error, "this request", UnsupportedRosterError)
         raise RequestError(
             f"this is no enrolment request: {explain(error)}", hint="It is the file that konsil-hospital init wrote."
         ) from None
@@ -184,6 +186,7 @@ def read_kit(document: bytes) -> Kit:
     try:
         return Kit.model_validate_json(document)
     except ValidationError as error:
+        refuse_version(error, "this kit", UnsupportedRosterError)
         raise RequestError(
             f"this is no kit: {explain(error)}", hint="It is the file NAME.kit.json that the coordinator wrote."
         ) from None

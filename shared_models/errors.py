@@ -121,6 +121,12 @@ class PendingError(FederationError):
     code = "pending"
 
 
+class SoftwareChangedError(PendingError):
+    """A study that was approved for other software than is installed now: it waits until somebody agrees again."""
+
+    code = "pending"
+
+
 class ForgedApprovalError(PendingError):
     """An approval that the hospital's own key did not sign, or not for this plan: the study goes on waiting."""
 
@@ -239,6 +245,48 @@ class NotEnrolledError(FederationError):
     """A round of a study that this hospital's process has not approved; the coordinator may propose it (again)."""
 
     code = "not-enrolled"
+
+
+class UnsupportedVersionError(FederationError):
+    """A message or file of a version that this release does not read; one class for each thing that has a version."""
+
+    code = "unsupported-version"
+
+
+class UnsupportedMessageError(UnsupportedVersionError, ProtocolError):
+    """A message of another version of the wire."""
+
+    code = "unsupported-version"
+
+
+class UnsupportedFileError(UnsupportedVersionError, ConfigError):
+    """A plan, a model or a file of the consent folder of another format."""
+
+    code = "unsupported-version"
+
+
+class UnsupportedRosterError(UnsupportedVersionError, RosterError):
+    """A roster, request or kit of another format."""
+
+    code = "unsupported-version"
+
+
+class UnsupportedApprovalError(UnsupportedVersionError, PendingError):
+    """A steward's approval of another format: the study waits for one that can be read."""
+
+    code = "pending"
+
+
+class UnsupportedEvidenceError(UnsupportedVersionError, EvidenceError):
+    """Evidence of another format."""
+
+    code = "unsupported-version"
+
+
+class UnsupportedLedgerError(UnsupportedVersionError, LedgerError):
+    """An entry that a later release wrote: training stops, and nothing is appended."""
+
+    code = "unsupported-version"
 
 
 # Secure aggregation. One class per refusal, so that a log says what was tried; see secagg/protocol.py.

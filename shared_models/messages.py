@@ -12,8 +12,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDic
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
-from shared_models.config import Name, explain
-from shared_models.errors import FederationError, ProtocolError
+from shared_models.config import ALWAYS_WRITTEN, Name, explain
+from shared_models.errors import FederationError, ProtocolError, UnsupportedMessageError
 from shared_models.receipts import Anchor, Digest, Receipt, SignedReceipt
 from shared_models.secagg.key_agreement import Advertisement, Announcement, SecAggMessage
 from shared_models.secagg.protocol import (
@@ -26,8 +26,8 @@ from shared_models.secagg.protocol import (
     Survivors,
     Unmasking,
 )
+from shared_models.versions import refuse_version
 
-WIRE_VERSION = 1
 PARAMETERS, LANES = "<f4", "<u4"  # what a vector can be: parameters, or integers modulo 2**32 under masks
 MAXIMUM_BODY_BYTES = 1_000_000
 
@@ -41,13 +41,14 @@ class Body(SecAggMessage):
     """What every message has.
 
     ``action`` is Flower's message type: it routes the message at the hospital. ``vector`` is the type of the vector
-    that comes along; None where none does.
+    that comes along; None where none does. ``version`` is the wire's: it grows only when a release says something that
+    the release before it could not read.
     """
 
     action: ClassVar[str]
     vector: ClassVar[str | None] = None
 
-    version: Literal[1] = 1
+    version: Annotated[Literal[1], ALWAYS_WRITTEN] = 1
 
 
 class Proposal(Body):
@@ -55,7 +56,7 @@ class Proposal(Body):
 
     action: ClassVar[str] = "query.propose"
     plan: dict[str, Any]
-    anchor: Anchor = Anchor()
+    anchor: Annotated[Anchor, ALWAYS_WRITTEN] = Anchor()
 
 
 class Enrolment(Body):
@@ -75,7 +76,7 @@ class AdvertiseRequest(Body):
 
     action: ClassVar[str] = "query.advertise"
     announcement: Announcement
-    anchor: Anchor = Anchor()
+    anchor: Annotated[Anchor, ALWAYS_WRITTEN] = Anchor()
 
 
 class Advertised(Body):
@@ -255,6 +256,7 @@ def decode(records: RecordDict, expected: type[BodyType]) -> tuple[BodyType, Vec
     """Take a message out of Flower's records, checking everything before it is used.
 
     Raises:
+        UnsupportedMessageError: It is of another version of the wire.
         ProtocolError: A record is missing, extra, too large, of another type, or does not validate; or the vector's
             declared shape, dtype and bytes disagree, or it holds NaN or infinity.
     """
@@ -270,6 +272,7 @@ def decode(records: RecordDict, expected: type[BodyType]) -> tuple[BodyType, Vec
     try:
         body = expected.model_validate_json(text)
     except ValidationError as error:
+        refuse_version(error, expected.__name__, UnsupportedMessageError)
         raise ProtocolError(f"{expected.__name__} is malformed: {explain(error)}", hint=_PEER_HINT) from None
     return body, _decode_vector(records, expected.vector) if expected.vector else None
 

@@ -8,11 +8,12 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from shared_models.errors import ConfigError
+from shared_models.errors import ConfigError, UnsupportedFileError
 from shared_models.nets.build import build_network
 from shared_models.plan import StudyPlan, parse_plan_json
 from shared_models.tasks import find_task
 from shared_models.update import load_model, save_model
+from shared_models.versions import unsupported_format
 
 FORMAT = "konsil-model/1"
 
@@ -34,6 +35,7 @@ def read_about(path: Path) -> dict[str, str]:
     """The texts of a model file: its format, its plan and its digest, and what ``write_model`` was told about it.
 
     Raises:
+        UnsupportedFileError: A later release wrote it.
         ConfigError: The file is missing, damaged, or not a model of this project.
     """
     hint = "Pass a model.safetensors or a checkpoint of a study."
@@ -42,7 +44,10 @@ def read_about(path: Path) -> dict[str, str]:
             metadata = dict(file.metadata() or {})
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"model {path} cannot be read: {error}", hint=hint) from None
-    if metadata.get("format") != FORMAT:
+    found = metadata.get("format", "")
+    if found.startswith("konsil-model/") and found != FORMAT:
+        raise unsupported_format(str(path), found, FORMAT, UnsupportedFileError)
+    if found != FORMAT:
         raise ConfigError(f"{path} is no Konsil model", hint=hint)
     return metadata
 

@@ -16,10 +16,9 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from shared_models.config import (
-    LATER,
+    ALWAYS_WRITTEN,
     Count,
-    Frozen,
-    Grown,
+    Evolving,
     Name,
     Positive,
     Probability,
@@ -27,47 +26,48 @@ from shared_models.config import (
     read_toml,
     refuse_together,
 )
-from shared_models.errors import ConfigError
+from shared_models.errors import ConfigError, UnsupportedFileError
+from shared_models.versions import refuse_version
 
 SMALLEST_COHORT = 3  # two hospitals would each learn the other's update from the sum
 LARGEST_COHORT = 100  # every hospital has a mask with every other; larger federations sample
 
 
-class LogisticRegression(Frozen):
+class LogisticRegression(Evolving):
     """Tabular: one linear layer."""
 
     name: Literal["logistic-regression"]
 
 
-class Mlp(Frozen):
+class Mlp(Evolving):
     """Tabular: linear layers with ReLU between them."""
 
     name: Literal["mlp"]
-    hidden: tuple[Count, ...] = (32,)
+    hidden: Annotated[tuple[Count, ...], ALWAYS_WRITTEN] = (32,)
 
 
-class Cnn(Frozen):
+class Cnn(Evolving):
     """Images: convolutions with GroupNorm, global average pooling, one linear layer."""
 
     name: Literal["cnn"]
-    channels: tuple[Count, ...] = (16, 32, 64)
+    channels: Annotated[tuple[Count, ...], ALWAYS_WRITTEN] = (16, 32, 64)
 
 
-class Lstm(Frozen):
+class Lstm(Evolving):
     """Series with missing values: values, mask and time since last seen enter together."""
 
     name: Literal["lstm"]
-    hidden: Count = 64
-    layers: Annotated[int, Field(ge=1, le=4)] = 1
+    hidden: Annotated[Count, ALWAYS_WRITTEN] = 64
+    layers: Annotated[int, Field(ge=1, le=4), ALWAYS_WRITTEN] = 1
 
 
-class Transformer(Frozen):
+class Transformer(Evolving):
     """Tokens or series: pre-norm encoder layers, mean over the positions that are there."""
 
     name: Literal["transformer"]
-    width: Count = 64
-    heads: Annotated[int, Field(ge=1, le=64)] = 4
-    layers: Annotated[int, Field(ge=1, le=48)] = 2
+    width: Annotated[Count, ALWAYS_WRITTEN] = 64
+    heads: Annotated[int, Field(ge=1, le=64), ALWAYS_WRITTEN] = 4
+    layers: Annotated[int, Field(ge=1, le=48), ALWAYS_WRITTEN] = 2
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> "Transformer":
@@ -82,7 +82,7 @@ Network = Annotated[LogisticRegression | Mlp | Cnn | Lstm | Transformer, Field(d
 SMALLEST_RATE = 1e-4  # of the learning rate: below it rounds are paid for and hardly move the model
 
 
-class ConstantRate(Frozen):
+class ConstantRate(Evolving):
     """The same learning rate in every round."""
 
     name: Literal["constant"]
@@ -92,7 +92,7 @@ class ConstantRate(Frozen):
         return 1.0
 
 
-class CosineRate(Frozen):
+class CosineRate(Evolving):
     """Half a cosine from the learning rate in the first round to ``final`` times it in the last.
 
     Source:
@@ -108,7 +108,7 @@ class CosineRate(Frozen):
         return min(1.0, self.final + (1 - self.final) * (1 + math.cos(math.pi * gone)) / 2)
 
 
-class StepRate(Frozen):
+class StepRate(Evolving):
     """The learning rate falls to ``by`` times what it was after every ``every`` rounds."""
 
     name: Literal["step"]
@@ -120,7 +120,7 @@ class StepRate(Frozen):
         return float(self.by ** ((round_number - 1) // self.every))
 
 
-class ExponentialRate(Frozen):
+class ExponentialRate(Evolving):
     """The learning rate falls to ``by`` times what it was after every round."""
 
     name: Literal["exponential"]
@@ -134,7 +134,7 @@ class ExponentialRate(Frozen):
 Schedule = Annotated[ConstantRate | CosineRate | StepRate | ExponentialRate, Field(discriminator="name")]
 
 
-class TrainingPlan(Grown):
+class TrainingPlan(Evolving):
     """What one round does at a hospital. Merely fast or slow: nothing here changes what privacy costs but ``steps``.
 
     Attributes:
@@ -147,8 +147,8 @@ class TrainingPlan(Grown):
 
     learning_rate: Positive
     steps: Annotated[int, Field(ge=1, le=100_000)]
-    proximal: Annotated[float, Field(ge=0, allow_inf_nan=False), LATER] = 0.0
-    schedule: Annotated[Schedule, LATER] = ConstantRate(name="constant")
+    proximal: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    schedule: Schedule = ConstantRate(name="constant")
 
     @model_validator(mode="after")
     def _the_pull_does_not_overshoot(self) -> "TrainingPlan":
@@ -161,13 +161,13 @@ class TrainingPlan(Grown):
 Decay = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]  # share of a running mean that is kept
 
 
-class FedAvg(Frozen):
+class FedAvg(Evolving):
     """Global parameters plus the weighted mean of the updates."""
 
     name: Literal["fedavg"]
 
 
-class FedAvgM(Frozen):
+class FedAvgM(Evolving):
     """FedAvg with momentum at the coordinator."""
 
     name: Literal["fedavgm"]
@@ -175,7 +175,7 @@ class FedAvgM(Frozen):
     momentum: Decay
 
 
-class FedAdam(Frozen):
+class FedAdam(Evolving):
     """Adam at the coordinator, over rounds."""
 
     name: Literal["fedadam"]
@@ -185,7 +185,7 @@ class FedAdam(Frozen):
     tau: Positive = 1e-3
 
 
-class FedYogi(Frozen):
+class FedYogi(Evolving):
     """Yogi at the coordinator, over rounds."""
 
     name: Literal["fedyogi"]
@@ -195,7 +195,7 @@ class FedYogi(Frozen):
     tau: Positive = 1e-3
 
 
-class FedAdagrad(Frozen):
+class FedAdagrad(Evolving):
     """Adagrad at the coordinator, over rounds; there is no second running mean, so no ``beta_2``."""
 
     name: Literal["fedadagrad"]
@@ -207,7 +207,7 @@ class FedAdagrad(Frozen):
 Averaging = Annotated[FedAvg | FedAvgM | FedAdam | FedYogi | FedAdagrad, Field(discriminator="name")]
 
 
-class PrivacyPlan(Frozen):
+class PrivacyPlan(Evolving):
     """The mechanism of every local step, and what it may cost; there is no honest default for any of it.
 
     Attributes:
@@ -225,10 +225,10 @@ class PrivacyPlan(Frozen):
     sample_rate: Probability
     epsilon: Positive
     delta: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
-    spare_charges: Annotated[int, Field(ge=0, le=999)] = 0
+    spare_charges: Annotated[int, Field(ge=0, le=999), ALWAYS_WRITTEN] = 0
 
 
-class EvaluationPlan(Frozen):
+class EvaluationPlan(Evolving):
     """Release of validation statistics: noised at the hospital with sigma * S, charged at sample rate 1.
 
     Attributes:
@@ -241,10 +241,10 @@ class EvaluationPlan(Frozen):
     every: Count
     clip: Positive
     noise_multiplier: Positive
-    bins: Annotated[int, Field(ge=2, le=1000, multiple_of=2)] = 20
+    bins: Annotated[int, Field(ge=2, le=1000, multiple_of=2), ALWAYS_WRITTEN] = 20
 
 
-class EarlyStopping(Frozen):
+class EarlyStopping(Evolving):
     """When a study ends before its last round: by released, noised statistics, and by nothing else.
 
     Attributes:
@@ -269,7 +269,7 @@ def _named_once(hospitals: tuple[str, ...] | None) -> tuple[str, ...] | None:
 Hospitals = Annotated[tuple[Name, ...], Field(min_length=SMALLEST_COHORT, max_length=10_000)]
 
 
-class StudyPlan(Grown):
+class StudyPlan(Evolving):
     """A study, whole: task, network, rounds, mechanism.
 
     Attributes:
@@ -295,19 +295,19 @@ class StudyPlan(Grown):
     purpose: Annotated[str, Field(min_length=10, max_length=2000)]
     task: Name
     data_licence: Annotated[str, Field(min_length=2, max_length=200)]
-    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
+    seed: Annotated[int, Field(ge=0, le=2**31 - 1), ALWAYS_WRITTEN] = 0
     rounds: Annotated[int, Field(ge=1, le=100_000)]
     minimum_hospitals: Annotated[int, Field(ge=SMALLEST_COHORT, le=LARGEST_COHORT)]
     deadline_s: Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
-    reply_grid_s: Annotated[float, Field(gt=0, le=60, allow_inf_nan=False)] = 0.1
+    reply_grid_s: Annotated[float, Field(gt=0, le=60, allow_inf_nan=False), ALWAYS_WRITTEN] = 0.1
     weight_cap: Count
     network: Network
     training: TrainingPlan
     privacy: PrivacyPlan
-    evaluation: EvaluationPlan | None = None
-    averaging: Annotated[Averaging, LATER] = FedAvg(name="fedavg")
-    early_stopping: Annotated[EarlyStopping | None, LATER] = None
-    hospitals: Annotated[Hospitals | None, AfterValidator(_named_once), LATER] = None
+    evaluation: Annotated[EvaluationPlan | None, ALWAYS_WRITTEN] = None
+    averaging: Averaging = FedAvg(name="fedavg")
+    early_stopping: EarlyStopping | None = None
+    hospitals: Annotated[Hospitals | None, AfterValidator(_named_once)] = None
 
     @model_validator(mode="after")
     def _its_parts_fit(self) -> "StudyPlan":
@@ -373,6 +373,7 @@ def parse_plan_json(text: str, source: str = "plan") -> StudyPlan:
     try:
         return StudyPlan.model_validate_json(text)
     except ValidationError as error:
+        refuse_version(error, source, UnsupportedFileError)
         raise ConfigError(f"{source}: {explain(error)}", hint="See docs/plan.md for every key and its range.") from None
 
 

@@ -10,14 +10,14 @@ from typing import Annotated, Any, Literal
 import rfc8785
 from pydantic import Field
 
-from shared_models.config import Frozen, Name
+from shared_models.config import ALWAYS_WRITTEN, Evolving, Name
 from shared_models.errors import ForeignReceiptError, IdentityError
 from shared_models.identity import verify
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-class Receipt(Frozen):
+class Receipt(Evolving):
     """What a hospital signs with every upload: the ledger entry that paid for it, and what its study has cost so far.
 
     Attributes:
@@ -37,7 +37,7 @@ class Receipt(Frozen):
     signature: Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
 
 
-class SignedReceipt(Frozen):
+class SignedReceipt(Evolving):
     """A receipt with everything that its signature covers: an upload, but for its vector.
 
     Attributes:
@@ -45,7 +45,7 @@ class SignedReceipt(Frozen):
     """
 
     type: Literal["Update", "ReleasedStatistics"]
-    version: Literal[1] = 1
+    version: Annotated[Literal[1], ALWAYS_WRITTEN] = 1
     study: Name
     round: Annotated[int, Field(ge=1, le=1_000_000)]
     attempt: Annotated[int, Field(ge=1, le=1_000)]
@@ -81,7 +81,7 @@ def digest_of_all(receipts: Mapping[str, SignedReceipt]) -> str:
     return hashlib.sha256(rfc8785.dumps({name: kept.digest for name, kept in receipts.items()})).hexdigest()
 
 
-class Anchor(Frozen):
+class Anchor(Evolving):
     """What a coordinator holds of a hospital, shown to it before anything new is asked.
 
     Attributes:
@@ -89,5 +89,5 @@ class Anchor(Frozen):
         everybody: ``digest_of_all`` of the last receipts of all hospitals.
     """
 
-    last: SignedReceipt | None = None
-    everybody: Digest = digest_of_all({})
+    last: Annotated[SignedReceipt | None, ALWAYS_WRITTEN] = None
+    everybody: Annotated[Digest, ALWAYS_WRITTEN] = digest_of_all({})

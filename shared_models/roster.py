@@ -14,7 +14,7 @@ import rfc8785
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import Field, ValidationError, model_validator
 
-from shared_models.config import Count, Frozen, Name, explain
+from shared_models.config import ALWAYS_WRITTEN, Count, Evolving, Name, explain
 from shared_models.errors import (
     ForeignRosterError,
     ForkedRosterError,
@@ -23,9 +23,11 @@ from shared_models.errors import (
     OlderRosterError,
     RepeatedMemberError,
     RosterSignatureError,
+    UnsupportedRosterError,
 )
 from shared_models.identity import fingerprint, public_bytes, sign, verify
 from shared_models.secagg.key_agreement import Roster
+from shared_models.versions import refuse_version
 
 SIGNED = "roster"  # the kind of signature
 
@@ -35,7 +37,7 @@ Text = Annotated[str, Field(min_length=1, max_length=200)]
 NodeKey = Annotated[str, Field(pattern=r"^ecdsa-sha2-nistp384 [A-Za-z0-9+/=]{1,300}$")]
 
 
-class Member(Frozen):
+class Member(Evolving):
     """One hospital, as the consortium admitted it.
 
     Attributes:
@@ -57,10 +59,10 @@ class Member(Frozen):
     node_key: NodeKey
     tls_key: Hex32
     public_size: Count
-    ledger_genesis: Hex32 | None = None
+    ledger_genesis: Annotated[Hex32 | None, ALWAYS_WRITTEN] = None
     valid_from: Seconds
     valid_until: Seconds
-    revoked: bool = False
+    revoked: Annotated[bool, ALWAYS_WRITTEN] = False
 
     @model_validator(mode="after")
     def _ends_after_it_begins(self) -> "Member":
@@ -73,7 +75,7 @@ class Member(Frozen):
         return not self.revoked and self.valid_from <= now < self.valid_until
 
 
-class Coordinator(Frozen):
+class Coordinator(Evolving):
     """Who runs the studies.
 
     Attributes:
@@ -84,10 +86,10 @@ class Coordinator(Frozen):
 
     name: Name
     address: Text
-    authority: Hex32 | None = None
+    authority: Annotated[Hex32 | None, ALWAYS_WRITTEN] = None
 
 
-class UnsignedRoster(Frozen):
+class UnsignedRoster(Evolving):
     """What the root key signs.
 
     Attributes:
@@ -98,7 +100,7 @@ class UnsignedRoster(Frozen):
         root_fingerprint: ``identity.fingerprint`` of the root public key.
     """
 
-    format: Literal[1] = 1
+    format: Annotated[Literal[1], ALWAYS_WRITTEN] = 1
     consortium: Name
     version: Annotated[int, Field(ge=1, le=2**31)]
     coordinator: Coordinator
@@ -159,7 +161,8 @@ def verify_roster(document: bytes | dict[str, Any], root_public: bytes, *, pinne
         pinned: The newest roster accepted before.
 
     Raises:
-        MalformedRosterError: It is not a roster of this format.
+        UnsupportedRosterError: It is of another format.
+        MalformedRosterError: It is not a roster.
         ForeignRosterError: It names another root key.
         RosterSignatureError: It has no signature, or one that the root key did not make.
         RepeatedMemberError: Two members share a name or a key.
@@ -193,6 +196,7 @@ def _parse(document: bytes | dict[str, Any]) -> SignedRoster:
             raise RosterSignatureError("the roster is not signed", hint="Sign it: konsil-coordinator sign.")
         return SignedRoster.model_validate_json(json.dumps(fields))
     except ValidationError as error:
+        refuse_version(error, "this roster", UnsupportedRosterError)
         raise MalformedRosterError(f"this is no roster: {explain(error)}", hint=hint) from None
     except (ValueError, TypeError, RecursionError):
         raise MalformedRosterError("this is no roster: it is not JSON", hint=hint) from None

@@ -10,8 +10,8 @@ import os
 import shutil
 import subprocess
 import threading
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 CLONE_NEWNET = 0x40000000
@@ -42,20 +42,84 @@ def enter(namespace: str) -> None:
     os.close(descriptor)
 
 
+class Relay:
+    """Passes bytes on to a port of loopback, late or not to the end.
+
+    Attributes:
+        address: Where it listens.
+        delay_s: Added to everything that passes, each way.
+        breaks: By direction, "up" to the coordinator or "down": after how many bytes each of the next connections that
+            carry so many dies. Then all live.
+        passed: Bytes that have passed, by direction.
+    """
+
+    def __init__(
+        self, host: str, port: int, loop: asyncio.AbstractEventLoop, breaks: Mapping[str, list[int]] | None = None
+    ) -> None:
+        self.delay_s, self.passed = 0.0, {"up": 0, "down": 0}
+        self.breaks = {"up": [], "down": [], **(breaks or {})}
+        self._port, self._loop = port, loop
+        self._writers: set[asyncio.StreamWriter] = set()
+        self._open = 0
+        self._server = asyncio.run_coroutine_threadsafe(asyncio.start_server(self._connected, host, 0), loop).result()
+        self.address = f"{host}:{self._server.sockets[0].getsockname()[1]}"
+
+    def close(self) -> None:
+        """Hang up."""
+        asyncio.run_coroutine_threadsafe(self._close(), self._loop).result()
+
+    async def _close(self) -> None:
+        self._server.close()
+        for writer in list(self._writers):
+            writer.transport.abort()
+        while self._open:  # every connection ends by itself once its sockets are gone
+            await asyncio.sleep(0.01)
+
+    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._open += 1
+        self._writers.add(writer)
+        with suppress(OSError):
+            there, back = await asyncio.open_connection("127.0.0.1", self._port)
+            both = {writer, back}
+            self._writers |= both
+            await asyncio.gather(self._pass(reader, back, "up", both), self._pass(there, writer, "down", both))
+            self._writers -= both
+        self._writers.discard(writer)
+        writer.close()
+        self._open -= 1
+
+    async def _pass(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, way: str, both: set[asyncio.StreamWriter]
+    ) -> None:
+        carried = 0
+        with suppress(OSError):
+            while data := await reader.read(1 << 16):
+                if self.delay_s:
+                    await asyncio.sleep(self.delay_s)
+                carried += len(data)
+                self.passed[way] += len(data)
+                if self.breaks[way] and carried > self.breaks[way][0]:
+                    self.breaks[way].pop(0)
+                    for end in both:
+                        end.transport.abort()
+                    return
+                writer.write(data)
+                await writer.drain()
+        with suppress(OSError):
+            writer.close()
+
+
 class Link:
     """The way from one hospital to the coordinator.
 
     Attributes:
         address: What the hospital dials.
         namespace: Where it must run.
-        delay_s: Added to everything that passes, each way.
     """
 
     def __init__(self, number: int, port: int, loop: asyncio.AbstractEventLoop) -> None:
         self.namespace, self._device = f"konsil-{os.getpid()}-{number}", f"kon{number}"
-        self.host, self.delay_s = f"10.77.{number}.1", 0.0
-        self._port, self._loop = port, loop
-        self._writers: set[asyncio.StreamWriter] = set()
+        self.host = f"10.77.{number}.1"
         inner = f"{self._device}i"
         _run("ip", "netns", "add", self.namespace)
         _run("ip", "link", "add", self._device, "type", "veth", "peer", "name", inner, "netns", self.namespace)
@@ -63,14 +127,12 @@ class Link:
         _run("ip", "link", "set", self._device, "up")
         _run("ip", "-n", self.namespace, "addr", "add", f"10.77.{number}.2/30", "dev", inner)
         _run("ip", "-n", self.namespace, "link", "set", inner, "up")
-        self._server = asyncio.run_coroutine_threadsafe(self._listen(), loop).result()
-        self.address = f"{self.host}:{self._server.sockets[0].getsockname()[1]}"
+        self._relay = Relay(self.host, port, loop)
+        self.address = self._relay.address
 
     def close(self) -> None:
         """Take it down."""
-        self._loop.call_soon_threadsafe(self._server.close)
-        for writer in list(self._writers):
-            self._loop.call_soon_threadsafe(writer.transport.abort)
+        self._relay.close()
         _run("ip", "link", "del", self._device)
         _run("ip", "netns", "del", self.namespace)
 
@@ -94,11 +156,11 @@ class Link:
 
     def move_away(self) -> None:
         """As far away that a message takes a fifth of a second."""
-        self.delay_s = 0.2
+        self._relay.delay_s = 0.2
 
     def mend(self) -> None:
         """All is well again."""
-        self.delay_s = 0.0
+        self._relay.delay_s = 0.0
         _run("ip", "link", "set", self._device, "up")
         for command in (
             ("tc", "qdisc", "del", "dev", self._device, "root"),
@@ -107,28 +169,19 @@ class Link:
         ):
             subprocess.run(command, check=False, capture_output=True)  # what was not broken needs no mending
 
-    async def _listen(self) -> asyncio.Server:
-        return await asyncio.start_server(self._connected, self.host, 0)
 
-    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._writers.add(writer)
-        with suppress(OSError):
-            there, back = await asyncio.open_connection("127.0.0.1", self._port)
-            self._writers.add(back)
-            await asyncio.gather(self._pass(reader, back), self._pass(there, writer))
-            self._writers.discard(back)
-        self._writers.discard(writer)
-        writer.close()
-
-    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(OSError):
-            while data := await reader.read(1 << 16):
-                if self.delay_s:
-                    await asyncio.sleep(self.delay_s)
-                writer.write(data)
-                await writer.drain()
-        with suppress(OSError):
-            writer.close()
+@contextmanager
+def running_loop() -> Iterator[asyncio.AbstractEventLoop]:
+    """An event loop in a thread of its own."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    try:
+        yield loop
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
 
 
 class Network:
@@ -136,21 +189,18 @@ class Network:
 
     def __init__(self, names: Sequence[str], port: int) -> None:
         self._names, self._port = names, port
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._over = ExitStack()
 
     def __enter__(self) -> dict[str, Link]:
-        self._thread.start()
-        self.links = {name: Link(number, self._port, self._loop) for number, name in enumerate(self._names, start=1)}
+        loop = self._over.enter_context(running_loop())
+        self.links = {name: Link(number, self._port, loop) for number, name in enumerate(self._names, start=1)}
         return self.links
 
     def __exit__(self, *_: object) -> None:
         for link in self.links.values():
             link.mend()
             link.close()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        self._over.close()
 
 
 def _run(*command: str | Path) -> None:

@@ -9,12 +9,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime
 from functools import cached_property
 from types import MappingProxyType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import rfc8785
 from pydantic import AfterValidator, Field, model_validator
 
-from shared_models.config import Count, Frozen, Name, Positive
+from shared_models.config import ALWAYS_WRITTEN, Count, Evolving, Frozen, Name, Positive
 from shared_models.errors import IdentityError, LedgerError
 from shared_models.identity import fingerprint, verify
 from shared_models.privacy.head import Head, Statement
@@ -43,7 +43,10 @@ Kind = Literal[
     "population-changed",
     "key-rotated",
     "checkpoint",
+    "plan-reapproved",
 ]
+
+KINDS = frozenset[str](get_args(Kind))
 
 GENESIS = "0" * 64  # what the first entry names as the one before it
 
@@ -53,6 +56,7 @@ _REQUIRED: Mapping[str, frozenset[str]] = MappingProxyType(
     {
         "budget-opened": frozenset({"population", "budget", "public_key"}),
         "plan-approved": _STUDY | {"population", "limit", "reservation"},
+        "plan-reapproved": _STUDY | {"population", "software_digest", "approved_by"},
         "charge": _ROUND | {"population", "mechanism", "parameters_digest"},
         "round-done": _ROUND,
         "release": _ROUND | {"mechanism"},
@@ -63,7 +67,7 @@ _REQUIRED: Mapping[str, frozenset[str]] = MappingProxyType(
 )
 
 
-class BudgetTerms(Frozen):
+class BudgetTerms(Evolving):
     """What a population's budget was opened with; fixed from then on.
 
     Attributes:
@@ -77,18 +81,18 @@ class BudgetTerms(Frozen):
     delta: Delta
     order: Annotated[int, Field(ge=2, le=LARGEST_ORDER)]
     public_size: Count
-    unit: Literal["patient"] = "patient"
-    neighbouring: Literal["add or remove one patient"] = "add or remove one patient"
+    unit: Annotated[Literal["patient"], ALWAYS_WRITTEN] = "patient"
+    neighbouring: Annotated[Literal["add or remove one patient"], ALWAYS_WRITTEN] = "add or remove one patient"
 
 
-class StudyLimit(Frozen):
+class StudyLimit(Evolving):
     """What the plan of one study promises to stay within."""
 
     epsilon: Positive
     delta: Delta
 
 
-class Reserved(Frozen):
+class Reserved(Evolving):
     """Charges that an approval set aside: so many of one mechanism."""
 
     mechanism: Mechanism

@@ -17,15 +17,16 @@ import rfc8785
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import BaseModel, Field, ValidationError
 
-from shared_models.config import Frozen, Name, explain
+from shared_models.config import ALWAYS_WRITTEN, Evolving, Name, explain
 from shared_models.durable import replace_file
-from shared_models.errors import EvidenceError, IdentityError
+from shared_models.errors import EvidenceError, IdentityError, UnsupportedEvidenceError, UnsupportedLedgerError
 from shared_models.identity import public_bytes, sign, verify
-from shared_models.privacy.entries import Digest, Entry, Signature, Time, canonical_json
+from shared_models.privacy.entries import KINDS, Digest, Entry, Signature, Time, canonical_json
 from shared_models.privacy.head import Head, Statement
 from shared_models.receipts import SignedReceipt
 from shared_models.secagg.key_agreement import Roster
 from shared_models.secagg.protocol import Transcript
+from shared_models.versions import refuse_entry, refuse_version
 
 MANIFEST, MANIFEST_KIND = "manifest.json", "evidence-bundle"
 PARTS = ("ledger.jsonl", "head.json", "receipts.jsonl", "transcripts.jsonl", "anchors.jsonl", "roster.json")
@@ -37,14 +38,14 @@ _HINT = "It was changed after it was packed, or made by another version. Ask the
 Model = TypeVar("Model", bound=BaseModel)
 
 
-class Part(Frozen):
+class Part(Evolving):
     """One file in the archive."""
 
     bytes: Annotated[int, Field(ge=0, le=LARGEST_PART)]
     sha256: Digest
 
 
-class Manifest(Frozen):
+class Manifest(Evolving):
     """What a bundle holds, signed with the hospital's identity key.
 
     Attributes:
@@ -54,21 +55,21 @@ class Manifest(Frozen):
         parts: Every file but this one, by name.
     """
 
-    format: Literal["konsil-evidence/1"] = "konsil-evidence/1"
+    format: Annotated[Literal["konsil-evidence/1"], ALWAYS_WRITTEN] = "konsil-evidence/1"
     hospital: Name
     time: Time
     public_key: Digest
     software_digest: Digest
     egress_digest: Digest
     parts: dict[str, Part]
-    signature: Signature = "0" * 128
+    signature: Annotated[Signature, ALWAYS_WRITTEN] = "0" * 128
 
     def payload(self) -> bytes:
         """What is signed: canonical JSON of all of it but the signature."""
         return rfc8785.dumps(self.model_dump(mode="json", exclude={"signature"}))
 
 
-class Shown(Frozen):
+class Shown(Evolving):
     """What a coordinator showed a hospital before it asked for something; see ``receipts.Anchor``.
 
     Attributes:
@@ -78,9 +79,9 @@ class Shown(Frozen):
 
     time: str
     study: Name
-    purpose: Literal["train", "evaluate"] | None = None
-    round: int | None = None
-    attempt: int | None = None
+    purpose: Annotated[Literal["train", "evaluate"] | None, ALWAYS_WRITTEN] = None
+    round: Annotated[int | None, ALWAYS_WRITTEN] = None
+    attempt: Annotated[int | None, ALWAYS_WRITTEN] = None
     last: Digest | None
     everybody: Digest
 
@@ -164,6 +165,7 @@ def unpack(path: Path) -> Bundle:
         * Nothing is written, nothing unpickled, and no part is larger than its manifest says.
 
     Raises:
+        UnsupportedVersionError: A later release wrote it, or a part of it.
         EvidenceError: What does not hold.
     """
     try:
@@ -171,9 +173,13 @@ def unpack(path: Path) -> Bundle:
             return _bundle(*_contents(archive))
     except (OSError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError) as error:
         raise EvidenceError(f"{path} cannot be read: {error}", hint=_HINT) from None
+    except UnsupportedLedgerError:
+        raise
     except EvidenceError as error:
         raise EvidenceError(f"{path}: {error}", hint=error.hint) from None
     except (ValidationError, ValueError, TypeError, LookupError, RecursionError) as error:
+        if isinstance(error, ValidationError):
+            refuse_version(error, str(path), UnsupportedEvidenceError)
         text = explain(error) if isinstance(error, ValidationError) else type(error).__name__
         raise EvidenceError(f"{path} holds something that is no evidence: {text}", hint=_HINT) from None
 
@@ -217,7 +223,7 @@ def _bundle(manifest: Manifest, parts: Mapping[str, bytes]) -> Bundle:
     identities = {name: bytes.fromhex(key) for name, key in roster["identities"].items()}
     return Bundle(
         manifest=manifest,
-        entries=tuple(_parsed(parts["ledger.jsonl"], Entry)),
+        entries=tuple(_entries(parts["ledger.jsonl"])),
         head=Head((_statement(slots[0]), _statement(slots[1]))) if slots else None,
         receipts=tuple(_parsed(parts["receipts.jsonl"], SignedReceipt)),
         transcripts=tuple(_parsed(parts["transcripts.jsonl"], Transcript)),
@@ -233,6 +239,15 @@ def _lines(models: Iterable[BaseModel]) -> bytes:
 
 def _parsed(data: bytes, kind: type[Model]) -> Iterator[Model]:
     return (kind.model_validate_json(line) for line in data.splitlines())
+
+
+def _entries(data: bytes) -> Iterator[Entry]:
+    for number, line in enumerate(data.splitlines(), start=1):
+        try:
+            yield Entry.model_validate_json(line)
+        except ValidationError:
+            refuse_entry(line, KINDS, f"ledger entry {number}")
+            raise
 
 
 def _slot(statement: Statement | None) -> dict[str, Any] | None:

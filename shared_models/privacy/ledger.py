@@ -25,6 +25,7 @@ from shared_models.errors import LedgerError
 from shared_models.identity import fingerprint, public_bytes, sign
 from shared_models.privacy.entries import (
     GENESIS,
+    KINDS,
     BudgetTerms,
     Chain,
     Entry,
@@ -39,6 +40,7 @@ from shared_models.privacy.entries import (
     wrong,
 )
 from shared_models.privacy.head import Head, HeadWriter, create_head, head_path, read_head
+from shared_models.versions import refuse_entry
 
 # Whoever needs a ledger needs its entries too, and finds both here.
 __all__ = [
@@ -422,6 +424,7 @@ def _read_row(row: tuple[Any, Any, Any, Any]) -> Entry:
     try:
         entry = parse_entry(body, signature)
     except (ValueError, TypeError, RecursionError):
+        refuse_entry(body, KINDS, f"ledger entry {seq}")
         raise wrong(seq, "it cannot be read") from None
     if entry.canonical != body:
         raise wrong(seq, "it is not in canonical form")

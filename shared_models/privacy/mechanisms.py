@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from shared_models.config import Count, Frozen, Positive, Probability
+from shared_models.config import ALWAYS_WRITTEN, Count, Evolving, Positive, Probability
 from shared_models.errors import ConfigError
 from shared_models.plan import StudyPlan
 
@@ -24,7 +24,7 @@ _SEARCHED_ORDERS = (*range(2, 64), *(round(64 * 1.1**i) for i in range(45)))  # 
 _LARGEST_NOISE = 10_000  # no plan needs more; beyond it, epsilon is the conversion's floor and not the noise's
 
 
-class PoissonGaussian(Frozen):
+class PoissonGaussian(Evolving):
     """Steps that each Poisson-sample patients, clip each one's gradient, and add Gaussian noise to the sum.
 
     Attributes:
@@ -35,7 +35,7 @@ class PoissonGaussian(Frozen):
         expected_batch: Denominator of the mean, public. Does not enter the price.
     """
 
-    kind: Literal["poisson-gaussian"] = "poisson-gaussian"
+    kind: Annotated[Literal["poisson-gaussian"], ALWAYS_WRITTEN] = "poisson-gaussian"
     sample_rate: Probability
     noise_multiplier: Positive
     steps: Count
@@ -43,7 +43,7 @@ class PoissonGaussian(Frozen):
     expected_batch: Positive
 
 
-class GaussianRelease(Frozen):
+class GaussianRelease(Evolving):
     """Statistics of all validation patients, each clipped, the sum noised: every patient takes part.
 
     Attributes:
@@ -52,10 +52,10 @@ class GaussianRelease(Frozen):
         releases: Releases of this charge, each with fresh noise.
     """
 
-    kind: Literal["gaussian-release"] = "gaussian-release"
+    kind: Annotated[Literal["gaussian-release"], ALWAYS_WRITTEN] = "gaussian-release"
     noise_multiplier: Positive
     clip: Positive
-    releases: Count = 1
+    releases: Annotated[Count, ALWAYS_WRITTEN] = 1
 
 
 Mechanism = Annotated[PoissonGaussian | GaussianRelease, Field(discriminator="kind")]

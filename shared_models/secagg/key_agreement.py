@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from pydantic import ConfigDict, Field
 
-from shared_models.config import Frozen, Name
+from shared_models.config import ALWAYS_WRITTEN, Evolving, Name
 from shared_models.errors import IdentityError, KeySignatureError, UnknownHospitalError, WeakKeyError
 from shared_models.identity import sign, verify
 
@@ -33,7 +33,7 @@ Purpose = Literal["train", "evaluate"]
 Entropy = Callable[[int], bytes]
 
 
-class SecAggMessage(Frozen):
+class SecAggMessage(Evolving):
     """Anything that crosses the wire or is kept as evidence: frozen, sizes checked, bytes as base64 in JSON."""
 
     model_config = ConfigDict(ser_json_bytes="base64", val_json_bytes="base64")
@@ -50,7 +50,7 @@ class Announcement(SecAggMessage):
         threshold: t, hospitals without whom nothing is unmasked; one number for all.
     """
 
-    protocol: Literal["secure-aggregation/v1"] = PROTOCOL
+    protocol: Annotated[Literal["secure-aggregation/v1"], ALWAYS_WRITTEN] = PROTOCOL
     purpose: Purpose
     study: Name
     plan_digest: Digest

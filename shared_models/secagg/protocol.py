@@ -16,7 +16,7 @@ import os
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import rfc8785
@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from numpy.typing import NDArray
 
-from shared_models.config import Name
+from shared_models.config import ALWAYS_WRITTEN, Name
 from shared_models.errors import (
     AttemptEndedError,
     BadShareError,
@@ -265,10 +265,10 @@ class Transcript(SecAggMessage):
     """
 
     announcement: Announcement
-    cohort: tuple[Advertisement, ...] = ()
-    commitments: tuple[SignedDigest, ...] = ()
-    uploaders: tuple[Name, ...] = ()
-    agreements: tuple[Agreement, ...] = ()
+    cohort: Annotated[tuple[Advertisement, ...], ALWAYS_WRITTEN] = ()
+    commitments: Annotated[tuple[SignedDigest, ...], ALWAYS_WRITTEN] = ()
+    uploaders: Annotated[tuple[Name, ...], ALWAYS_WRITTEN] = ()
+    agreements: Annotated[tuple[Agreement, ...], ALWAYS_WRITTEN] = ()
 
     @property
     def context(self) -> bytes | None:

@@ -21,6 +21,7 @@ from tests.client.test_policy import plan
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 OTHER_KEY = Ed25519PrivateKey.from_private_bytes(bytes(32))
 PUBLIC = public_bytes(KEY)
+HERE = "5" * 64  # digest of the software that is installed
 PRICE = ApprovedPrice(
     epsilon=0.9,
     limit=StudyLimit(epsilon=1.0, delta=5e-4),
@@ -33,7 +34,7 @@ PRICE = ApprovedPrice(
 def approval_of(study: StudyPlan, key: Ed25519PrivateKey = KEY) -> Approval:
     """A steward's approval, with this key."""
     fields = {"study": study.study, "plan_digest": study.digest(), "time": "2026-03-02T08:00:00.000Z"}
-    return sign_approval(key, price=PRICE, **fields)
+    return sign_approval(key, price=PRICE, software_digest=HERE, **fields)
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ def consents(tmp_path: Path) -> Consents:
 
 def propose(consents: Consents, study: StudyPlan) -> Consent:
     """As the daemon asks, without a standing rule."""
-    return consents.of(study, PUBLIC, stands=False)
+    return consents.of(study, PUBLIC, software=HERE, stands=False)
 
 
 # waiting
@@ -66,7 +67,7 @@ def test_a_study_that_nobody_approved_waits_on_the_disk(consents: Consents, tmp_
 
 def test_a_standing_rule_leaves_nothing_on_the_disk(consents: Consents) -> None:
     """A coordinator that is trusted to propose as it likes must not fill the disk with it either."""
-    assert consents.of(plan(), PUBLIC, stands=True) == Consent("standing-rule")
+    assert consents.of(plan(), PUBLIC, software=HERE, stands=True) == Consent("standing-rule")
 
     assert consents.waiting() == []
 
@@ -202,7 +203,7 @@ def test_any_other_approval_is_named_and_the_study_goes_on_waiting(
 
     for stands in (False, True):
         with pytest.raises(ForgedApprovalError, match=reason):
-            consents.of(plan(), PUBLIC, stands=stands)
+            consents.of(plan(), PUBLIC, software=HERE, stands=stands)
 
     assert [waiting.study for waiting in consents.waiting()] == ["a-study"]
 
@@ -234,7 +235,7 @@ def test_a_no_is_final_for_the_name(consents: Consents) -> None:
     consents.approve(approval_of(plan(rounds=2)))
     for study in (plan(), plan(rounds=2)):
         with pytest.raises(PolicyError, match="was refused by this hospital's steward"):
-            consents.of(study, PUBLIC, stands=True)
+            consents.of(study, PUBLIC, software=HERE, stands=True)
 
 
 def test_a_purpose_cannot_move_the_terminals_cursor() -> None:

@@ -159,7 +159,9 @@ def test_a_forged_approval_is_told_from_a_missing_one_and_the_study_goes_on_wait
         approve(asked)
         approval = consents.approved(asked.plan.study)
         assert approval is not None
-        fields = {name: getattr(approval, name) for name in ("study", "plan_digest", "price", "time")}
+        fields = {
+            name: getattr(approval, name) for name in ("study", "plan_digest", "price", "time", "software_digest")
+        }
         consents.approve(sign_approval(Ed25519PrivateKey.generate(), **fields))
 
     answered_at_proposal(asked, 2, forge)

@@ -202,7 +202,7 @@ WRONG: list[tuple[Keys, Any]] = [
     (("study",), ""),
     (("task",), "A Task"),
     (("purpose",), "short"),
-    (("format",), 2),
+    (("format",), "one"),
     (("network",), {"name": "resnet"}),
     (("network",), {"name": "transformer", "width": 10, "heads": 4}),
     (("network",), {"name": "lstm", "channels": [3]}),

@@ -39,7 +39,7 @@ from shared_models.messages import (
     signed_receipt,
 )
 from shared_models.metrics import compute_metrics, record_statistics
-from shared_models.privacy.entries import GENESIS, BudgetTerms, Chain, Entry, StudyLimit, possession
+from shared_models.privacy.entries import GENESIS, BudgetTerms, Chain, Entry, Reserved, StudyLimit, possession
 from shared_models.privacy.evidence import PARTS, Manifest, Part
 from shared_models.privacy.head import HeadWriter, create_head
 from shared_models.privacy.mechanisms import (
@@ -115,19 +115,16 @@ def known_answers() -> dict[str, Any]:
     update = Update(study="a-study", round=2, attempt=1, context="e" * 64, receipt=receipt)
     last = {"ann": signed_receipt(update), "bob": signed_receipt(update.model_copy(update={"round": 3}))}
     anchor = Anchor(last=last["ann"], everybody=digest_of_all(last))
-    approval = sign_approval(
-        KEY,
-        study="a-study",
-        plan_digest="f" * 64,
-        price=ApprovedPrice(
-            epsilon=0.9,
-            limit=StudyLimit(epsilon=1.0, delta=5e-4),
-            left_before=2.0,
-            left_after=1.1,
-            budget=BudgetTerms(epsilon=2.0, delta=1e-4, order=14, public_size=200),
-        ),
-        time="2026-03-02T08:00:00.000Z",
+    price = ApprovedPrice(
+        epsilon=0.9,
+        limit=StudyLimit(epsilon=1.0, delta=5e-4),
+        left_before=2.0,
+        left_after=1.1,
+        budget=BudgetTerms(epsilon=2.0, delta=1e-4, order=14, public_size=200),
     )
+    agreed = {"study": "a-study", "plan_digest": "f" * 64, "price": price, "time": "2026-03-02T08:00:00.000Z"}
+    approval = sign_approval(KEY, **agreed)
+    of_software = sign_approval(KEY, **agreed, software_digest="a" * 64)
     played = play_round()
     delivery = next(iter(played.deliveries.values()))
     encodings = {purpose: encoding(RELEASING, purpose, parameters=31, hospitals=4) for purpose in ("train", "evaluate")}
@@ -165,7 +162,9 @@ def known_answers() -> dict[str, Any]:
         "anchor": {"last": last["ann"].digest, "everybody": anchor.everybody},
         "evidence_manifest": _manifest().payload().hex(),
         "approval": {"json": approval.model_dump(mode="json"), "payload": approval.payload().hex()},
+        "approval_of_software": {"json": of_software.model_dump(mode="json"), "payload": of_software.payload().hex()},
         "ledger": _ledger(),
+        "ledger_after_an_upgrade": _upgraded(of_software.signature),
         "random": {"uniform": random.uniform(3).tolist(), "gaussian": random.gaussian(3).tolist()},
         "renyi_divergence": {
             "sampled, order 4": renyi_divergence(step, 4),
@@ -210,6 +209,25 @@ def _ledger() -> dict[str, Any]:
             _head_file((KEY, entries[0]), (NEW_KEY, entries[1])),
         ],
     }
+
+
+def _upgraded(approval: str) -> list[dict[str, str]]:
+    """A study that was approved, and approved again for other software."""
+    terms, chain = BudgetTerms(epsilon=1.0, delta=1e-4, order=20, public_size=100), Chain()
+    step = PoissonGaussian(sample_rate=0.05, noise_multiplier=1.0, steps=400, clip=1.0, expected_batch=5.0)
+    opening = {"population": "all", "budget": terms, "public_key": public_bytes(KEY).hex()}
+    study = {"population": "all", "study": "a-study", "plan_digest": "f" * 64}
+    first = {
+        **study,
+        "limit": StudyLimit(epsilon=1.0, delta=5e-4),
+        "reservation": (Reserved(mechanism=step, charges=3),),
+        "approved_by": "standing-rule",
+        "software_digest": "b" * 64,
+    }
+    again = {**study, "approved_by": "steward", "approval": approval, "software_digest": "a" * 64}
+    kinds: dict[str, dict[str, Any]] = {"budget-opened": opening, "plan-approved": first, "plan-reapproved": again}
+    entries = [_entry(chain, kind, "2026-01-02T03:04:05.678Z", **fields) for kind, fields in kinds.items()]
+    return [{"body": e.canonical.decode(), "signature": e.signature, "hash": e.hash} for e in entries]
 
 
 def _entry(chain: Chain, kind: str, time: str, **fields: Any) -> Entry:
