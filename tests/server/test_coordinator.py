@@ -1,5 +1,6 @@
 """The SuperLink inside our process: who gets in, what is served, how soon a hospital is back."""
 
+import asyncio
 import ssl
 import threading
 import time
@@ -18,7 +19,7 @@ from flwr.proto.message_pb2 import PullObjectRequest, PullObjectResponse
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
 from client.daemon import FleetConnection, _tls
-from server.coordinator import FLEET_CALLS, SuperLink
+from server.coordinator import FLEET_CALLS, LONG_POLL_S, SuperLink, _Doorbell
 from server.gather import Gather
 from server.pki import publish_tls_key
 from server.trial import hand_out
@@ -173,6 +174,20 @@ def test_an_exchange_does_not_wait_for_a_poll(keys: Keys, link: SuperLink, monke
     assert pulled.count(False) <= 12  # one after each message, one at each end
     assert len(available) >= 10
     assert all(available)
+
+
+def test_a_ring_before_the_first_pull_is_not_lost() -> None:
+    """A hospital is asked something as soon as it is online, which is before it has pulled for the first time."""
+
+    async def ring_then_wait() -> bool:
+        doorbell = _Doorbell()
+        doorbell.public_keys[7] = b"north"
+        doorbell.begin()
+        await asyncio.to_thread(doorbell.ring, [7])
+        bell = await asyncio.wait_for(doorbell.wait(b"north"), LONG_POLL_S / 2)
+        return bell is not None
+
+    assert asyncio.run(ring_then_wait())
 
 
 def test_a_killed_hospital_is_back_at_once(keys: Keys, link: SuperLink) -> None:
