@@ -40,7 +40,7 @@ _OF_THE_STUDY = frozenset(
     {
         *("time", "event", "study", "plan_digest", "rounds", "rounds_done", "parameters", "state", "queue"),
         *("round", "attempt", "purpose", "opened", "threshold", "charged", "bytes_up", "stages", "stage", "seconds"),
-        *("metrics_released",),
+        *("metrics_released", "metrics"),
     }
 )
 _OF_HOSPITALS = frozenset({"epsilon_filter", "dropped", "answered", "missing", "hospitals"})
@@ -64,7 +64,7 @@ def to_message(study: str, position: int, event: Mapping[str, Any]) -> pb.Event:
 
 
 def from_message(message: pb.Event) -> dict[str, Any]:
-    """The event as the journal has it, with ``study`` and ``position``. What was None may be absent."""
+    """The event as the journal has it, with ``study`` and ``position``. What was None is absent or empty."""
     part = message.WhichOneof("facts")
     facts = to_dict(getattr(message, part)) if part else {}
     return {"time": message.time, "event": message.kind, "study": message.study, **facts, "position": message.position}
