@@ -305,7 +305,7 @@ def _in_training(folder: Path, patient: str) -> bool:
         ({"patient": None}, 'name the patient column (patient = "...") or declare one_row_per_patient = true'),
         ({"file": "../data.csv"}, "file: must be a relative path to a file inside"),
         ({"file": "/etc/passwd.csv"}, "file: must be a relative path to a file inside"),
-        ({"file": "data.xlsx"}, "must end in .csv or .parquet"),
+        ({"file": "data.xlsx"}, "must end in .csv, .parquet or .npz"),
         ({"file": None}, "file: Field required"),
         ({"validation_fraction": 0.95}, "validation_fraction: "),
         ({"validation_fraction": float("nan")}, "validation_fraction: "),
