@@ -10,7 +10,7 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from shared_models.errors import ProtocolError
-from shared_models.messages import Body, Lanes, Refusal, Vector, read_reply, request
+from shared_models.messages import Body, Lanes, Refusal, Vector, read_reply, request_all
 
 log = logging.getLogger("konsil.coordinator")
 
@@ -64,10 +64,9 @@ class Gather:
         """
         nodes = self.online()
         asked = {name: nodes[name] for name in requests if name in nodes}
-        messages = [
-            request(*requests[name], node_id=lease.node_id, group_id=group, ttl_s=deadline_s + GRACE_S)
-            for name, lease in asked.items()
-        ]
+        messages = request_all(
+            {lease.node_id: requests[name] for name, lease in asked.items()}, group_id=group, ttl_s=deadline_s + GRACE_S
+        )
         if not messages:
             return
         waiting = dict(zip(self._grid.push_messages(messages), asked, strict=True))
