@@ -367,9 +367,7 @@ def _report(
         "metrics": dict(final),
         "metrics_released": progress.released,
         "baselines": dict(baselines),
-        "hospitals": {
-            name: stated(statement) for name, statement in finished["hospitals"].items()
-        },
+        "hospitals": {name: stated(statement) for name, statement in finished["hospitals"].items()},
         "secure_aggregation": progress.secure_aggregation(),
         "model": finished["model"],
         "card": str(card),

@@ -1,7 +1,7 @@
 """A whole federation in one process: the installed ServerApp and ClientApp, with masks, ledgers and privacy as ever.
 
 Only the transport is missing. A message is handed over as it is, not as bytes, and a hospital computes its reply when
-the coordinator pulls it: one hospital works at a time, and one reply exists at a time, however many hospitals there are.
+the coordinator pulls it: one hospital works at a time, and one reply exists at a time, however many there are.
 """
 
 import importlib
@@ -82,7 +82,6 @@ class CallGrid(Grid):
     def __init__(self, settings_files: Mapping[str, Path]) -> None:
         self.offline: set[str] = set()
         self._settings_files = dict(settings_files)
-        self._app = hospital_app()
         self._node_of = {name: FIRST_NODE + number for number, name in enumerate(settings_files)}
         self._name_of = {node_id: name for name, node_id in self._node_of.items()}
         self._waiting: dict[str, Message] = {}
@@ -93,12 +92,10 @@ class CallGrid(Grid):
         """There is one run, and nobody asks for it."""
         raise AssertionError("not called")
 
-    def set_run(self, run: Run) -> None:
+    def set_run(self, *_: Any) -> None:
         """There is one run."""
 
-    def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
-    ) -> Message:
+    def create_message(self, *_: Any, **__: Any) -> Message:
         """Deprecated in Flower, and never called."""
         raise AssertionError("not called")
 
@@ -134,10 +131,10 @@ class CallGrid(Grid):
     def call(self, name: str, message: Message) -> Message:
         """What the hospital's installed ClientApp answers."""
         node_config: UserConfig = {"settings": str(self._settings_files[name])}
-        answer: Message = self._app.app(message, Context(RUN, self._node_of[name], node_config, RecordDict(), {}))
+        answer: Message = hospital_app().app(message, Context(RUN, self._node_of[name], node_config, RecordDict(), {}))
         return answer
 
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+    def send_and_receive(self, *_: Any, **__: Any) -> Iterable[Message]:
         """Not used: answers are gathered as they come."""
         raise AssertionError("not called")
 
@@ -182,7 +179,7 @@ class FewOpenGrid(CallGrid):
             self._close(self._open.popitem()[0])
 
     def _close(self, name: str) -> None:
-        self._app.close_hospital(str(self._settings_files[name]))
+        hospital_app().close_hospital(str(self._settings_files[name]))
 
 
 def run_server_app(
@@ -290,7 +287,8 @@ def hospitals_in(records: Path, public_size: int | None) -> list[ExampleHospital
     if (records / "example.json").is_file():
         found = list(read_example(records).hospitals)
         return [
-            h.model_copy(update={"folder": records / h.name, "public_size": public_size or h.public_size}) for h in found
+            h.model_copy(update={"folder": records / h.name, "public_size": public_size or h.public_size})
+            for h in found
         ]
     homes = sorted(path.parent for path in records.glob("*/manifest.toml"))
     if not homes:
@@ -412,9 +410,7 @@ def _report(progress: Progress, plan: StudyPlan, folder: Path, seconds: float) -
         "secure_aggregation": progress.secure_aggregation(),
         "model": progress.finished["model"],
         "card": progress.finished["card"],
-        "ledgers": {
-            name: str(folder / "hospitals" / name / "state" / "ledger.sqlite") for name in progress.hospitals
-        },
+        "ledgers": {name: str(folder / "hospitals" / name / "state" / "ledger.sqlite") for name in progress.hospitals},
     }
 
 

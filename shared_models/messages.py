@@ -309,9 +309,7 @@ def request(
     return Message(encode(body, vector), dst_node_id=node_id, message_type=body.action, group_id=group_id, ttl=ttl_s)
 
 
-def request_all(
-    requests: Mapping[int, tuple[Body, Vector | None]], *, group_id: str, ttl_s: float
-) -> list[Message]:
+def request_all(requests: Mapping[int, tuple[Body, Vector | None]], *, group_id: str, ttl_s: float) -> list[Message]:
     """Wrap requests to several nodes, by node id. Those that bring the same vector share one copy of it."""
     records: dict[int, ArrayRecord] = {}
     messages = []

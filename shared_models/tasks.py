@@ -194,9 +194,7 @@ TRIAL_IMAGES = Task(
     loss="cross-entropy",
 )
 
-TASKS: Mapping[str, Task] = MappingProxyType(
-    {task.name: task for task in (BREAST_CANCER, HEART_DISEASE, TRIAL_IMAGES)}
-)
+TASKS: Mapping[str, Task] = MappingProxyType({task.name: task for task in (BREAST_CANCER, HEART_DISEASE, TRIAL_IMAGES)})
 
 
 def find_task(name: str) -> Task:

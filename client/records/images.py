@@ -41,7 +41,8 @@ def read_images(
     wanted = (schema.channels, schema.height, schema.width)
     if pixels.dtype != np.uint8 or pixels.shape[1:] != wanted:
         raise RecordsError(
-            f"{manifest.file}: images are {pixels.dtype} of shape {pixels.shape[1:]}, not uint8 of {wanted}", hint=_CHECK
+            f"{manifest.file}: images are {pixels.dtype} of shape {pixels.shape[1:]}, not uint8 of {wanted}",
+            hint=_CHECK,
         )
     if not len(pixels):
         raise RecordsError(f"{manifest.file} has no images", hint="Export the records again.")
