@@ -10,7 +10,7 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from shared_models.errors import ProtocolError
-from shared_models.messages import Body, Lanes, Refusal, Vector, read_reply, request_all
+from shared_models.messages import Body, Lanes, Refusal, Vector, let_go, read_reply, request_all
 
 log = logging.getLogger("konsil.coordinator")
 
@@ -92,6 +92,8 @@ def _read(hospital: str, message: Message) -> Answer:
     except ProtocolError as error:
         log.warning("%s: %s", hospital, error)
         return Answer(hospital, None, problem=str(error))
+    finally:
+        let_go(message)
     if isinstance(body, Refusal):
         return Answer(hospital, body, problem=body.code)
     return Answer(hospital, body, vector)
