@@ -136,7 +136,12 @@ def test_a_reply_is_computed_when_it_is_pulled(federation: Federation, monkeypat
     """One reply at a time exists: a push computes nothing, and each pull computes one."""
     asked: list[str] = []
     grid = grid_of(federation)
-    monkeypatch.setattr(grid, "call", lambda name, message: asked.append(name) or message)
+
+    def answer(name: str, message: Message) -> Message:
+        asked.append(name)
+        return message
+
+    monkeypatch.setattr(grid, "call", answer)
     bodies = {100 + number: (StudyEnd(study="a", plan_digest="a" * 64), None) for number in range(3)}
 
     keys = list(grid.push_messages(request_all(bodies, group_id="", ttl_s=1.0)))
@@ -150,7 +155,7 @@ def test_a_reply_is_computed_when_it_is_pulled(federation: Federation, monkeypat
 def test_requests_with_the_same_vector_share_one_copy(federation: Federation) -> None:
     """A hundred hospitals get a hundred messages and one model; each message still holds the vector's numbers."""
     vector = np.arange(5, dtype=np.float32)
-    delivery = Delivery.model_construct()
+    delivery = Delivery.model_construct(context=b"", commitments=(), sealed={})
     bodies = {number: (TrainRequest.model_construct(delivery=delivery), vector) for number in range(100, 103)}
 
     sent = [message.content.array_records["vector"]["vector"] for message in _requests(bodies)]
