@@ -12,7 +12,7 @@ average what their clients send. Contenders:
 * plain: the same number of steps in one process, without federation and privacy.
 
 Each runs as a process of its own. Seconds are those of the process and all its descendants, also of those that it left
-behind; memory is the summed proportional set size of all of them, sampled ten times a second. With --runs the fastest
+behind; memory is the summed proportional set size of all of them, sampled four times a second. With --runs the fastest
 run counts, and the smallest peak. Peers are skipped, with the reason, where they are not installed:
 ``pip install 'konsil[peers]'``.
 """
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 CHANNELS = (24, 32, 64, 136)
 CLIENTS, PICTURES, ROUNDS, STEPS, BATCH, LEARNING_RATE = 4, 1000, 3, 31, 32, 0.05
 CPU_S, PEAK_MB = 35.0, 1000.0  # targets
-SAMPLE_EVERY_S = 0.1
+SAMPLE_EVERY_S = 0.25
 LONGEST_S = 600.0
 NEEDS = {"flower": "ray", "nvflare": "nvflare"}
 CONTENDERS = ("ours", "ours_processes", "flower", "nvflare", "plain")
