@@ -8,7 +8,8 @@ is an in-process Grid in front of a pipe: a reply is made when it is pulled.
 Time: ``konsil-coordinator simulate`` with 1e5 parameters, masks, ledgers and private training, all in one process
 (in-process Grid): 10 to 100 hospitals, all asked, and 1,000, of which 100 are asked. The hospitals work one after the
 other, and each has a mask with every other: simulated time has a quadratic part that hospitals with machines of their
-own share out among them. What is linear is the coordinator's own processor time, and its slope is fitted.
+own share out among them. It is fitted to processor time, which other work on the machine changes little. What is linear
+is the coordinator's own processor time, and its slope is fitted.
 """
 
 import argparse
@@ -307,19 +308,19 @@ def measure_time(width: int) -> dict[str, float]:
         }
         if hospitals < MANY:
             asked.append(hospitals)
-            seconds.append(round_s)
+            seconds.append(found["cpu_seconds"])
         print(
             f"n {hospitals:>4}: round {round_s:6.2f} s; {found['seconds']:6.1f} s from keys to model, "
             f"{found['cpu_seconds']:6.1f} s of processor time, {found['peak_memory_mb']:.0f} MB "
             f"(load {os.getloadavg()[0]:.1f})",
             flush=True,
         )
-    n = np.array(asked, dtype=np.float64)
-    (linear, quadratic), *_ = np.linalg.lstsq(np.stack([n, n * n], axis=1), np.array(seconds), rcond=None)
+    quadratic, linear, start = np.polyfit(asked, seconds, 2)
     return figures | {
         "seconds_1000_hospitals": figures[f"simulated_round_s_n{MANY}"],
-        "simulated_s_per_hospital": float(linear),
-        "simulated_s_per_pair": float(quadratic),
+        "simulated_cpu_s_start": float(start),
+        "simulated_cpu_s_per_hospital": float(linear),
+        "simulated_cpu_s_per_hospital_squared": float(quadratic),
     }
 
 
@@ -349,8 +350,9 @@ def main() -> None:
         f"{figures['coordinator_off_line']:.1%} of the largest off the line"
     )
     print(
-        f"simulated round: {figures['simulated_s_per_hospital']:.4f} s per hospital + "
-        f"{figures['simulated_s_per_pair'] * 1000:.4f} ms per pair of hospitals"
+        f"simulated study of one round, processor time: {figures['simulated_cpu_s_start']:.1f} s + n * "
+        f"{figures['simulated_cpu_s_per_hospital']:.3f} s + n^2 * "
+        f"{figures['simulated_cpu_s_per_hospital_squared'] * 1000:.2f} ms, up to n = 100"
     )
     print(f"1,000 hospitals, 100 asked: a round in {figures['seconds_1000_hospitals']:.1f} s on {os.cpu_count()} cores")
     if options.json is not None:
