@@ -18,7 +18,7 @@ from client.records.records import Records
 from client.records.report import describe, summarise
 from client.records.tabular import read_table
 from shared_models.errors import FederationError, RecordsError
-from shared_models.tasks import HEART_DISEASE, Categorical, ImageInput, Numeric, TableInput, Task
+from shared_models.tasks import HEART_DISEASE, Categorical, Numeric, TableInput, Task, TokensInput
 
 KEY = b"the key of a test"
 TASK = Task(
@@ -346,10 +346,10 @@ def test_a_manifest_that_is_none_is_refused(tmp_path: Path, spoil: Callable[[Pat
 
 
 def test_a_task_that_reads_no_tables_is_refused(tmp_path: Path) -> None:
-    """A table cannot answer a task on images."""
-    images = TASK.model_copy(update={"input": ImageInput(channels=1, height=28, width=28)})
+    """A table cannot answer a task on tokens."""
+    tokens = TASK.model_copy(update={"input": TokensInput(vocabulary=10, length=4)})
 
-    assert "does not read tables" in refusal(write(tmp_path), images)
+    assert "does not read tables" in refusal(write(tmp_path), tokens)
 
 
 # check-data
