@@ -44,4 +44,4 @@ bench: $(DONE)  ## The benchmarks; each prints ratios measured in one run (make 
 	@for script in $(or $(ARGS),$(wildcard bench/*.py)); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 clean:  ## Remove the environment and everything that was built
-	rm -rf $(VENV) build dist *.egg-info .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache konsil-demo
+	rm -rf $(VENV) build dist *.egg-info .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache konsil-demo konsil-simulation

@@ -49,6 +49,12 @@ def hospital_at(settings_file: str) -> Hospital:
     return _hospitals[settings_file]
 
 
+def close_hospital(settings_file: str) -> None:
+    """Close one hospital, as the end of its process would; what it knew of an attempt under way is gone."""
+    if settings_file in _hospitals:
+        _hospitals.pop(settings_file).close()
+
+
 def close_hospitals() -> None:
     """Close every hospital that this process opened, and with it the lock on its ledger."""
     while _hospitals:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -68,7 +69,7 @@ from shared_models.messages import (
     signed_receipt,
 )
 from shared_models.nets.build import build_network, count_parameters
-from shared_models.plan import StudyPlan, parse_plan
+from shared_models.plan import Network, StudyPlan, parse_plan
 from shared_models.privacy.mechanisms import GaussianRelease, PoissonGaussian, release_mechanism, training_mechanism
 from shared_models.receipts import Receipt
 from shared_models.secagg import protocol
@@ -256,8 +257,7 @@ class Hospital:
         source = Source(task)
         population = source.current(self.settings)
         self._registry.check(population.members, has_spent=self.books.budget.has_spent)
-        model = build_network(plan.network, task, seed=plan.seed).to(self.device)
-        self_check(model, task, clip=plan.privacy.clip)
+        model = _checked_network(plan.network, task, plan.seed, plan.privacy.clip, self.device)
         return Study(plan, plan.digest(), task, model, source, population)
 
     def advertise(self, request: AdvertiseRequest) -> Advertised:
@@ -465,6 +465,18 @@ class Hospital:
         signed = body.model_copy(update={"receipt": receipt.model_copy(update={"signature": signature})})
         keep_receipt(self.settings.state, signed_receipt(signed))
         return signed
+
+
+@lru_cache(maxsize=4)
+def _checked_network(network: Network, task: Task, seed: int, clip: float, device: torch.device) -> torch.nn.Module:
+    """The network of a plan, checked. Kept: a study that is proposed again pays for no second check.
+
+    Hospitals in one process share it, as they do where a study is simulated: one trains at a time, and each writes the
+    global parameters into it before it reads a record.
+    """
+    model = build_network(network, task, seed=seed).to(device)
+    self_check(model, task, clip=clip)
+    return model
 
 
 def _cohort_policy(policy: Policy) -> protocol.CohortPolicy:

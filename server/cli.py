@@ -87,6 +87,47 @@ def demo(
     run_demo(options, Console())
 
 
+@app.command()
+def simulate(
+    plan: Annotated[Path, typer.Argument(help="The study plan (TOML).")],
+    records: Annotated[
+        Path | None, typer.Option(help="Folder of the hospitals' records folders; without it records are made up.")
+    ] = None,
+    hospitals: Annotated[
+        int | None, typer.Option(min=1, max=10_000, help="Hospitals to make up, or to take from --records; there, all.")
+    ] = None,
+    patients: Annotated[int, typer.Option(min=1, max=1_000_000, help="Of each made-up hospital.")] = 100,
+    public_size: Annotated[
+        int | None, typer.Option(min=1, help="Declared for each hospital of --records; not for `example` data.")
+    ] = None,
+    folder: Annotated[
+        Path | None, typer.Option(help="Where everything goes; must not exist. Default: konsil-simulation/STUDY-TIME.")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of made-up records; never of noise.")] = 0,
+    threads: Annotated[int, typer.Option(min=1, max=1024, help="Of torch.")] = 1,
+) -> None:
+    """Run a study with many hospitals in this one process: masks, ledgers and privacy as ever, no network."""
+    from rich.console import Console
+
+    from server.simulate import Options, run_simulation
+
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", force=True)
+    now = datetime.now().astimezone().strftime("%Y%m%d-%H%M%S")
+    options = Options(
+        plan=plan,
+        folder=folder or Path("konsil-simulation") / f"{plan.stem}-{now}",
+        records=records,
+        hospitals=hospitals,
+        patients=patients,
+        public_size=public_size,
+        seed=seed,
+        threads=threads,
+        json_file=json_file,
+    )
+    run_simulation(options, Console())
+
+
 def main() -> None:
     """Entry point of ``konsil-coordinator``."""
     terminal.run(app)

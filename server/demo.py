@@ -118,7 +118,7 @@ def run_demo(options: Options, console: Console) -> None:
     """
     started = time.monotonic()
     check_study(options.study)
-    folder = _fresh_folder(options.folder)
+    folder = fresh_folder(options.folder)
     try:
         example = _prepare(folder, options)
         plan = fit_plan(example, options.rounds)
@@ -336,7 +336,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _fresh_folder(folder: Path) -> Path:
+def fresh_folder(folder: Path) -> Path:
     """Make the demo's folder; one that is in use is never written into."""
     try:
         folder.mkdir(parents=True)
@@ -375,9 +375,7 @@ def _report(
         "metrics": dict(final),
         "metrics_released": progress.released,
         "baselines": dict(baselines),
-        "hospitals": {
-            name: {key: statement[key] for key in _STATED} for name, statement in finished["hospitals"].items()
-        },
+        "hospitals": {name: stated(statement) for name, statement in finished["hospitals"].items()},
         "secure_aggregation": progress.secure_aggregation(),
         "model": finished["model"],
         "card": str(card),
@@ -396,6 +394,11 @@ _STATED = (
     "budget_epsilon",
     "public_size",
 )
+
+
+def stated(statement: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a hospital's statement in the journal, what a report shows."""
+    return {key: statement[key] for key in _STATED}
 
 
 def _view(progress: Progress) -> Group:

@@ -11,7 +11,7 @@ from flwr.serverapp import Grid
 
 from server.halt import Halt
 from shared_models.errors import ProtocolError, UnsupportedVersionError
-from shared_models.messages import Body, Lanes, Refusal, Vector, read_reply, request
+from shared_models.messages import Body, Lanes, Refusal, Vector, let_go, read_reply, request_all
 
 log = logging.getLogger("konsil.coordinator")
 
@@ -68,10 +68,9 @@ class Gather:
         """
         nodes = self.online()
         asked = {name: nodes[name] for name in requests if name in nodes}
-        messages = [
-            request(*requests[name], node_id=lease.node_id, group_id=group, ttl_s=deadline_s + GRACE_S)
-            for name, lease in asked.items()
-        ]
+        messages = request_all(
+            {lease.node_id: requests[name] for name, lease in asked.items()}, group_id=group, ttl_s=deadline_s + GRACE_S
+        )
         if not messages:
             return
         waiting = dict(zip(self._grid.push_messages(messages), asked, strict=True))
@@ -100,6 +99,8 @@ def _read(hospital: str, message: Message) -> Answer:
     except ProtocolError as error:
         log.warning("%s: %s", hospital, error)
         return Answer(hospital, None, problem=str(error))
+    finally:
+        let_go(message)
     if isinstance(body, Refusal):
         return Answer(hospital, body, problem=body.code)
     return Answer(hospital, body, vector)

@@ -5,6 +5,7 @@ parameters as little-endian float32 on the way out, encrypted sums' lanes as lit
 Nothing here is ever unpickled, and a vector's size is checked before it is read.
 """
 
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import numpy as np
@@ -239,17 +240,20 @@ REPLIES: dict[str, tuple[type[Body], ...]] = {
 BodyType = TypeVar("BodyType", bound=Body)
 
 
-def encode(body: Body, vector: Vector | Lanes | None = None) -> RecordDict:
-    """Put a message into Flower's records."""
+def encode(body: Body, vector: Vector | Lanes | ArrayRecord | None = None) -> RecordDict:
+    """Put a message into Flower's records; a vector may be one already, and is not copied then."""
     if (body.vector is not None) != (vector is not None):
         raise ProtocolError(f"{type(body).__name__} and its vector do not belong together")
     records = RecordDict()
     records[_BODY] = ConfigRecord({"type": type(body).__name__, "json": body.model_dump_json()})
     if body.vector is not None and vector is not None:
-        data = np.ascontiguousarray(vector, dtype=body.vector).tobytes()
-        array = Array(dtype=body.vector, shape=(len(vector),), stype="raw", data=data)
-        records[_VECTOR] = ArrayRecord({_VECTOR: array})
+        records[_VECTOR] = vector if isinstance(vector, ArrayRecord) else _array_record(vector, body.vector)
     return records
+
+
+def _array_record(vector: Vector | Lanes, dtype: str) -> ArrayRecord:
+    data = np.ascontiguousarray(vector, dtype=dtype).tobytes()
+    return ArrayRecord({_VECTOR: Array(dtype=dtype, shape=(len(vector),), stype="raw", data=data)})
 
 
 def decode(records: RecordDict, expected: type[BodyType]) -> tuple[BodyType, Vector | Lanes | None]:
@@ -301,9 +305,23 @@ def _decode_vector(records: RecordDict, dtype: str) -> Vector | Lanes:
     return vector
 
 
-def request(body: Body, vector: Vector | Lanes | None, *, node_id: int, group_id: str, ttl_s: float) -> Message:
+def request(
+    body: Body, vector: Vector | Lanes | ArrayRecord | None, *, node_id: int, group_id: str, ttl_s: float
+) -> Message:
     """Wrap a coordinator's request into a Flower message to one node."""
     return Message(encode(body, vector), dst_node_id=node_id, message_type=body.action, group_id=group_id, ttl=ttl_s)
+
+
+def request_all(requests: Mapping[int, tuple[Body, Vector | None]], *, group_id: str, ttl_s: float) -> list[Message]:
+    """Wrap requests to several nodes, by node id. Those that bring the same vector share one copy of it."""
+    records: dict[int, ArrayRecord] = {}
+    messages = []
+    for node_id, (body, vector) in requests.items():
+        if vector is not None and body.vector is not None and id(vector) not in records:
+            records[id(vector)] = _array_record(vector, body.vector)
+        shared = None if vector is None else records[id(vector)]
+        messages.append(request(body, shared, node_id=node_id, group_id=group_id, ttl_s=ttl_s))
+    return messages
 
 
 def reply(body: Body, vector: Vector | Lanes | None, to: Message) -> Message:
@@ -332,6 +350,17 @@ def read_reply(message: Message) -> tuple[Body, Vector | Lanes | None]:
     if allowed is None:
         raise ProtocolError("a reply of an unknown kind", hint=_PEER_HINT)
     return decode(records, next((kind for kind in allowed if kind.__name__ == said), allowed[0]))
+
+
+def let_go(message: Message) -> None:
+    """Drop a message's arrays once they have been read; a vector that was taken out of it stays.
+
+    Flower's records refer to themselves, so that without this every vector would stay in memory until Python's garbage
+    collector happens to look: with a hundred hospitals dozens of models at once.
+    """
+    if message.has_content():
+        for arrays in message.content.array_records.values():
+            arrays.clear()
 
 
 def not_admitted(to: Message) -> Message:

@@ -185,7 +185,16 @@ HEART_DISEASE = Task(
     loss="binary-cross-entropy",
 )
 
-TASKS: Mapping[str, Task] = MappingProxyType({task.name: task for task in (BREAST_CANCER, HEART_DISEASE)})
+TRIAL_IMAGES = Task(
+    name="trial-images",
+    description="Ten kinds of made-up pictures, for trials and benchmarks: without any clinical meaning.",
+    input=ImageInput(channels=1, height=28, width=28),
+    label="kind",
+    classes=tuple(f"kind-{number}" for number in range(10)),
+    loss="cross-entropy",
+)
+
+TASKS: Mapping[str, Task] = MappingProxyType({task.name: task for task in (BREAST_CANCER, HEART_DISEASE, TRIAL_IMAGES)})
 
 
 def find_task(name: str) -> Task:

@@ -65,7 +65,7 @@ def check_vector(vector: NDArray[np.float32], length: int) -> None:
 
 def vector_digest(vector: NDArray[np.float32]) -> str:
     """SHA-256 of the vector's little-endian float32 bytes, in hexadecimal: the same on every machine."""
-    return hashlib.sha256(vector.astype("<f4").tobytes()).hexdigest()
+    return hashlib.sha256(np.ascontiguousarray(vector, dtype="<f4").data).hexdigest()
 
 
 def update_bound(*, training: TrainingPlan, privacy: PrivacyPlan, parameters: int, expected_batch: float) -> float:

@@ -12,25 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
-from flwr.app import ConfigRecord, Context, Message, RecordDict
-from flwr.app.user_config import UserConfig
-from flwr.proto.node_pb2 import NodeInfo
-from flwr.serverapp import Grid
+from flwr.app import Message
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
-from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-import client.app
-from client.app import app as client_app
-from client.app import close_hospitals
+from client.app import close_hospital, close_hospitals
 from client.books import LEDGER
 from client.settings import Settings, read_settings
-from server.app import app as server_app
 from server.demo import hospital_settings, plan_text
 from server.examples import Example, write_example
 from server.journal import read_events
 from server.pki import create_hospital_keys
+from server.simulate import COORDINATOR_NODE, RUN, CallGrid, run_server_app
 from server.trial import hand_out, trial_root, trial_roster
 from shared_models.config import read_toml
 from shared_models.identity import public_bytes, read_public
@@ -38,8 +32,6 @@ from shared_models.plan import StudyPlan
 from shared_models.privacy.ledger import Entry, read_ledger
 from shared_models.roster import members_now, verify_roster
 from shared_models.secagg.key_agreement import Roster
-
-COORDINATOR_NODE, FIRST_NODE, RUN = 1, 100, 7
 
 
 def travel(message: Message) -> tuple[Message, bytes]:
@@ -56,79 +48,32 @@ def travel(message: Message) -> tuple[Message, bytes]:
 Tamper = Callable[[str, Message], Message | None]
 
 
-class Wire(Grid):
-    """Flower's Grid over nothing but function calls.
+class Wire(CallGrid):
+    """A ``CallGrid`` over which every message travels as bytes.
 
     Attributes:
-        offline: Hospitals that do not answer.
         tamper: Looks at, changes or loses a hospital's reply on its way: (hospital, reply) -> reply or None.
         on_request: Looks at a request before its hospital does: (hospital, request).
         trace: Every byte that crossed, by direction: (from, to, bytes).
     """
 
     def __init__(self, settings_files: dict[str, Path]) -> None:
-        self.offline: set[str] = set()
+        super().__init__(settings_files)
         self.tamper: Tamper = lambda _hospital, reply: reply
         self.on_request: Callable[[str, Message], None] = lambda _hospital, _request: None
         self.trace: list[tuple[str, str, bytes]] = []
-        self._settings_files = settings_files
-        self._node_of = {name: FIRST_NODE + i for i, name in enumerate(settings_files)}
-        self._replies: dict[str, Message] = {}
-
-    @property
-    def run(self) -> Run:
-        """There is one run, and nobody asks for it."""
-        raise AssertionError("not called")
-
-    def set_run(self, run: Run) -> None:
-        """There is one run."""
-
-    def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
-    ) -> Message:
-        """Deprecated in Flower, and never called."""
-        raise AssertionError("not called")
-
-    def get_node_ids(self) -> Iterable[int]:
-        """Node ids of the hospitals that are online."""
-        return [node.node_id for node in self.get_nodes()]
-
-    def get_nodes(self) -> Iterable[NodeInfo]:
-        """The hospitals that are online."""
-        return [NodeInfo(node_id=i, name=n) for n, i in self._node_of.items() if n not in self.offline]
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Deliver each request to its hospital and keep its answer."""
-        ids = []
-        for number, message in enumerate(messages):
-            name = next(n for n, i in self._node_of.items() if i == message.metadata.dst_node_id)
-            ids.append(f"{len(self.trace)}-{number}")
-            answer = self.deliver(name, message)
-            if answer is not None:
-                self._replies[ids[-1]] = answer
-        return ids
 
     def deliver(self, name: str, message: Message) -> Message | None:
         """One request to one hospital, and its answer; both as bytes on the way."""
         request, wire = travel(message)
         self.trace.append(("coordinator", name, wire))
         self.on_request(name, request)
-        node_config: UserConfig = {"settings": str(self._settings_files[name])}
-        answer = client_app(request, Context(RUN, self._node_of[name], node_config, RecordDict(), {}))
-        tampered = self.tamper(name, answer)
+        tampered = self.tamper(name, self.call(name, request))
         if tampered is None or name in self.offline:
             return None
         reply, wire = travel(tampered)
         self.trace.append((name, "coordinator", wire))
         return reply
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Hand out the answers to these requests, once."""
-        return [self._replies.pop(key) for key in list(message_ids) if key in self._replies]
-
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        """Not used: answers are gathered as they come."""
-        raise AssertionError("not called")
 
 
 @dataclass
@@ -186,20 +131,14 @@ class Federation:
         folder = self.folder / name
         plan_file = self.folder / f"{name}.toml"
         plan_file.write_text(plan_text(self.plan), encoding="utf-8")
-        identities = ConfigRecord()
-        identities.update(
-            {name: read_public(self.folder / "public" / f"{name}.identity.pub").hex() for name in self.names}
+        run_server_app(
+            self.wire,
+            plan_file=plan_file,
+            folder=folder,
+            state=self.folder,
+            public_sizes={hospital.name: hospital.public_size for hospital in self.example.hospitals},
+            identities={name: read_public(self.folder / "public" / f"{name}.identity.pub") for name in self.names},
         )
-        sizes = ConfigRecord({hospital.name: hospital.public_size for hospital in self.example.hospitals})
-        config: UserConfig = {
-            "plan": str(plan_file),
-            "folder": str(folder),
-            "receipts": str(self.folder / "last-receipts.json"),
-            "database": f"sqlite:///{self.folder / 'coordinator.sqlite'}",
-        }
-        state = RecordDict({"identities": identities, "public_sizes": sizes})
-        context = Context(RUN, COORDINATOR_NODE, {}, state, config)
-        server_app(self.wire, context)
         return folder
 
     def events(self, kind: str, name: str = "study") -> list[dict[str, Any]]:
@@ -249,4 +188,4 @@ def restart_hospitals() -> None:
 
 def restart(federation: Federation, hospital: str) -> None:
     """Forget one hospital, as if its process had ended."""
-    client.app._hospitals.pop(str(federation.settings_file(hospital))).close()
+    close_hospital(str(federation.settings_file(hospital)))

@@ -30,8 +30,10 @@ def test_there_are_benchmarks() -> None:
         "demo.py",
         "heart_disease.py",
         "ledger.py",
+        "peers.py",
         "round_latency.py",
         "round_overhead.py",
+        "scale.py",
         "secure_aggregation.py",
     }
     assert known <= {script.name for script in SCRIPTS}
@@ -62,8 +64,10 @@ def test_an_unknown_option_is_refused_before_anything_is_measured(script: Path, 
         ("demo", "--runs"),
         ("heart_disease", "--seeds"),
         ("ledger", "--entries"),
+        ("peers", "--runs"),
         ("round_latency", "--rounds"),
         ("round_overhead", "--rounds"),
+        ("scale", "--rounds"),
         ("secure_aggregation", "--runs"),
     ],
 )

@@ -25,9 +25,10 @@ from pydantic import AfterValidator, Field, ValidationError, ValidationInfo, mod
 
 from shared_models.config import Frozen, Name, explain, read_toml
 from shared_models.errors import ConfigError, RecordsError
-from shared_models.tasks import TableInput, Task
+from shared_models.tasks import ImageInput, TableInput, Task
 
 MANIFEST = "manifest.toml"
+IMAGES = "images"  # the schema's one name for a task whose input is images
 _HINT = "Mend the manifest; docs/hospital.md shows one with every key."
 
 
@@ -36,8 +37,8 @@ def _inside_the_folder(path: Path, info: ValidationInfo) -> Path:
     folder: Path = info.context["folder"] if info.context else Path()
     if not (folder / path).resolve().is_relative_to(folder.resolve()):
         raise ValueError("must be a relative path to a file inside the manifest's folder")
-    if path.suffix not in {".csv", ".parquet"}:
-        raise ValueError("must end in .csv or .parquet")
+    if path.suffix not in {".csv", ".parquet", ".npz"}:
+        raise ValueError("must end in .csv, .parquet or .npz")
     return folder / path
 
 
@@ -46,8 +47,9 @@ class Manifest(Frozen):
 
     Attributes:
         task: Name of the task that these records are for.
-        file: CSV (UTF-8, comma, one header row) or Parquet; inside the manifest's folder.
-        label: The file's label column.
+        file: CSV (UTF-8, comma, one header row) or Parquet for tables, numpy's ``.npz`` for images; inside the
+            manifest's folder.
+        label: The file's label column; of an ``.npz`` file, as everywhere below, its array.
         validation_fraction: Share of the patients that is kept for validation, chosen by keyed hash of the id alone.
         columns: Schema name -> column of the file; a column that is left out has the schema's own name.
         categories: Schema name (or the label's) -> code in the file -> the schema's category.
@@ -98,20 +100,26 @@ def read_manifest(folder: Path) -> Manifest:
         raise RecordsError(f"{path}: {text}", hint=_HINT) from None
 
 
-def check_fits(manifest: Manifest, task: Task) -> TableInput:
+def check_fits(manifest: Manifest, task: Task) -> TableInput | ImageInput:
     """Check the manifest's names against the task's schema, and return that schema.
 
     Raises:
-        RecordsError: Another task, a task that is no table, or a name that the schema does not have.
+        RecordsError: Another task, a task of a kind that is not read yet, a file of another kind than the task's, or a
+            name that the schema does not have.
     """
     where = manifest.file.parent / MANIFEST
     if manifest.task != task.name:
         raise RecordsError(
             f"{where} is for task {manifest.task}, not {task.name}", hint="Point the study at its own records."
         )
-    if not isinstance(task.input, TableInput):
+    if not isinstance(task.input, TableInput | ImageInput):
         raise RecordsError(f"task {task.name} does not read tables", hint="Use records of the task's own kind.")
-    names = {column.name for column in task.input.columns}
+    if (manifest.file.suffix == ".npz") != isinstance(task.input, ImageInput):
+        raise RecordsError(
+            f"{where}: {manifest.file.name} is no file of the kind that task {task.name} reads",
+            hint="Images come in a .npz file, tables in .csv or .parquet.",
+        )
+    names = {IMAGES} if isinstance(task.input, ImageInput) else {column.name for column in task.input.columns}
     unknown = [
         *(f"columns.{name}" for name in manifest.columns if name not in names),
         *(f"categories.{name}" for name in manifest.categories if name not in names | {task.label}),

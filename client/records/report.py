@@ -9,13 +9,14 @@ from rich.console import Group
 from rich.table import Table as Grid
 from rich.text import Text
 
-from client.records.manifest import check_fits, read_manifest
+from client.records.images import repeated
+from client.records.manifest import IMAGES, check_fits, read_manifest
 from client.records.opt_out import read_opt_outs
 from client.records.patient_ids import plain
 from client.records.population import opted_out
 from client.records.records import Records
 from client.records.tabular import Table, checked_table, class_counts, split_table
-from shared_models.tasks import Categorical, Numeric, Task, find_task
+from shared_models.tasks import Categorical, ImageInput, Numeric, TableInput, Task, find_task
 
 
 @dataclass(frozen=True)
@@ -72,14 +73,14 @@ def summarise(folder: Path, *, split_key: bytes = bytes(32), opt_out: Path | Non
     out = opted_out(table, manifest, listed, listed=opt_out is not None)
     training, validation = split_table(table, manifest, task, split_key=split_key, opted_out=out)
     here = listed & {plain(patient) for patient in table.ids}
-    content = pd.DataFrame({**table.cells, "": table.labels})
+    columns, repeats = _columns(check_fits(manifest, task), table)
     return Summary(
         file=manifest.file,
         left_out=table.left_out,
-        repeated_rows=int(content.duplicated().sum()),
+        repeated_rows=repeats,
         parts={"training": _part(training, task), "validation": _part(validation, task)},
         opt_outs=(len(listed), len(here)) if opt_out else None,
-        columns=tuple(_column(column, table) for column in check_fits(manifest, task).columns),
+        columns=columns,
     )
 
 
@@ -103,6 +104,16 @@ def describe(folder: Path, *, split_key: bytes = bytes(32), opt_out: Path | None
 
 def _part(records: Records, task: Task) -> tuple[int, int, dict[str, int]]:
     return len(records), records.patient_count, class_counts(records, task)
+
+
+def _columns(schema: TableInput | ImageInput, table: Table) -> tuple[tuple[ColumnSummary, ...], int]:
+    """Every column, and how many rows repeat an earlier one."""
+    if isinstance(schema, ImageInput):
+        pixels = table.cells[IMAGES]
+        found = ColumnSummary(IMAGES, 0, f"{pixels.min()} to {pixels.max()}", "0 to 255")
+        return (found,), repeated(pixels)
+    content = pd.DataFrame({**table.cells, "": table.labels})
+    return tuple(_column(column, table) for column in schema.columns), int(content.duplicated().sum())
 
 
 def _column(column: Numeric | Categorical, table: Table) -> ColumnSummary:

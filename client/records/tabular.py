@@ -1,4 +1,4 @@
-"""Tables on disk -> validated tensors. Patient ids stay in this folder; what leaves it is an index without meaning.
+"""Records on disk -> validated tensors. Patient ids stay in this folder; what leaves it is an index without meaning.
 
 All checks run when records are read, before a study is approved and before anything is charged, and their texts are for
 the hospital's own terminal: they name file, row, column and value.
@@ -15,10 +15,11 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from client.records.manifest import Manifest, check_fits
+from client.records.images import read_images, scaled
+from client.records.manifest import IMAGES, Manifest, check_fits
 from client.records.records import Records
 from shared_models.errors import RecordsError
-from shared_models.tasks import Categorical, Numeric, Task
+from shared_models.tasks import Categorical, ImageInput, Numeric, Task
 
 Flags = NDArray[np.bool_]
 _CHECK = "Mend the file or the manifest, then run konsil-hospital check-data again."
@@ -29,7 +30,7 @@ class Table:
     """A file, checked; it stays behind the firewall, like the file.
 
     Attributes:
-        cells: Every column of the schema: numbers as float64, categories as their index.
+        cells: Every column of the schema: numbers as float64, categories as their index; images as one array.
         labels: Index into the task's classes.
         ids: The patient of each row.
         missing: Cells that were missing, by schema name; their rows are not in ``cells``.
@@ -86,6 +87,9 @@ def split_table(
 def checked_table(manifest: Manifest, task: Task) -> Table:
     """Load the file and check every cell that the task needs; see ``read_table`` for what is refused."""
     schema = check_fits(manifest, task)
+    if isinstance(schema, ImageInput):
+        pixels, labels, ids = read_images(manifest, task, schema)
+        return Table({IMAGES: pixels}, labels, ids, {}, 0)
     frame = _load(manifest.file)
     _check_header(frame, manifest, [manifest.column(c.name) for c in schema.columns])
     missing = {c.name: _missing(frame[manifest.column(c.name)], manifest) for c in schema.columns}
@@ -253,7 +257,9 @@ def _records(table: Table, task: Task, inputs: NDArray[np.float32], part: Flags)
 
 
 def _encode(table: Table, task: Task) -> NDArray[np.float32]:
-    """Rows of shape ``(width,)``, as ``TableInput`` says."""
+    """Rows of shape ``(width,)`` as ``TableInput`` says, or images as ``ImageInput`` does."""
+    if isinstance(task.input, ImageInput):
+        return scaled(table.cells[IMAGES])
     blocks = []
     for column in task.input.columns:  # type: ignore[union-attr]  # check_fits has refused other kinds of input
         cells = table.cells[column.name]

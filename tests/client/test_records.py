@@ -18,7 +18,7 @@ from client.records.records import Records
 from client.records.report import describe, summarise
 from client.records.tabular import read_table
 from shared_models.errors import FederationError, RecordsError
-from shared_models.tasks import HEART_DISEASE, Categorical, ImageInput, Numeric, TableInput, Task
+from shared_models.tasks import HEART_DISEASE, Categorical, Numeric, TableInput, Task, TokensInput
 
 KEY = b"the key of a test"
 TASK = Task(
@@ -305,7 +305,7 @@ def _in_training(folder: Path, patient: str) -> bool:
         ({"patient": None}, 'name the patient column (patient = "...") or declare one_row_per_patient = true'),
         ({"file": "../data.csv"}, "file: must be a relative path to a file inside"),
         ({"file": "/etc/passwd.csv"}, "file: must be a relative path to a file inside"),
-        ({"file": "data.xlsx"}, "must end in .csv or .parquet"),
+        ({"file": "data.xlsx"}, "must end in .csv, .parquet or .npz"),
         ({"file": None}, "file: Field required"),
         ({"validation_fraction": 0.95}, "validation_fraction: "),
         ({"validation_fraction": float("nan")}, "validation_fraction: "),
@@ -346,10 +346,10 @@ def test_a_manifest_that_is_none_is_refused(tmp_path: Path, spoil: Callable[[Pat
 
 
 def test_a_task_that_reads_no_tables_is_refused(tmp_path: Path) -> None:
-    """A table cannot answer a task on images."""
-    images = TASK.model_copy(update={"input": ImageInput(channels=1, height=28, width=28)})
+    """A table cannot answer a task on tokens."""
+    tokens = TASK.model_copy(update={"input": TokensInput(vocabulary=10, length=4)})
 
-    assert "does not read tables" in refusal(write(tmp_path), images)
+    assert "does not read tables" in refusal(write(tmp_path), tokens)
 
 
 # check-data
