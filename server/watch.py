@@ -1,0 +1,146 @@
+"""A study, live in a terminal; where there is no terminal, one plain line per event.
+
+It is fed the journal's events, whoever brings them: the file, or the control service.
+"""
+
+from types import TracebackType
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.padding import Padding
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from server.progress import Event, HospitalSeen, Progress, clock
+
+REFRESH_PER_SECOND = 4
+SHOWN_EVENTS = 6  # on a terminal that has the room
+WIDE = 72  # columns, from which the table has all of its own
+COLOURS = {
+    "pending": "yellow",
+    "queued": "yellow",
+    "running": "green",
+    "paused": "yellow",
+    "finished": "bold green",
+    "failed": "bold red",
+    "stopped": "red",
+}
+
+
+class Watch:
+    """Shows one study until it is left; a context manager.
+
+    Args:
+        console: Where to.
+        study: The study's name.
+        hospitals: Those that are known already; others are added as events name them.
+        keep: Whether the last picture stays when the view is left; lines always stay.
+
+    Attributes:
+        progress: What has been seen; change it between events and call ``draw`` where there is more to show.
+    """
+
+    def __init__(self, console: Console, study: str, *, hospitals: tuple[str, ...] = (), keep: bool = True) -> None:
+        self.progress = Progress(study=study)
+        for name in hospitals:
+            self.progress.hospital(name)
+        self._console = console
+        self._live = Live(console=console, refresh_per_second=REFRESH_PER_SECOND, transient=not keep)
+
+    def __enter__(self) -> "Watch":
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: BaseException | TracebackType | None) -> None:
+        if self._console.is_terminal:
+            self.draw()
+            self._live.stop()
+
+    def see(self, event: Event) -> None:
+        """Take in one event and show it."""
+        told = self.progress.see(event)
+        if self._console.is_terminal:
+            self.draw()
+        elif not told.minor:
+            text = self.progress.line() if event["event"] == "round" else told.text
+            self._console.print(f"{clock(told.at)} {_plain(text)}", highlight=False, markup=False, soft_wrap=True)
+
+    def draw(self) -> None:
+        """Show what is known now, where there is a terminal."""
+        if self._console.is_terminal:
+            self._live.update(view(self.progress, self._console.size.width, self._console.size.height))
+
+
+def view(progress: Progress, width: int, height: int) -> Group:
+    """The picture of a study: where it is, its hospitals, released metrics, seconds of the stages, what happened last."""
+    head = Text.assemble(
+        (_plain(progress.study), "bold"), "  ", (progress.state, COLOURS.get(progress.state, "")), overflow="fold"
+    )
+    bar = Table.grid()  # a bar by itself does not end its line
+    bar.add_row(ProgressBar(total=progress.rounds or 1, completed=progress.done, width=min(width, 60)))
+    parts = [head, bar, Text(_plain(progress.line()))]
+    if progress.reason and progress.history:
+        parts.append(Text(_plain(progress.reason), style="yellow"))
+    parts.append(Padding(_hospitals(progress, width), (1, 0, 0, 0)))
+    figures = _figures(progress)
+    if figures.plain:
+        parts.append(Padding(figures, (1, 0, 0, 0)))
+    used = 8 + len(progress.hospitals) + (2 + figures.plain.count("\n") if figures.plain else 0)
+    room = max(0, min(SHOWN_EVENTS, height - used))
+    if room and progress.recent:
+        parts.append(Padding(_recent(progress, room), (1, 0, 0, 0)))
+    return Group(*parts)
+
+
+def _hospitals(progress: Progress, width: int) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    wide = width >= WIDE
+    table.add_column("hospital", no_wrap=True, overflow="ellipsis", max_width=None if wide else 16)
+    table.add_column("round", justify="right")
+    table.add_column("epsilon spent (enforced)" if wide else "epsilon", justify="right", no_wrap=True)
+    if wide:
+        table.add_column("dropped out", justify="right")
+    table.add_column("state", no_wrap=True, overflow="ellipsis", ratio=1)
+    for name, seen in sorted(progress.hospitals.items()):
+        cells = [_plain(name), str(seen.last_round or "-"), "-" if seen.epsilon is None else f"{seen.epsilon:.3f}"]
+        cells += [str(seen.dropped.total())] * wide
+        table.add_row(*(Text(cell) for cell in cells), Text(_plain(seen.state), style=_colour(seen)))
+    return table
+
+
+def _colour(seen: HospitalSeen) -> str:
+    if seen.state.startswith(("refused", "left out", "set aside", "missing", "gone")):
+        return "red"
+    return "green" if seen.state in {"answered", "joined", "stated its cost"} else "yellow"
+
+
+def _figures(progress: Progress) -> Text:
+    """Metrics, and the seconds of the last round's stages."""
+    lines = []
+    for title, figures in (("released", progress.released), ("measured", progress.measured)):
+        if figures:
+            lines.append(_line(title, ", ".join(f"{name} {value:.3f}" for name, value in figures.items())))
+    if progress.history:
+        stages = progress.history[-1].stages
+        lines.append(_line("stages", ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in stages.items())))
+    return Text("\n").join(lines)
+
+
+def _line(title: str, text: str) -> Text:
+    return Text.assemble((f"{title:10}", "dim"), _plain(text))
+
+
+def _recent(progress: Progress, room: int) -> Table:
+    table = Table.grid(padding=(0, 1))
+    table.add_column(no_wrap=True, style="dim")
+    table.add_column(no_wrap=True, overflow="ellipsis")
+    for told in [told for told in progress.recent if not told.minor][-room:]:
+        table.add_row(clock(told.at), Text(_plain(told.text)))
+    return table
+
+
+def _plain(text: str) -> str:
+    """Without control characters: what a peer wrote must not move a terminal's cursor."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
