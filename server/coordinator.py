@@ -431,6 +431,8 @@ def coordinating(settings: Settings) -> Iterator[Studies]:
         ConfigError, IdentityError, StoreError: It cannot start; see ``SuperLink`` and ``Store``.
     """
     from server.app import conduct  # noqa: PLC0415 - torch is only needed once studies really run
+    from server.event_files import writing  # noqa: PLC0415
+    from server.page import serving  # noqa: PLC0415
     from server.round import check_fits  # noqa: PLC0415
 
     with _only_one(settings.state), closing(Store(settings.database_url)) as store, SuperLink(settings) as link:
@@ -445,7 +447,8 @@ def coordinating(settings: Settings) -> Iterator[Studies]:
         def check(plan: StudyPlan) -> None:
             check_fits(plan, members())
 
-        with link.run() as grid, Studies(store, settings.state / "studies", run, check=check) as studies:
+        studies = Studies(store, settings.state / "studies", run, check=check)
+        with link.run() as grid, serving(settings, studies), writing(settings, studies), studies:
             yield studies
 
 

@@ -51,6 +51,7 @@ class Options:
     json_file: Path | None
     port: int | None
     seed: int
+    page: int | None = None
 
 
 def run_demo(options: Options, console: Console) -> None:
@@ -65,13 +66,16 @@ def run_demo(options: Options, console: Console) -> None:
     try:
         example = _prepare(folder, options)
         plan = fit_plan(example, options.rounds)
-        lay_out(folder, example, plan, options.port or free_port())
+        lay_out(folder, example, plan, options.port or free_port(), page=options.page)
     except BaseException:
         shutil.rmtree(folder)  # nothing has run: leave nothing half-done
         raise
     _say(console, f"{plan.study}: {example.split}.")
     _say(console, f"{len(example.hospitals)} hospitals, {plan.rounds} rounds, everything under {folder}.")
-    _say(console, "The epsilon shown is the enforced one; the first round pays the filter's own price.\n")
+    _say(console, "The epsilon shown is the enforced one; the first round pays the filter's own price.")
+    if options.page is not None:
+        _say(console, f"The page, while the study runs: http://127.0.0.1:{options.page}")
+    _say(console, "")
     with MemoryMeter() as memory, Children(folder / "logs") as children:
         progress, sums = train(children, folder, example, plan, console)
         children.stop()
@@ -105,7 +109,7 @@ def fit_plan(example: Example, rounds: int | None) -> StudyPlan:
     return plan.model_copy(update=update)
 
 
-def lay_out(folder: Path, example: Example, plan: StudyPlan, port: int) -> None:
+def lay_out(folder: Path, example: Example, plan: StudyPlan, port: int, *, page: int | None = None) -> None:
     """Make the throw-away keys, certificates and settings of everybody, as they would do themselves."""
     authority = Authority(folder / "authority")
     authority.issue(folder / "coordinator", "coordinator", hosts=["127.0.0.1", "localhost"])
@@ -122,7 +126,7 @@ def lay_out(folder: Path, example: Example, plan: StudyPlan, port: int) -> None:
     root, sizes = trial_root(folder / "root"), {hospital.name: hospital.public_size for hospital in example.hospitals}
     homes = [folder / "coordinator", *(folder / "hospitals" / name for name in sizes)]
     hand_out(root, trial_roster(root, public, sizes, address=f"127.0.0.1:{port}"), homes)
-    settings = coordinator_settings(port, authority.certificate)
+    settings = coordinator_settings(port, authority.certificate) | ({"page": {"port": page}} if page else {})
     (folder / "coordinator" / "coordinator.toml").write_text(tomli_w.dumps(settings), encoding="utf-8")
 
 

@@ -7,6 +7,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import pairwise
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -138,7 +139,7 @@ class Progress:
         if not self.history:
             return None
         last = self.history[-PACE:]
-        gaps = [b.at - a.at for a, b in zip(last, last[1:], strict=False)]
+        gaps = [after.at - before.at for before, after in pairwise(last)]
         return max(0.0, median(gaps or [last[0].seconds])) * (self.rounds - self.done)
 
     def line(self) -> str:

@@ -5,7 +5,7 @@ It is fed the journal's events, whoever brings them: the file, or the control se
 
 from types import TracebackType
 
-from rich.console import Console, Group
+from rich.console import Console, ConsoleRenderable, Group
 from rich.live import Live
 from rich.padding import Padding
 from rich.progress_bar import ProgressBar
@@ -74,13 +74,13 @@ class Watch:
 
 
 def view(progress: Progress, width: int, height: int) -> Group:
-    """The picture of a study: where it is, its hospitals, released metrics, seconds of the stages, what happened last."""
+    """The picture of a study: where it is, its hospitals, metrics, seconds of the stages, what happened last."""
     head = Text.assemble(
         (_plain(progress.study), "bold"), "  ", (progress.state, COLOURS.get(progress.state, "")), overflow="fold"
     )
     bar = Table.grid()  # a bar by itself does not end its line
     bar.add_row(ProgressBar(total=progress.rounds or 1, completed=progress.done, width=min(width, 60)))
-    parts = [head, bar, Text(_plain(progress.line()))]
+    parts: list[ConsoleRenderable] = [head, bar, Text(_plain(progress.line()))]
     if progress.reason and progress.history:
         parts.append(Text(_plain(progress.reason), style="yellow"))
     parts.append(Padding(_hospitals(progress, width), (1, 0, 0, 0)))

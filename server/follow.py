@@ -1,0 +1,57 @@
+"""The studies' journals, followed: each event is read once, whoever asks, and however often."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from server.journal import read_events
+from server.progress import Progress
+from server.studies import Studies, StudyStatus
+
+PIECE = 2**20  # bytes of a journal that are held at a time; no event is as long
+
+
+@dataclass
+class _Followed:
+    progress: Progress
+    offset: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+class Follow:
+    """Keeps what each study's journal has told so far; safe to use from several threads.
+
+    Args:
+        studies: Whose journals.
+    """
+
+    def __init__(self, studies: Studies) -> None:
+        self.studies = studies
+        self._followed: dict[str, _Followed] = {}
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def study(self, status: StudyStatus) -> Iterator[Progress]:
+        """A study as of now; nobody changes it while it is looked at."""
+        row = status.row
+        with self._lock:
+            followed = self._followed.setdefault(row.name, _Followed(Progress(row.name, row.plan.rounds)))
+        with followed.lock:
+            while True:
+                events, followed.offset = read_events(row.folder / "events.jsonl", followed.offset, most=PIECE)
+                for event in events:
+                    followed.progress.see(event)
+                if not events:
+                    break
+            yield followed.progress
+
+    def events(self, name: str, after: int) -> tuple[list[dict[str, Any]], int]:
+        """A piece of a study's journal from a byte offset on, and the offset behind it.
+
+        Raises:
+            UnknownStudyError: There is no such study.
+            ValueError: No event begins at this offset.
+        """
+        return read_events(self.studies.show(name).row.folder / "events.jsonl", after, most=PIECE)
