@@ -10,6 +10,7 @@ locks and draws is its own.
 """
 
 import ctypes
+import hashlib
 import importlib
 import multiprocessing
 import os
@@ -39,8 +40,14 @@ import server.cli
 import server.coordinator
 import server.gather
 from client.loader import PoissonLoader
+from client.randomness import SecureRandom
 from client.records.records import Records
+from server.aggregate import Attempt
+from server.evidence import Evidence
 from server.examples import read_example
+from server.journal import Journal
+from server.receipts import LastReceipts
+from server.store import Store
 from shared_models.privacy.ledger import Ledger
 from shared_models.secagg.protocol import Positions
 from tests.federation import Federation, changed
@@ -53,14 +60,16 @@ PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 class Fuse:
-    """Follows the main thread from place to place, writes each down, and kills the process at one of them.
+    """Follows one thread from place to place, writes each down, and kills the process at one of them.
 
     Args:
         trace: File to append places to; a read of records says after a tab which computation it is for.
         point: Where to die; None to live.
+        thread: Name of the thread that is followed.
     """
 
-    def __init__(self, trace: Path, point: str | None) -> None:
+    def __init__(self, trace: Path, point: str | None, thread: str) -> None:
+        self._thread = thread
         self._trace = os.open(trace, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         self._point, self._path = point, list[str]()
         self._write = os.write  # which is about to be wrapped
@@ -73,7 +82,7 @@ class Fuse:
         @wraps(function)
         def wrapped(*arguments: Any, **keywords: Any) -> Any:
             title = name if isinstance(name, str) else name(*arguments, **keywords)
-            if title is None or threading.current_thread() is not threading.main_thread():
+            if title is None or threading.current_thread().name != self._thread:
                 return function(*arguments, **keywords)
             with self._within(title):
                 return function(*arguments, **keywords)
@@ -100,6 +109,24 @@ class Fuse:
         self._write(self._trace, f"{place}\t{self.computation}\n".encode())
         if place == self._point:
             os.kill(os.getpid(), signal.SIGKILL)
+
+    def install_in_coordinator(self) -> None:
+        """Wrap the stations of a study, what they write down, and every call that makes something durable."""
+        for stage in ("take_up", "enrol_enough", "take_turn", "train_round", "evaluate_round", "close_study"):
+            self._wrap_in(server.round, stage, stage)
+        for call in ("save_checkpoint", "write_model", "average"):
+            self._wrap_in(server.round, call, call)
+        self._wrap_in(server.app, "write_card", "card")
+        self._wrap_in(Attempt, "_stage", lambda _, name, *__: name)
+        for method in ("begin_attempt", "charged", "end_attempt", "finish_round"):
+            self._wrap_in(Store, method, method)
+        self._wrap_in(Store, "enter", lambda _, __, state, *___: f"enter-{state}")
+        self._wrap_in(Evidence, "hold", "hold")
+        self._wrap_in(Evidence, "close", "close")
+        self._wrap_in(LastReceipts, "keep", "receipts")
+        self._wrap_in(Journal, "write", lambda _, event, **__: event)
+        for call in ("fsync", "replace", "unlink"):
+            self._wrap_in(os, call, call)
 
     def install(self) -> None:
         """Wrap the stages of a round, what they are made of, and every call that makes something durable."""
@@ -194,7 +221,32 @@ def _one_round() -> None:
     coordinator.train()
 
 
-COMMANDS = {"konsil-hospital": client.cli.main, "konsil-coordinator": server.cli.main, "one-round": _one_round}
+def _known_noise() -> None:
+    """A hospital's daemon whose noise and samples are known: keyed by hospital, study, purpose, round and attempt."""
+    opened = client.app.Hospital.open
+
+    def open_with_known_noise(settings_file: Path) -> client.round.Hospital:
+        hospital = opened(settings_file)
+
+        def known() -> SecureRandom:
+            now = hospital.announcement
+            assert now is not None
+            key = f"{hospital.settings.name} {now.study} {now.purpose} {now.round} {now.attempt}"
+            return SecureRandom.for_tests(hashlib.sha256(key.encode()).digest())
+
+        hospital._random, hospital._allow_test_random = known, True
+        return hospital
+
+    client.app.Hospital.open = open_with_known_noise  # type: ignore[method-assign,assignment]
+    client.cli.main()
+
+
+COMMANDS = {
+    "konsil-hospital": client.cli.main,
+    "konsil-hospital-with-known-noise": _known_noise,
+    "konsil-coordinator": server.cli.main,
+    "one-round": _one_round,
+}
 
 
 def _live(command: Sequence[str], trace: Path, log: Path, point: str | None) -> None:
@@ -206,7 +258,11 @@ def _live(command: Sequence[str], trace: Path, log: Path, point: str | None) -> 
     sys.stdin.close()
     torch.set_num_threads(1)
     server.gather.ONLINE_EVERY_S = 0.1  # a death is noticed sooner, so that the test takes less time
-    Fuse(trace, point).install()
+    client.daemon.LONGEST_RETRY_S = 1.0  # and a return
+    if command[0] == "konsil-coordinator":
+        Fuse(trace, point, thread="breast-cancer").install_in_coordinator()
+    else:
+        Fuse(trace, point, thread="MainThread").install()
     sys.argv = list(command)
     COMMANDS[command[0]]()
 
@@ -218,14 +274,14 @@ class Lives:
         self._folder = folder
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["tests.kill", "pytest"])
-        self._begun: list[ForkServerProcess] = []
+        self.begun: list[ForkServerProcess] = []
 
     def __enter__(self) -> "Lives":
         self._folder.mkdir(parents=True, exist_ok=True)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for life in self._begun:
+        for life in self.begun:
             life.kill()
             life.join()
 
@@ -235,7 +291,7 @@ class Lives:
         life = self._context.Process(target=_live, args=(command, *files, point), name=name)
         with patch.dict(os.environ, {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}):  # one thread can be forked
             life.start()
-        self._begun.append(life)
+        self.begun.append(life)
         return life
 
     def trace(self, name: str) -> Path:
