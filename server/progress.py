@@ -12,6 +12,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 RECENT = 50  # events that are kept in words
+STAGES = ("advertise", "share", "train", "agree", "unmask")  # of a sum, in order; the journal numbers them from one
 PACE = 20  # rounds that the estimate of the time left looks back on
 
 Event = Mapping[str, Any]
@@ -110,7 +111,9 @@ class Progress:
         fold = _FOLDS.get(event["event"])
         if fold is not None:
             fold(self, event)
-        told = Told(moment(event), describe(event), event["event"] == "sum" and event.get("opened", False))
+        told = Told(
+            moment(event), describe(event), event["event"] == "sum" and event["opened"] and not event["dropped"]
+        )
         self.recent.append(told)
         return told
 
@@ -207,9 +210,9 @@ def _sum(progress: Progress, event: Event) -> None:
     progress.bytes_up += event["bytes_up"] * len(event.get("answered", ()))
     for hospital, stage in event["dropped"].items():
         seen = progress.hospital(hospital)
-        seen.dropped[stage] += 1
+        seen.dropped[_stage(stage)] += 1
         if not seen.state.startswith(("left out", "set aside")):
-            seen.state = f"dropped out at {stage}"
+            seen.state = f"dropped out at {_stage(stage)}"
 
 
 def _round(progress: Progress, event: Event) -> None:
@@ -320,8 +323,12 @@ def _round_words(event: Event) -> str:
     )
 
 
+def _stage(number: int) -> str:
+    return STAGES[number - 1] if 0 < number <= len(STAGES) else str(number)
+
+
 def _sum_words(event: Event) -> str:
-    dropped = f"; dropped out: {', '.join(f'{n} ({s})' for n, s in event['dropped'].items())}"
+    dropped = f"; dropped out: {', '.join(f'{name} at {_stage(at)}' for name, at in event['dropped'].items())}"
     opened = "opened" if event["opened"] else "did not open"
     return (
         f"round {event['round']}, attempt {event['attempt']} to {event['purpose']}: the sum {opened}, "
