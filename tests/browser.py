@@ -1,4 +1,4 @@
-"""A real Chromium without a window, spoken to over its DevTools protocol: what it shows, asks for and complains about."""
+"""A real Chromium without a window, driven by its DevTools protocol: what it shows, asks for and complains about."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 from websockets.sync.client import ClientConnection, connect
 
-CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = (
     "--headless",
     "--no-sandbox",
@@ -62,7 +62,7 @@ class Browser:
             self._hear(message)
 
     def _hear(self, message: dict[str, Any]) -> None:
-        about = message["params"] if "params" in message else {}
+        about = message.get("params", {})
         match message.get("method"):
             case "Network.requestWillBeSent":
                 self.asked.append(about["request"]["url"])

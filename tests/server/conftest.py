@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import tomli_w
@@ -50,7 +49,7 @@ class Seen:
 
 @pytest.fixture(scope="session")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
-    """Four rounds, released statistics after two of them; hospital-4 vanishes in the third and is back for the fourth."""
+    """Four rounds, with statistics after two of them; hospital-4 vanishes in the third and is back for the fourth."""
     folder = tmp_path_factory.mktemp("seen")
     evaluation = {"every": 2, "clip": 1.0, "noise_multiplier": 40.0, "bins": 20}
     privacy = {"noise_multiplier": 40.0, "spare_charges": 0}

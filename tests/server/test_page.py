@@ -4,9 +4,10 @@ import json
 import logging
 import re
 import socket
+import sqlite3
 import ssl
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -59,9 +60,9 @@ def opened(seen: Seen) -> Open:
         url, verify = f"http://127.0.0.1:{page.port}", ssl.create_default_context()
         if keys is not None:
             url, verify = f"https://127.0.0.1:{page.port}", ssl.create_default_context(cafile=settings.tls.ca)
-        with seen.studies() as studies, serving(settings, studies):
-            with httpx.Client(base_url=url, verify=verify, trust_env=False, timeout=60) as client:
-                yield client
+        client = httpx.Client(base_url=url, verify=verify, trust_env=False, timeout=60)
+        with seen.studies() as studies, serving(settings, studies), client:
+            yield client
 
     return opening
 
@@ -242,17 +243,15 @@ def test_there_is_nothing_else(client: httpx.Client, path: str) -> None:
     assert client.get(path).status_code == 404
 
 
-def test_a_database_that_is_away_is_said_so(seen: Seen, client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_database_that_is_away_is_said_so(seen: Seen, client: httpx.Client) -> None:
     """As a 503 that says what is wrong, and the page is there again with the database."""
     database = seen.federation.folder / "coordinator.sqlite"
-    kept = {path: path.read_bytes() for path in seen.federation.folder.glob("coordinator.sqlite*")}
-    try:
-        for path in kept:
-            path.write_bytes(b"no database at all" * 1000)
-        away = [client.get(path) for path in ("/healthz", "/", "/metrics", "/studies/breast-cancer")]
-    finally:
-        for path, content in kept.items():
-            path.write_bytes(content)
+    with closing(sqlite3.connect(database, isolation_level=None)) as connection:
+        connection.execute("ALTER TABLE studies RENAME TO away")
+        try:
+            away = [client.get(path) for path in ("/healthz", "/", "/metrics", "/studies/breast-cancer")]
+        finally:
+            connection.execute("ALTER TABLE away RENAME TO studies")
 
     assert [answer.status_code for answer in away] == [503] * 4
     assert str(database) in away[0].json()["error"]
