@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TypeVar
 
 import httpx
 from cryptography.exceptions import InvalidSignature
@@ -23,6 +24,7 @@ from cryptography.x509 import Certificate, load_pem_x509_certificate, load_pem_x
 
 # Flower phones home unless told not to, before it is imported.
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+os.environ.setdefault("FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE", str(1 << 20))  # what is sent again when a network fails
 
 from flwr.app import Context, Message, RecordDict
 from flwr.app.message import remove_content_from_message
@@ -75,20 +77,31 @@ HEARTBEAT_INTERVAL_S = 10.0  # Flower's minimum; a lease lasts two of them
 HEARTBEAT_EVERY_S = 5.0
 SHORTEST_POLL_S, LONGEST_POLL_S = 0.02, 2.0
 SHORTEST_RETRY_S, LONGEST_RETRY_S = 0.5, 30.0
+RETRY_FOR_S, LONGEST_TRANSFER_RETRY_S = 120.0, 8.0  # one object of a transfer
 MAXIMUM_OBJECTS = 10_000  # in one message; a model of 2 GB is about 400
 
 Handler = Callable[[Message, Context], Message]
+Request = TypeVar("Request")
+Response = TypeVar("Response")
 
 
 class FleetConnection:
     """One activated node on the coordinator's Fleet API; a context manager.
+
+    Messages travel as objects of at most 1 MiB, each named by its SHA-256. When the network fails in the middle, the
+    object at hand is sent or fetched again, with growing pauses and jitter; those that arrived stay.
+
+    Args:
+        settings: The hospital's own.
+        until: Set when the process is to end; then nothing is tried again.
 
     Raises:
         IdentityError: A key or certificate is missing or has expired, or the other side does not accept it.
         ConnectionLostError: The coordinator cannot be reached; try again later.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, until: threading.Event | None = None) -> None:
+        self._until = until or threading.Event()
         private_key = _node_key(settings.keys.node)
         self._public_key = public_key_to_bytes(private_key.public_key())
         self._client = FleetHttpClient(
@@ -151,11 +164,10 @@ class FleetConnection:
             raise ProtocolError(f"a message of {len(object_ids)} objects", hint="The coordinator is hostile or broken.")
         try:
             contents = pull_objects(
-                object_ids, make_pull_object_fn_protobuf(self._client.PullObject, self.node, run_id)
+                object_ids, make_pull_object_fn_protobuf(self._again(self._client.PullObject), self.node, run_id)
             )
-            make_confirm_message_received_fn_protobuf(self._client.ConfirmMessageReceived, self.node, run_id)(
-                message_id
-            )
+            confirm = self._again(self._client.ConfirmMessageReceived)
+            make_confirm_message_received_fn_protobuf(confirm, self.node, run_id)(message_id)
             inflated = inflate_object_from_contents(message_id, contents)
         except (ObjectPullError, KeyError, ValueError, TypeError) as error:
             raise ProtocolError(f"a message could not be read: {error}", hint="It was dropped.") from None
@@ -181,9 +193,9 @@ class FleetConnection:
                 clientapp_runtime_list=[0.0],  # how long a hospital computes is nobody else's business
             )
             try:
-                response = self._client.PushMessages(request)
+                response = self._again(self._client.PushMessages)(request)
                 push = make_push_object_fn_protobuf(
-                    self._client.PushObject, self.node, message.metadata.run_id, response.session_id
+                    self._again(self._client.PushObject), self.node, message.metadata.run_id, response.session_id
                 )
                 push_objects(objects, push, object_ids_to_push=set(response.objects_to_push))
             except (httpx.HTTPStatusError, ObjectPushError) as error:
@@ -192,6 +204,23 @@ class FleetConnection:
                 ) from None
             finally:
                 self.egress.write_counts()
+
+    def _again(self, call: Callable[[Request], Response]) -> Callable[[Request], Response]:
+        """The same call, tried again while the network is away; only for calls that do no more twice than once."""
+
+        def patient(request: Request) -> Response:
+            pause_s, deadline = SHORTEST_RETRY_S, time.monotonic() + RETRY_FOR_S
+            while True:
+                try:
+                    return call(request)
+                except httpx.TransportError as error:
+                    if self._until.is_set() or time.monotonic() > deadline:
+                        raise
+                    log.debug("the network failed in a transfer (%s); trying again", type(error).__name__)
+                    self._until.wait(pause_s * random.uniform(0.5, 1.5))  # noqa: S311 - jitter, not a secret
+                    pause_s = min(2 * pause_s, LONGEST_TRANSFER_RETRY_S)
+
+        return patient
 
 
 def serve(settings: Settings, settings_file: Path, handler: Handler, *, until: Ending) -> None:
@@ -206,7 +235,7 @@ def serve(settings: Settings, settings_file: Path, handler: Handler, *, until: E
     retry_s = SHORTEST_RETRY_S
     while not until.is_set():
         try:
-            with FleetConnection(settings) as connection:
+            with FleetConnection(settings, until) as connection:
                 log.info("connected to %s as %s", settings.coordinator, settings.name)
                 retry_s = SHORTEST_RETRY_S
                 _answer_messages(connection, settings_file, handler, until)

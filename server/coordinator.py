@@ -30,6 +30,7 @@ from cryptography.x509 import load_pem_x509_certificate
 # Flower phones home and looks for updates unless told not to, before it is imported.
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+os.environ.setdefault("FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE", str(1 << 20))  # what is sent again when a network fails
 
 from flwr.app import Message
 from flwr.common.constant import (
@@ -57,6 +58,7 @@ from server.halt import Halt
 from server.members import registered
 from server.receipts import LastReceipts
 from server.settings import Settings
+from server.spool import SpooledObjectStore
 from server.store import State, Store, StudyRow
 from server.studies import Studies
 from server.study import Registered
@@ -94,6 +96,8 @@ Asgi = Callable[[dict[str, Any], Any, Any], Any]
 class _LinkState(InMemoryLinkState):
     """Flower's own state with two of its delays removed."""
 
+    object_store: SpooledObjectStore
+
     def activate_node(self, node_id: int, heartbeat_interval: float) -> bool:
         """End the node's stale lease first: a killed hospital is back at once, not after its lease has run out.
 
@@ -113,7 +117,7 @@ class _LinkState(InMemoryLinkState):
         if reply_id is None or reply_id not in self.object_store:
             return True  # nothing has come, or an error without objects: Flower knows what to say
         tree = self.object_store.get_object_tree(reply_id)
-        return all(self.object_store.get(node.object_id) != b"" for node in iterate_object_tree(tree))
+        return all(self.object_store.has(node.object_id) for node in iterate_object_tree(tree))
 
 
 class _Doorbell:
@@ -241,7 +245,9 @@ class SuperLink:
         self._doorbell = _Doorbell()
         app = create_app(_lifespan_config(settings), SuperLinkLifespan)
         factory = app.state.linkstate_factory
-        factory.state_instance = _LinkState(factory.federation_manager, factory.objectstore_factory.store())
+        self._objects = SpooledObjectStore(settings.state / "spool")
+        factory.objectstore_factory.store_instance = self._objects
+        factory.state_instance = _LinkState(factory.federation_manager, self._objects)
         self.state: LinkState = factory.state_instance
         self._refreshing = threading.Lock()
         self._roster = file_identity(settings.roster)
@@ -319,6 +325,7 @@ class SuperLink:
         self._server.should_exit = True
         self._thread.join(timeout=10)
         self._socket.close()
+        self._objects.close()
 
     def online(self) -> set[str]:
         """Names of the hospitals whose lease is alive."""

@@ -24,16 +24,12 @@ class Journal:
         """Whether there is any event."""
         return self._path.exists() and self._path.stat().st_size > 0
 
-    def last(self, event: str, **fields: Any) -> dict[str, Any]:
-        """The newest event of a kind with these fields.
-
-        Raises:
-            LookupError: There is none.
-        """
+    def last(self, event: str, **fields: Any) -> dict[str, Any] | None:
+        """The newest event of a kind with these fields; None where there is none."""
         for found in reversed(read_events(self._path)[0]):
             if found["event"] == event and all(found.get(key) == value for key, value in fields.items()):
                 return found
-        raise LookupError(event)
+        return None
 
     def write(self, event: str, **fields: Any) -> None:
         """Append one event with its time (UTC)."""

@@ -114,7 +114,7 @@ def one_round(study: Study, number: int) -> None:
         save_checkpoint(study.folder / "checkpoints", study.model, study.parameters, plan, number)
         study.rounds_done = number
     else:
-        told = study.journal.last("sum", purpose="train", round=number)
+        told = study.journal.last("sum", purpose="train", round=number) or {"answered": [], "stages": {}}
         answered, stages = told["answered"], told["stages"]
     released = evaluate_round(study, number)
     facts = {
@@ -126,7 +126,9 @@ def one_round(study: Study, number: int) -> None:
         "seconds": round(time.monotonic() - started, 3),
         "checkpoint": str(checkpoint_path(study.folder / "checkpoints", number)),
     }
-    study.journal.write("round", round=number, rounds=plan.rounds, **facts)
+    # The database has the last word: where a crash came between the two, the event is there and is not told again.
+    if not (number == study.taken_up and study.journal.last("round", round=number)):
+        study.journal.write("round", round=number, rounds=plan.rounds, **facts)
     study.store.finish_round(plan.study, number, facts)
 
 
@@ -138,6 +140,8 @@ def take_up(study: Study) -> int:
         vector_to_parameters(study.parameters, study.model)
     known = {"study": plan.study, "plan_digest": study.digest, "rounds": plan.rounds}
     if study.journal.begun:
+        told = study.journal.last("sum", purpose="train") or {"epsilon_filter": {}}
+        study.epsilons = dict(told["epsilon_filter"])
         study.journal.write("resumed", **known, rounds_done=study.rounds_done)
     else:
         study.journal.write("started", **known, parameters=len(study.parameters))
@@ -148,7 +152,8 @@ def take_up(study: Study) -> int:
             about = {"purpose": purpose, "round": number, "attempt": attempt, "charged": charged}
             study.journal.write("aborted", **about, reason="the coordinator ended in the middle of it")
     recorded = study.store.rounds(plan.study)
-    return recorded[-1].round + 1 if recorded else 1
+    study.taken_up = recorded[-1].round + 1 if recorded else 1
+    return study.taken_up
 
 
 def check_fits(plan: StudyPlan, registered: Collection[str]) -> None:
@@ -290,6 +295,7 @@ def secure_sum(study: Study, purpose: Purpose, number: int, cohort: list[str]) -
         attempt=attempt,
         opened=total is not None,
         answered=sorted(run.uploads),
+        epsilon_filter=dict(sorted(study.epsilons.items())),
         threshold=announcement.threshold,
         hospitals=len(cohort),
         dropped=party.dropped,

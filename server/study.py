@@ -55,6 +55,7 @@ class Study:
         epsilons: What each hospital's filter has held the study at so far, as its newest receipt states.
         failures: How often in a row each hospital's part of an attempt has failed.
         rounds_done: Rounds whose checkpoint is there.
+        taken_up: The first round that was not recorded when this life of the study began.
     """
 
     plan: StudyPlan
@@ -72,6 +73,7 @@ class Study:
     epsilons: dict[str, float] = field(default_factory=dict)
     failures: dict[str, int] = field(default_factory=dict)
     rounds_done: int = 0
+    taken_up: int = 1
 
     def __post_init__(self) -> None:
         self.digest = self.plan.digest()

@@ -35,49 +35,30 @@ LOOK_EVERY_S = 0.02
 
 # Where it dies in the short version; the long one has every place.
 BRIEF = (
-    "before take_up",
-    "before enrol_enough",
     "before enrol_enough/enrolled",
     "after enrol_enough",
-    "after take_turn",
     "before train_round/begin_attempt",
-    "after train_round/begin_attempt",
     "before train_round/share",
-    "before train_round/train/charged",
     "after train_round/train/charged",
-    "after train_round/train",
     "before train_round/agree/hold/fsync",
     "before train_round/agree/hold/replace",
-    "after train_round/agree/hold",
     "after train_round/agree",
-    "after train_round/unmask",
     "before train_round/hold/replace",
-    "after train_round/hold",
-    "before train_round/close/fsync",
     "before train_round/close/fsync#2",
     "before train_round/close/unlink",
-    "after train_round/close",
     "before train_round/receipts/replace",
-    "after train_round/receipts",
     "after train_round/end_attempt",
     "before train_round/average",
-    "after train_round",
-    "before save_checkpoint/fsync",
     "before save_checkpoint/replace",
     "after save_checkpoint",
     "after evaluate_round/train/charged",
-    "after evaluate_round",
     "before round/fsync",
     "before finish_round",
-    "after finish_round",
 )
 AT_THE_END = (
-    "before write_model/replace",
     "after write_model",
     "before close_study",
-    "after close_study",
     "before card/replace",
-    "before finished",
     "before enter-finished",
 )
 
@@ -173,6 +154,10 @@ def _lay_out(folder: Path, *, rounds: int, evaluate: bool, **changes: Any) -> No
         fields["evaluation"] = {"every": 1, "clip": 1.0, "noise_multiplier": 300.0, "bins": 4}
     lay_out(folder, example, changed(example.plan, rounds=rounds, **fields), free_port())
     for hospital in example.hospitals:
+        settings = folder / "hospitals" / hospital.name / "hospital.toml"
+        fields = read_toml(settings, "settings")
+        fields["policy"]["maximum_attempts"] = 100  # each death in a round is one
+        settings.write_text(tomli_w.dumps(fields), encoding="utf-8")
         manifest = hospital.folder / "manifest.toml"
         declared = {"validation_fraction": 0.3, "absent_classes": ["benign", "malignant"]}
         manifest.write_text(tomli_w.dumps(read_toml(manifest, "manifest") | declared), encoding="utf-8")
@@ -219,7 +204,7 @@ def _die_everywhere(folder: Path, *, every: bool, rounds: int) -> Stage:
 
 def _check_the_end(stage: Stage, rounds: int) -> None:
     """Every round once, every update that came was paid for, and every failed attempt is in the ledgers too."""
-    assert [event["round"] for event in stage.events("round")] == list(dict.fromkeys(range(1, rounds + 1)))
+    assert [event["round"] for event in stage.events("round")] == list(range(1, rounds + 1))
     stage.look()
     paid_in_vain = {(e["round"], e["attempt"]) for e in stage.events("aborted") if e["purpose"] == "train"}
     opened = {(e["round"], e["attempt"]) for e in stage.events("sum") if e["purpose"] == "train" and e["opened"]}
@@ -237,8 +222,8 @@ def _check_the_end(stage: Stage, rounds: int) -> None:
 
 @pytest.mark.timeout(600)
 def test_a_study_survives_its_coordinators_deaths(tmp_path: Path) -> None:
-    """More than thirty deaths in one study; the last life finds it finished, and every party's evidence agrees."""
-    stage = _die_everywhere(tmp_path, every=False, rounds=24)
+    """More than twenty deaths in one study; the last life finds it finished, and every party's evidence agrees."""
+    stage = _die_everywhere(tmp_path, every=False, rounds=16)
 
     assert len(set(stage.died)) >= 20
 

@@ -1,0 +1,215 @@
+"""The coordinator's database: states, attempts and rounds, on SQLite and, where there is a server, on PostgreSQL."""
+
+import os
+import shutil
+import sqlite3
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from server.examples import example_plan
+from server.store import OpenAttempt, State, Store, Wish
+from shared_models.errors import ConfigError, StoreError, StudyStateError, UnknownStudyError
+from shared_models.plan import StudyPlan
+from tests.federation import changed
+
+POSTGRES = sorted(Path("/usr/lib/postgresql").glob("*/bin")) if Path("/usr/lib/postgresql").exists() else []
+
+
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of a PostgreSQL server of this test run's own, on a socket in a temporary folder."""
+    if not POSTGRES:
+        pytest.skip("PostgreSQL is not installed (Debian: apt install postgresql)")
+    pytest.importorskip("psycopg", reason="psycopg is not installed: pip install konsil[postgresql]")
+    folder, binaries = tmp_path_factory.mktemp("postgres"), POSTGRES[-1]
+    as_user: list[str] = []
+    if os.getuid() == 0:  # the server refuses to run as root
+        if shutil.which("runuser") is None:
+            pytest.skip("PostgreSQL does not run as root, and there is no runuser")
+        as_user = ["runuser", "-u", "postgres", "--"]
+        for parent in (folder, *folder.parents[:2]):
+            parent.chmod(0o755)
+        shutil.chown(folder, "postgres")
+    data = folder / "data"
+    made = [*as_user, binaries / "initdb", "-D", data, "--auth", "trust", "--username", "konsil", "--no-sync"]
+    subprocess.run(made, check=True, capture_output=True)
+    options = f"-c listen_addresses= -c unix_socket_directories={folder}"
+    control = [*as_user, binaries / "pg_ctl", "-D", data, "-w"]
+    log = folder / "log"
+    subprocess.run([*control, "-l", log, "-o", options, "start"], check=True, capture_output=True)
+    yield f"postgresql+psycopg://konsil@/postgres?host={folder}"
+    subprocess.run([*control, "-m", "immediate", "stop"], check=True, capture_output=True)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """An empty database of each kind."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path / 'coordinator.sqlite'}"
+        return
+    server: str = request.getfixturevalue("postgres")
+    yield server
+    from sqlalchemy import create_engine, text
+
+    engine = create_engine(server)
+    with engine.begin() as connection:
+        for table in ("studies", "attempts", "rounds", "alembic_version"):
+            connection.execute(text(f"drop table if exists {table}"))
+    engine.dispose()
+
+
+@pytest.fixture
+def store(url: str) -> Iterator[Store]:
+    """The store over it."""
+    opened = Store(url)
+    yield opened
+    opened.close()
+
+
+def _plan(name: str = "a-study") -> StudyPlan:
+    return changed(example_plan("breast-cancer", 3), study=name)
+
+
+def test_a_study_is_what_was_submitted_also_after_a_restart(url: str, store: Store, tmp_path: Path) -> None:
+    """Name, plan and place in the queue survive; the same plan again is the same study."""
+    store.submit(_plan("first"), by="ann", folder=tmp_path / "first")
+    store.submit(_plan("second"), by="bob", folder=tmp_path / "second")
+    store.submit(_plan("first"), by="eve", folder=tmp_path / "elsewhere")
+    store.close()
+
+    again = Store(url)
+
+    first, second = again.all()
+    assert (first.name, first.submitted_by, first.folder) == ("first", "ann", tmp_path / "first")
+    assert first.number < second.number
+    assert first.plan.digest() == _plan("first").digest()
+    assert first.state is State.PENDING
+    again.close()
+
+
+def test_a_name_is_one_plan(store: Store, tmp_path: Path) -> None:
+    """Hospitals approve a plan by its digest; a second plan of that name would be another study."""
+    store.submit(_plan(), by="ann", folder=tmp_path)
+
+    with pytest.raises(StudyStateError, match="with another plan"):
+        store.submit(changed(_plan(), rounds=7), by="ann", folder=tmp_path)
+
+
+@pytest.mark.parametrize("end", [State.FINISHED, State.FAILED, State.STOPPED])
+def test_what_is_over_never_begins_again(store: Store, end: State, tmp_path: Path) -> None:
+    """Neither by an operator's wish nor by a thread that is late."""
+    store.submit(_plan(), by="ann", folder=tmp_path)
+    store.enter("a-study", State.RUNNING)
+    store.enter("a-study", end, "because")
+
+    with pytest.raises(StudyStateError, match=f"is {end}: it never begins again"):
+        store.wish("a-study", Wish.RUN)
+    with pytest.raises(StudyStateError):
+        store.enter("a-study", State.RUNNING)
+    assert (store.study("a-study").state, store.study("a-study").reason) == (end, "because")
+
+
+def test_an_unknown_study_is_named(store: Store) -> None:
+    """With the command that lists those there are."""
+    with pytest.raises(UnknownStudyError, match="there is no study nobody"):
+        store.wish("nobody", Wish.STOP)
+
+
+def test_no_number_of_an_attempt_is_used_twice(url: str, store: Store, tmp_path: Path) -> None:
+    """Also when the process ended before anybody heard of the attempt: hospitals refuse numbers that they know."""
+    store.submit(_plan(), by="ann", folder=tmp_path)
+    assert store.begin_attempt("a-study", "train", 1) == 1
+    store.close()
+
+    again = Store(url)
+
+    assert again.open_attempts("a-study") == [OpenAttempt("train", 1, 1, charged=False)]
+    assert again.begin_attempt("a-study", "train", 1) == 2
+    assert again.begin_attempt("a-study", "evaluate", 1) == 1
+    assert again.begin_attempt("a-study", "train", 2) == 1
+    assert again.attempts("a-study", "train", 1) == 2
+    again.close()
+
+
+def test_spare_charges_are_counted_by_what_was_charged_in_vain(store: Store, tmp_path: Path) -> None:
+    """Uncharged attempts cost nothing; of a finished round one charged attempt was not in vain."""
+    store.submit(_plan(), by="ann", folder=tmp_path)
+    for number, charged in ((1, False), (1, True), (1, True), (2, True), (2, False)):
+        attempt = store.begin_attempt("a-study", "train", number)
+        if charged:
+            store.charged("a-study", "train", number, attempt)
+        store.end_attempt("a-study", "train", number, attempt, opened=False)
+    store.charged("a-study", "evaluate", 1, store.begin_attempt("a-study", "evaluate", 1))
+
+    assert store.paid_in_vain("a-study", rounds_done=1) == 1 + 1
+    assert store.paid_in_vain("a-study", rounds_done=2) == 1
+    assert [attempt.purpose for attempt in store.open_attempts("a-study")] == ["evaluate"]
+
+
+def test_a_round_is_finished_once(store: Store, tmp_path: Path) -> None:
+    """What was written first stays; a coordinator that was killed in between writes it again."""
+    store.submit(_plan(), by="ann", folder=tmp_path)
+    store.finish_round("a-study", 1, {"answered": ["ann"], "metrics_released": None})
+    store.finish_round("a-study", 1, {"answered": []})
+    store.finish_round("a-study", 2, {"answered": ["bob"]})
+
+    assert [(row.round, row.facts["answered"]) for row in store.rounds("a-study")] == [(1, ["ann"]), (2, ["bob"])]
+    assert [row.round for row in store.rounds("a-study", after=1)] == [2]
+    assert store.study("a-study").rounds_done == 2
+
+
+def test_a_database_of_a_newer_release_is_left_alone(tmp_path: Path) -> None:
+    """An older coordinator that wrote into it could destroy what it does not know."""
+    path = tmp_path / "coordinator.sqlite"
+    Store(f"sqlite:///{path}").close()
+    with sqlite3.connect(path) as connection:
+        connection.execute("update alembic_version set version_num = '9999'")
+    connection.close()
+
+    with pytest.raises(ConfigError, match="of a newer release: its schema is 9999"):
+        Store(f"sqlite:///{path}")
+
+
+@pytest.mark.parametrize("wrong", ["not a url", "oracle+cx_nothing://x", "sqlite-nothing:///x"])
+def test_a_url_that_names_no_database_is_explained(wrong: str) -> None:
+    """With what a URL looks like."""
+    with pytest.raises(ConfigError) as caught:
+        Store(wrong)
+
+    assert "sqlite:////path" in caught.value.hint
+
+
+def test_a_full_disk_is_named_and_the_study_stays_as_it_was(tmp_path: Path) -> None:
+    """What could not be written has not happened."""
+    path = tmp_path / "coordinator.sqlite"
+    store = Store(f"sqlite:///{path}")
+    store.submit(_plan(), by="ann", folder=tmp_path)
+    with store._read() as connection:  # the database may not grow any more
+        pages = connection.exec_driver_sql("PRAGMA page_count").scalar_one()
+        connection.exec_driver_sql(f"PRAGMA max_page_count={pages}")
+        connection.rollback()
+
+    def fill() -> None:
+        for number in range(1, 10_000):
+            store.finish_round("a-study", number, {"text": "x" * 4000})
+
+    with pytest.raises(StoreError, match="full"):
+        fill()
+
+    done = store.study("a-study").rounds_done
+    assert [row.round for row in store.rounds("a-study")] == list(range(1, done + 1))
+    store.close()
+
+
+def test_a_password_is_never_shown(tmp_path: Path) -> None:
+    """An error names the database, not the secret in its URL."""
+    pytest.importorskip("psycopg", reason="psycopg is not installed: pip install konsil[postgresql]")
+
+    with pytest.raises(StoreError) as caught:
+        Store("postgresql+psycopg://konsil:geheim@127.0.0.1:1/none?connect_timeout=2")
+
+    assert "geheim" not in str(caught.value)
+    assert "127.0.0.1" in str(caught.value)
