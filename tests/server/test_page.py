@@ -6,20 +6,22 @@ import re
 import socket
 import sqlite3
 import ssl
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
+from fastapi import Request
 from prometheus_client.parser import text_string_to_metric_families
 
-from server import page as page_module
 from server.coordinator import coordinating
 from server.demo import free_port
 from server.evidence import RECEIPTS
-from server.page import Viewers, read_token, serving
+from server.page import SESSION_S, Viewers, read_token, serving
 from server.settings import PageSettings
 from shared_models.errors import ConfigError, FederationError, IdentityError
 from tests.link import Keys
@@ -120,7 +122,8 @@ def test_the_events_come_in_pieces_and_none_is_lost(
     monkeypatch.setattr("server.follow.PIECE", 4096)
     journal = (seen.federation.folder / "study" / "events.jsonl").read_text("utf-8").splitlines()
 
-    events, offset = [], 0
+    events: list[Any] = []
+    offset = 0
     while piece := (answer := client.get(f"/api/studies/breast-cancer/events?after={offset}").json())["events"]:
         events, offset = events + piece, answer["next"]
 
@@ -333,19 +336,19 @@ def test_the_form_opens_a_session_that_ends(opened: Open, token_file: Path, capl
 
 def test_sessions_run_out_and_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """A session lasts for hours, not for ever; of too many the oldest goes."""
-    monkeypatch.setattr(page_module, "MOST_SESSIONS", 3)
+    monkeypatch.setattr("server.page.MOST_SESSIONS", 3)
     viewers = Viewers(TOKEN)
     names = [viewers.open_session() for _ in range(4)]
     requests = [_request_with(f"konsil={name}") for name in names]
 
     assert [viewers.may(request, "konsil") for request in requests] == [False, True, True, True]
-    now = page_module.time.monotonic()
-    monkeypatch.setattr(page_module.time, "monotonic", lambda: now + page_module.SESSION_S + 1)
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + SESSION_S + 1)
     assert [viewers.may(request, "konsil") for request in requests] == [False] * 4
 
 
-def _request_with(cookie: str) -> page_module.Request:
-    return page_module.Request({"type": "http", "headers": [(b"cookie", cookie.encode("ascii"))]})
+def _request_with(cookie: str) -> Request:
+    return Request({"type": "http", "headers": [(b"cookie", cookie.encode("ascii"))]})
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.0.2.1", "coordinator.example.org", "::"])  # noqa: S104 - refused
