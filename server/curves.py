@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 Points = Sequence[tuple[float, float]]
 
-WIDTH, HEIGHT = 360, 200  # in pixels on a phone; more, scaled, elsewhere
+WIDTH, HEIGHT = 360, 180  # in pixels on a phone; more, scaled, elsewhere
 LEFT, RIGHT, TOP, BOTTOM = 44, 10, 10, 26
 MOST_SERIES = 8  # as many as can be told apart
 MOST_POINTS = 300
@@ -52,7 +52,13 @@ class Chart:
 
 
 def chart(
-    title: str, series: Mapping[str, Points], *, last: int, limit: tuple[str, float] | None = None, full: float = 0
+    title: str,
+    series: Mapping[str, Points],
+    *,
+    last: int,
+    limit: tuple[str, float] | None = None,
+    full: float = 0,
+    whole: bool = False,
 ) -> Chart:
     """Lay lines out over the rounds, from zero.
 
@@ -62,10 +68,12 @@ def chart(
         last: The last round of the axis; at least two are drawn.
         limit: A level that is marked, and its name.
         full: The axis reaches at least so far.
+        whole: Whether values are counts.
     """
     chosen = _highest(series)
     values = [value for points in chosen.values() for _, value in points]
-    top, last = _ceiling(max([full, *values, *([limit[1]] if limit else [])], default=1.0)), max(last, 2)
+    highest, last = max([full, *values, *([limit[1]] if limit else [])]), max(last, 2)
+    top = max(4 * math.ceil(highest / 4), 4) if whole else _ceiling(highest)
 
     def x(number: float) -> float:
         return round(LEFT + (number - 1) / (last - 1) * (WIDTH - LEFT - RIGHT), 1)
@@ -77,11 +85,11 @@ def chart(
     mark = None
     if limit is not None:
         at = y(limit[1])
-        mark = Level(at, limit[0], at + 13 if at < TOP + 14 else at - 4)
+        mark = Level(at, limit[0], at + 15 if at < TOP + 16 else at - 4)
     return Chart(
         title=title,
         last=last,
-        grid=[Level(y(value), f"{value:.3g}", y(value) + 4) for value in levels],
+        grid=[Level(y(value), f"{value:.3g}" if value < 1000 else f"{value:,.0f}", y(value) + 4.5) for value in levels],
         lines=[Line(name, [(x(at), y(value)) for at, value in _thinned(points)]) for name, points in chosen.items()],
         of=len(series),
         limit=mark,

@@ -32,7 +32,7 @@ from server import logs
 from server.curves import Chart, Points, chart
 from server.follow import Follow
 from server.metrics import exposition
-from server.progress import Progress
+from server.progress import Progress, clock, first_metrics
 from server.settings import PageSettings, Settings
 from server.studies import Studies, StudyStatus
 from shared_models.errors import ConfigError, FederationError, IdentityError, UnknownStudyError
@@ -282,12 +282,12 @@ def _file(path: Path) -> Any:
 
 def _templates() -> Environment:
     web = Environment(loader=FileSystemLoader(WEB), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    web.filters |= {"when": _when, "duration": _duration}
+    web.filters |= {"when": _when, "clock": clock, "duration": _duration}
     return web
 
 
 def _when(at: float) -> str:
-    return f"{datetime.fromtimestamp(at, UTC):%Y-%m-%d %H:%M:%S}"
+    return f"{datetime.fromtimestamp(at, UTC):%Y-%m-%d %H:%M}"
 
 
 def _duration(seconds: float) -> str:
@@ -370,7 +370,7 @@ def _drawn(status: StudyStatus, progress: Progress) -> list[Chart]:
     for seen in history:
         for name, value in seen.epsilons.items():
             epsilons.setdefault(name, []).append((seen.number, value))
-        for name, value in (seen.released or {}).items():
+        for name, value in first_metrics(seen.released or {}).items():
             released.setdefault(name, []).append((seen.number, value))
     seconds: dict[str, Points] = {"seconds": [(seen.number, seen.seconds) for seen in history]}
     answered: dict[str, Points] = {"hospitals": [(seen.number, len(seen.answered)) for seen in history]}
@@ -379,7 +379,7 @@ def _drawn(status: StudyStatus, progress: Progress) -> list[Chart]:
     if released:
         drawn.append(chart("Released metrics, noised", released, last=plan.rounds, full=1))
     drawn.append(chart("Seconds per round", seconds, last=plan.rounds))
-    drawn.append(chart("Hospitals in the sum", answered, last=plan.rounds, full=known))
+    drawn.append(chart("Hospitals in the sum", answered, last=plan.rounds, full=known, whole=True))
     return drawn
 
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 RECENT = 50  # events that are kept in words
 STAGES = ("advertise", "share", "train", "agree", "unmask")  # of a sum, in order; the journal numbers them from one
+METRICS = ("auroc", "accuracy", "sensitivity", "specificity")  # shown first, where there are any
 PACE = 20  # rounds that the estimate of the time left looks back on
 
 Event = Mapping[str, Any]
@@ -47,6 +48,7 @@ class HospitalSeen:
         epsilon: What its filter holds the study at, by its newest receipt.
         stated: Its privacy statement, once the study is over.
         dropped: How often it dropped out of a sum, by stage.
+        trouble: The newest round in which its part failed; 0 if none.
         left_out: Answers of it that were refused, or were refusals.
         set_aside: How often it was not invited for a while because it kept failing.
     """
@@ -58,6 +60,7 @@ class HospitalSeen:
     epsilon: float | None = None
     stated: Mapping[str, Any] | None = None
     dropped: Counter[str] = field(default_factory=Counter)
+    trouble: int = 0
     left_out: int = 0
     set_aside: int = 0
 
@@ -107,7 +110,11 @@ class Progress:
     recent: deque[Told] = field(default_factory=lambda: deque(maxlen=RECENT))
 
     def see(self, event: Event) -> Told:
-        """Take in one event. One that this release does not know is told, and changes nothing."""
+        """Take in one event. One that this release does not know is told, and changes nothing.
+
+        Fields may be absent: of other hospitals' part a hospital that watches does not hear.
+        """
+        event = _ABSENT | {key: _whole(key, value) for key, value in event.items()}
         fold = _FOLDS.get(event["event"])
         if fold is not None:
             fold(self, event)
@@ -145,21 +152,41 @@ class Progress:
         gaps = [after.at - before.at for before, after in pairwise(last)]
         return max(0.0, median(gaps or [last[0].seconds])) * (self.rounds - self.done)
 
-    def line(self) -> str:
-        """One line on where the study is."""
+    def line(self, *, metrics: bool = True) -> str:
+        """One line on where the study is, with metrics or without."""
         if not self.history:
             return self.reason or "waiting for the hospitals to join …"
         last, left = self.history[-1], self.left_s or 0.0
         figures = {**(self.released or {}), **self.measured}
-        metrics = ", ".join(f"{name} {figures[name]:.3f}" for name in ("auroc", "accuracy") if name in figures)
+        shown = [f"{name} {figures[name]:.3f}" for name in METRICS[:2] if metrics and name in figures]
         parts = [
             f"round {last.number}/{self.rounds}: {len(last.answered)} of {len(last.answered) + len(last.missing)} "
             f"hospitals answered in {last.seconds:.2f} s",
-            metrics,
+            ", ".join(shown),
             f"epsilon up to {self.epsilon or 0.0:.3f}",
             f"{left:.0f} s left" if left < 120 else f"{left / 60:.0f} min left",
         ]
         return "; ".join(part for part in parts if part)
+
+
+def first_metrics(figures: Mapping[str, float]) -> dict[str, float]:
+    """The few that say most; where none of them is there, those that are."""
+    return {name: figures[name] for name in METRICS if name in figures} or dict(figures)
+
+
+_ABSENT: dict[str, Any] = {
+    **{"answered": (), "missing": (), "dropped": {}, "epsilon_filter": {}, "stages": {}, "metrics_released": None},
+    **{"hospitals": {}, "public_size": None, "same_software": True, "parameters": 0, "bytes_up": 0, "threshold": 0},
+    **{"study": "", "purpose": "train", "round": 0, "rounds": 0, "rounds_done": 0, "attempt": 0, "seconds": 0.0},
+    **{"opened": False, "charged": False, "state": "pending", "stage": "", "code": ""},
+    **{"reason": "", "error": "", "hint": ""},
+}
+_COUNTS = frozenset({"round", "rounds", "rounds_done", "attempt", "hospitals", "bytes_up", "parameters", "public_size"})
+
+
+def _whole(key: str, value: Any) -> Any:
+    """Counts are whole; some ways to travel know no whole numbers."""
+    return int(value) if key in _COUNTS and isinstance(value, float) else value
 
 
 def moment(event: Event) -> float:
@@ -173,7 +200,7 @@ def clock(at: float) -> str:
 
 
 def _begun(progress: Progress, event: Event) -> None:
-    progress.study, progress.rounds = event["study"], event["rounds"]
+    progress.study, progress.rounds = event["study"] or progress.study, event["rounds"] or progress.rounds
     progress.state, progress.reason = "pending", None
 
 
@@ -192,7 +219,7 @@ def _refused(progress: Progress, event: Event) -> None:
 
 def _left_out(progress: Progress, event: Event) -> None:
     seen = progress.hospital(event["hospital"])
-    seen.state = f"left out: {event['reason']}"
+    seen.state, seen.trouble = f"left out: {event['reason']}", event["round"]
     seen.left_out += 1
 
 
@@ -207,10 +234,13 @@ def _sum(progress: Progress, event: Event) -> None:
     for stage, seconds in event["stages"].items():
         count, total = progress.stages.get((event["purpose"], stage), (0, 0.0))
         progress.stages[event["purpose"], stage] = (count + 1, total + seconds)
-    progress.bytes_up += event["bytes_up"] * len(event.get("answered", ()))
+    progress.bytes_up += event["bytes_up"] * len(event["answered"])
+    for name, epsilon in event["epsilon_filter"].items():  # a sum that did not open has cost something, too
+        progress.hospital(name).epsilon = epsilon
     for hospital, stage in event["dropped"].items():
         seen = progress.hospital(hospital)
         seen.dropped[_stage(stage)] += 1
+        seen.trouble = event["round"]
         if not seen.state.startswith(("left out", "set aside")):
             seen.state = f"dropped out at {_stage(stage)}"
 
@@ -219,7 +249,7 @@ def _round(progress: Progress, event: Event) -> None:
     if event["round"] <= progress.done:
         return  # a coordinator that was killed between the journal and the database tells a round again
     progress.state, progress.reason = "running", None
-    progress.rounds = event["rounds"]
+    progress.rounds = event["rounds"] or progress.rounds
     seen = RoundSeen(
         number=event["round"],
         at=moment(event),
@@ -236,7 +266,7 @@ def _round(progress: Progress, event: Event) -> None:
         hospital.state, hospital.last_round, hospital.rounds = "answered", seen.number, hospital.rounds + 1
     for name in seen.missing:
         hospital = progress.hospital(name)
-        if hospital.state in {"awaited", "answered", "joined"}:
+        if hospital.trouble < seen.number and not hospital.state.startswith(("refused", "waits", "set aside")):
             hospital.state = "missing"
     for name, epsilon in seen.epsilons.items():
         progress.hospital(name).epsilon = epsilon
@@ -281,7 +311,14 @@ def _finished(progress: Progress, event: Event) -> None:
         hospital.stated, hospital.epsilon, hospital.state = stated, stated["epsilon_filter"], "stated its cost"
 
 
+def _state(progress: Progress, event: Event) -> None:
+    """What the control service says of the study's state, between the journal's events."""
+    progress.state, progress.reason = event["state"], event["reason"] or None
+    progress.rounds = event["rounds"] or progress.rounds
+
+
 _FOLDS: dict[str, Callable[[Progress, Event], None]] = {
+    "state": _state,
     "started": _begun,
     "resumed": _begun,
     "enrolled": _enrolled,
@@ -303,8 +340,7 @@ _FOLDS: dict[str, Callable[[Progress, Event], None]] = {
 }
 
 
-def describe(event: Event) -> str:
-    """An event in one line of words."""
+def _describe(event: Event) -> str:
     words = _WORDS.get(event["event"])
     return words(event) if words is not None else str(event["event"])
 
@@ -323,7 +359,8 @@ def _round_words(event: Event) -> str:
     )
 
 
-def _stage(number: int) -> str:
+def _stage(number: float) -> str:
+    number = int(number)
     return STAGES[number - 1] if 0 < number <= len(STAGES) else str(number)
 
 
@@ -332,11 +369,14 @@ def _sum_words(event: Event) -> str:
     opened = "opened" if event["opened"] else "did not open"
     return (
         f"round {event['round']}, attempt {event['attempt']} to {event['purpose']}: the sum {opened}, "
-        f"{len(event.get('answered', ()))} of {event['hospitals']} hospitals in it" + dropped * bool(event["dropped"])
+        f"{len(event.get('answered', ()))} of {event['hospitals'] or '?'} hospitals in it"
+        + dropped
+        * bool(event["dropped"])
     )
 
 
 _WORDS: dict[str, Callable[[Event], str]] = {
+    "state": lambda e: f"is {e['state']}" + (f": {e['reason']}" if e["reason"] else ""),
     "started": lambda e: f"started: {e['rounds']} rounds, {e['parameters']} parameters",
     "resumed": lambda e: f"taken up again after round {e['rounds_done']} of {e['rounds']}",
     "enrolled": lambda e: (

@@ -12,7 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from server.progress import Event, HospitalSeen, Progress, clock
+from server.progress import Event, HospitalSeen, Progress, clock, first_metrics
 
 REFRESH_PER_SECOND = 4
 SHOWN_EVENTS = 6  # on a terminal that has the room
@@ -79,34 +79,37 @@ def view(progress: Progress, width: int, height: int) -> Group:
         (_plain(progress.study), "bold"), "  ", (progress.state, COLOURS.get(progress.state, "")), overflow="fold"
     )
     bar = Table.grid()  # a bar by itself does not end its line
-    bar.add_row(ProgressBar(total=progress.rounds or 1, completed=progress.done, width=min(width, 60)))
-    parts: list[ConsoleRenderable] = [head, bar, Text(_plain(progress.line()))]
+    done = ProgressBar(
+        total=progress.rounds or 1,
+        completed=progress.done,
+        width=min(width, 60),
+        complete_style="cyan",
+        finished_style="green",
+    )
+    bar.add_row(done)
+    parts: list[ConsoleRenderable] = [head, bar, Text(_plain(progress.line(metrics=False)))]
     if progress.reason and progress.history:
         parts.append(Text(_plain(progress.reason), style="yellow"))
     parts.append(Padding(_hospitals(progress, width), (1, 0, 0, 0)))
     figures = _figures(progress)
-    if figures.plain:
+    if figures.row_count:
         parts.append(Padding(figures, (1, 0, 0, 0)))
-    used = 8 + len(progress.hospitals) + (2 + figures.plain.count("\n") if figures.plain else 0)
-    room = max(0, min(SHOWN_EVENTS, height - used))
+    room = max(0, min(SHOWN_EVENTS, height - 9 - len(progress.hospitals) - 2 * figures.row_count))
     if room and progress.recent:
         parts.append(Padding(_recent(progress, room), (1, 0, 0, 0)))
     return Group(*parts)
 
 
 def _hospitals(progress: Progress, width: int) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="dim")
     wide = width >= WIDE
-    table.add_column("hospital", no_wrap=True, overflow="ellipsis", max_width=None if wide else 16)
-    table.add_column("round", justify="right")
-    table.add_column("epsilon spent (enforced)" if wide else "epsilon", justify="right", no_wrap=True)
-    if wide:
-        table.add_column("dropped out", justify="right")
-    table.add_column("state", no_wrap=True, overflow="ellipsis", ratio=1)
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for title in ("hospital", "round", "epsilon enforced" if wide else "epsilon", *["dropped out"] * wide):
+        table.add_column(title, no_wrap=True, justify="left" if title == "hospital" else "right")
+    table.add_column("state", ratio=1)  # the one that gives way
     for name, seen in sorted(progress.hospitals.items()):
         cells = [_plain(name), str(seen.last_round or "-"), "-" if seen.epsilon is None else f"{seen.epsilon:.3f}"]
         cells += [str(seen.dropped.total())] * wide
-        table.add_row(*(Text(cell) for cell in cells), Text(_plain(seen.state), style=_colour(seen)))
+        table.add_row(*(Text(cell) for cell in cells), _one_line(seen.state, _colour(seen)))
     return table
 
 
@@ -116,29 +119,32 @@ def _colour(seen: HospitalSeen) -> str:
     return "green" if seen.state in {"answered", "joined", "stated its cost"} else "yellow"
 
 
-def _figures(progress: Progress) -> Text:
+def _figures(progress: Progress) -> Table:
     """Metrics, and the seconds of the last round's stages."""
-    lines = []
+    table = Table.grid(padding=(0, 1))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column()
     for title, figures in (("released", progress.released), ("measured", progress.measured)):
         if figures:
-            lines.append(_line(title, ", ".join(f"{name} {value:.3f}" for name, value in figures.items())))
+            told = ", ".join(f"{_plain(name)} {value:.3f}" for name, value in first_metrics(figures).items())
+            table.add_row(title, Text(told))
     if progress.history:
         stages = progress.history[-1].stages
-        lines.append(_line("stages", ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in stages.items())))
-    return Text("\n").join(lines)
-
-
-def _line(title: str, text: str) -> Text:
-    return Text.assemble((f"{title:10}", "dim"), _plain(text))
+        table.add_row("stages", Text(", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in stages.items())))
+    return table
 
 
 def _recent(progress: Progress, room: int) -> Table:
     table = Table.grid(padding=(0, 1))
     table.add_column(no_wrap=True, style="dim")
-    table.add_column(no_wrap=True, overflow="ellipsis")
+    table.add_column()
     for told in [told for told in progress.recent if not told.minor][-room:]:
-        table.add_row(clock(told.at), Text(_plain(told.text)))
+        table.add_row(clock(told.at), _one_line(told.text))
     return table
+
+
+def _one_line(text: str, style: str = "") -> Text:
+    return Text(_plain(text), style=style, no_wrap=True, overflow="ellipsis")
 
 
 def _plain(text: str) -> str:

@@ -1,6 +1,7 @@
 """The live view, drawn by the same terminal library as for a person, from a real journal."""
 
 import io
+import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from server.journal import read_events
-from server.progress import Progress
+from server.progress import _FOLDS, _WORDS, Progress
 from server.watch import Watch, view
 from tests.server.conftest import Seen
 
@@ -144,6 +145,31 @@ def test_an_event_that_is_not_known_is_told_and_changes_nothing() -> None:
 
     assert told.text == "eclipse"
     assert (progress.state, progress.done) == ("pending", 0)
+
+
+@pytest.mark.parametrize("kind", sorted(_FOLDS.keys() | _WORDS.keys()))
+def test_an_event_may_lack_what_a_watcher_may_not_hear(journal: list[dict[str, Any]], kind: str) -> None:
+    """A hospital that watches hears nothing of the others: a bare event is told, too."""
+    bare = {"time": "2026-01-02T03:04:05.000+00:00", "event": kind}
+    if kind in {"enrolled", "pending", "refused", "left-out", "set-aside"}:
+        bare["hospital"] = "hospital-1"
+
+    assert picture([bare])
+    assert picture([*until(journal, "round", round=2), bare])
+
+
+def test_counts_are_whole_however_they_have_travelled(journal: list[dict[str, Any]]) -> None:
+    """A protobuf Struct knows floats only: round 3.0 is round 3."""
+    travelled = json.loads(json.dumps(journal), parse_int=float)
+
+    assert picture(travelled) == picture(journal)
+
+
+def test_what_the_service_says_of_the_state_is_shown(journal: list[dict[str, Any]]) -> None:
+    """Between two events of the journal a study can be queued, or be told to pause."""
+    said = {"time": "2026-01-02T03:04:05.000+00:00", "event": "state", "state": "queued", "rounds": 4, "queue": 2}
+
+    assert "breast-cancer  queued" in picture([*until(journal, "round", round=2), said])
 
 
 def test_a_round_that_is_told_twice_counts_once(journal: list[dict[str, Any]]) -> None:
