@@ -119,7 +119,7 @@ class Progress:
         if fold is not None:
             fold(self, event)
         told = Told(
-            moment(event), describe(event), event["event"] == "sum" and event["opened"] and not event["dropped"]
+            moment(event), _describe(event), event["event"] == "sum" and event["opened"] and not event["dropped"]
         )
         self.recent.append(told)
         return told
@@ -175,11 +175,33 @@ def first_metrics(figures: Mapping[str, float]) -> dict[str, float]:
 
 
 _ABSENT: dict[str, Any] = {
-    **{"answered": (), "missing": (), "dropped": {}, "epsilon_filter": {}, "stages": {}, "metrics_released": None},
-    **{"hospitals": {}, "public_size": None, "same_software": True, "parameters": 0, "bytes_up": 0, "threshold": 0},
-    **{"study": "", "purpose": "train", "round": 0, "rounds": 0, "rounds_done": 0, "attempt": 0, "seconds": 0.0},
-    **{"opened": False, "charged": False, "state": "pending", "stage": "", "code": ""},
-    **{"reason": "", "error": "", "hint": ""},
+    "answered": (),
+    "missing": (),
+    "dropped": {},
+    "epsilon_filter": {},
+    "stages": {},
+    "metrics_released": None,
+    "hospitals": {},
+    "public_size": None,
+    "same_software": True,
+    "parameters": 0,
+    "bytes_up": 0,
+    "threshold": 0,
+    "study": "",
+    "purpose": "train",
+    "round": 0,
+    "rounds": 0,
+    "rounds_done": 0,
+    "attempt": 0,
+    "seconds": 0.0,
+    "opened": False,
+    "charged": False,
+    "state": "pending",
+    "stage": "",
+    "code": "",
+    "reason": "",
+    "error": "",
+    "hint": "",
 }
 _COUNTS = frozenset({"round", "rounds", "rounds_done", "attempt", "hospitals", "bytes_up", "parameters", "public_size"})
 
@@ -352,7 +374,9 @@ def _names(names: Any) -> str:
 def _round_words(event: Event) -> str:
     missing = f"; missing: {_names(event['missing'])}" if event["missing"] else ""
     highest = max(event["epsilon_filter"].values(), default=0.0)
-    released = ", ".join(f"{name} {value:.3f}" for name, value in (event["metrics_released"] or {}).items())
+    released = ", ".join(
+        f"{name} {value:.3f}" for name, value in first_metrics(event["metrics_released"] or {}).items()
+    )
     return (
         f"round {event['round']}/{event['rounds']}: {len(event['answered'])} hospitals answered in "
         f"{event['seconds']:.2f} s; epsilon up to {highest:.3f}{missing}" + (f"; {released}" if released else "")
