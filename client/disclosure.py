@@ -45,11 +45,12 @@ def printable(text: str) -> str:
 
 
 def _peers(settings: Settings, plan: StudyPlan) -> Rows:
-    names = sorted(read_roster(settings).identities)
+    names = sorted(plan.hospitals or read_roster(settings).identities)
     threshold = max(plan_threshold(plan.minimum_hospitals, len(names)), settings.policy.least_threshold)
     others = ", ".join(name for name in names if name != settings.name)
+    whom = "named in the plan" if plan.hospitals else "of the roster"
     return [
-        ("peers", f"{others}: those of the roster that take part"),
+        ("peers", f"{others}: those {whom} that take part"),
         ("threshold", f"{threshold} of {len(names)} must stay to the end of a sum, or nothing is opened"),
     ]
 

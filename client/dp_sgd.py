@@ -66,6 +66,10 @@ def train(
 ) -> TrainingReport:
     """Train in place for the steps of one round, under the plan's mechanism.
 
+    The proximal term of FedProx, mu/2 times the squared distance from the round's global parameters, depends on no
+    record. So its gradient, mu times that distance, is added after clipping and noise, where it costs no privacy. It
+    must not be clipped with a patient's gradient: it would take up room that is the patient's, once for all drawn.
+
     Guarantees:
         * Adding or removing one patient, with all records, moves each step's sum by at most ``privacy.clip`` in L2
           norm before noise of standard deviation ``noise_multiplier * clip`` per coordinate is added.
@@ -77,7 +81,7 @@ def train(
         model: A network that passed ``self_check``; changed in place and moved to ``device``.
         records: Training records.
         task: Names the loss.
-        training: Steps and learning rate.
+        training: Steps, learning rate of this round, and the proximal term.
         privacy: Clip C, noise multiplier and sample rate q.
         expected_batch: Denominator of every step, in patients: q times the *public* size, never a true count.
         random: Source of sampling and noise, fresh for every charge.
@@ -90,6 +94,9 @@ def train(
     Returns:
         Counts for the local log.
 
+    Source:
+        Abadi et al., arXiv:1607.00133, Algorithm 1. The proximal term: Li et al., arXiv:1812.06127, Algorithm 2.
+
     Raises:
         ConfigError: ``random`` is not keyed by the operating system, or a setting is out of range.
     """
@@ -100,6 +107,7 @@ def train(
         task,
         steps=training.steps,
         learning_rate=training.learning_rate,
+        proximal=training.proximal,
         clip=privacy.clip,
         noise_multiplier=privacy.noise_multiplier,
         sample_rate=privacy.sample_rate,
@@ -123,6 +131,7 @@ def local_steps(
     sample_rate: float,
     expected_batch: float,
     random: SecureRandom,
+    proximal: float = 0.0,
     device: str | torch.device = "cpu",
     micro_batch: int = 256,
     null: NDArray[np.float64] | None = None,
@@ -139,17 +148,24 @@ def local_steps(
         raise ConfigError("clip, noise, expected batch or learning rate is out of range", hint="Mend the study plan.")
     if noise_multiplier > 0 and clip == math.inf:
         raise ConfigError("noise needs a finite clip", hint="Mend the study plan.")
+    pull = learning_rate * proximal  # the share of the way back to the global parameters that a step goes
+    if not 0 <= pull <= 1:
+        raise ConfigError("learning rate times proximal is not in 0..1", hint="Mend the study plan.")
     loader = PoissonLoader(records, sample_rate, random)
     standard_deviation = noise_multiplier * clip if noise_multiplier else 0.0  # 0 times an infinite clip is NaN
     drawn = 0
     with PatientGradients(model, records, task, device=device, micro_batch=micro_batch) as gradients:
+        start = gradients.position() if pull else None
         for _ in range(steps):
             patients = loader.draw()
             drawn += len(patients)
             total = gradients.clipped_sum(patients, clip=clip)
             noisy = add_noise(total, standard_deviation=standard_deviation, random=random)
+            if start is not None:
+                gradients.return_towards(start, share=pull)
             gradients.descend(noisy / expected_batch, learning_rate=learning_rate)
             if null is not None and standard_deviation:
+                null *= 1 - pull  # they start at zero and are pulled back to it, as the parameters are
                 null -= learning_rate * standard_deviation / expected_batch * random.gaussian(len(null))
         clipped, not_finite = gradients.counts()
     return TrainingReport(steps=steps, drawn=drawn, clipped=clipped, not_finite=not_finite)
@@ -237,6 +253,16 @@ class PatientGradients:
         with torch.no_grad():
             for parameter, part in zip(self._parameters, gradient.split(self._sizes), strict=True):
                 parameter.sub_(part.view_as(parameter), alpha=learning_rate)
+
+    def position(self) -> list[Tensor]:
+        """A copy of the parameters as they are."""
+        return [parameter.detach().clone() for parameter in self._parameters]
+
+    def return_towards(self, start: list[Tensor], *, share: float) -> None:
+        """Move the parameters this share of the way to ``start``: a step on the proximal term, by its gradient."""
+        with torch.no_grad():
+            for parameter, origin in zip(self._parameters, start, strict=True):
+                parameter.lerp_(origin, share)
 
     def counts(self) -> tuple[int, int]:
         """Patients so far whose gradient was clipped, and whose gradient was not finite."""

@@ -210,6 +210,8 @@ class Hospital:
         plan = parse_plan(proposal.plan, "the proposed plan")
         self.books.anchors.check(proposal.anchor, study=plan.study)
         policy, coordinator = self.settings.policy, self.settings.coordinator
+        if self.settings.name not in (plan.hospitals or {self.settings.name}):
+            raise PolicyError(f"study {plan.study} is for other hospitals", hint="Its plan names those that it is for.")
         self._admit(plan, count_parameters(plan.network, find_task(plan.task)))
         if self.books.budget.check(plan) is None:
             stands = policy.stands(plan, coordinator)
@@ -274,6 +276,11 @@ class Hospital:
                 f"threshold {announcement.threshold} is below the plan's {study.plan.minimum_hospitals} hospitals",
                 hint="The coordinator is broken or lies.",
             )
+        if strangers := set(announcement.invited) - set(study.plan.hospitals or announcement.invited):
+            raise ProtocolError(
+                f"{', '.join(sorted(strangers))} invited, whom the plan does not name",
+                hint="The coordinator is broken or lies.",
+            )
         self._encoding(study, announcement)  # what could not be encoded is refused before anything is computed
         population = study.source.current(self.settings)  # less who said no by now; refused here, not after a charge
         self._registry.claim(population.members, has_spent=self.books.budget.has_spent)
@@ -306,7 +313,7 @@ class Hospital:
                 study.model,
                 records,
                 study.task,
-                training=study.plan.training,
+                training=study.plan.training_in(self._party.announcement.round),
                 privacy=study.plan.privacy,
                 expected_batch=mechanism.expected_batch,
                 random=random,

@@ -1,13 +1,15 @@
 """The model card: what the model is, what it was trained on, what it cost whom. Markdown for people, JSON for tools."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from server.checkpoint import BEST
 from server.journal import read_events
 from shared_models.durable import replace_file
 from shared_models.messages import PrivacyStatement
+from shared_models.model_file import read_about
 from shared_models.plan import StudyPlan
 from shared_models.secagg.protocol import plan_threshold, who_could_learn_what
 from shared_models.secagg.quantize import MODULUS_BITS
@@ -39,7 +41,8 @@ def write_card(
     Returns:
         Path of ``card.md``.
     """
-    hospitals, threshold = _least_protected(folder, plan, len(public_sizes))
+    events = read_events(folder / "events.jsonl")[0]
+    hospitals, threshold = _least_protected(events, plan, len(public_sizes))
     card = {
         "study": plan.study,
         "purpose": plan.purpose,
@@ -47,6 +50,8 @@ def write_card(
         "description": find_task(plan.task).description,
         "network": plan.network.model_dump(mode="json"),
         "rounds": plan.rounds,
+        "stopped_early": next((_stop(event) for event in events if event["event"] == "stopped-early"), None),
+        "best": _best(folder / BEST),
         "plan_digest": plan.digest(),
         "software_digest": software_digest(),
         "data_licence": plan.data_licence,
@@ -66,10 +71,27 @@ def write_card(
     return folder / "card.md"
 
 
-def _least_protected(folder: Path, plan: StudyPlan, hospitals: int) -> tuple[int, int]:
+def _stop(event: Mapping[str, Any]) -> dict[str, Any]:
+    return {"round": event["round"], "reason": event["reason"]}
+
+
+def _best(path: Path) -> dict[str, Any] | None:
+    """Which model was best by what was released; None where nothing was."""
+    if not path.exists():
+        return None
+    about = read_about(path)
+    return {
+        "file": path.name,
+        "round": int(about["round"]),
+        "metric": about["metric"],
+        "released": float(about["value"]),
+    }
+
+
+def _least_protected(events: Sequence[Mapping[str, Any]], plan: StudyPlan, hospitals: int) -> tuple[int, int]:
     """Hospitals invited and threshold of the sum of updates with the smallest threshold, by the study's journal."""
-    events = [event for event in read_events(folder / "events.jsonl")[0] if event["event"] == "sum"]
-    least = min(events, key=lambda event: event["threshold"], default=None)
+    sums = [event for event in events if event["event"] == "sum"]
+    least = min(sums, key=lambda event: event["threshold"], default=None)
     if least is None:
         return hospitals, plan_threshold(plan.minimum_hospitals, hospitals)
     return least["hospitals"], least["threshold"]
@@ -89,12 +111,12 @@ _TEMPLATE = """\
 
 - Task: {plan.task}: {description}
 - Network: {plan.network.name}
-- Training: {plan.rounds} rounds of {plan.training.steps} local steps; FedAvg weighted by public sizes
+- Training: {rounds} of {plan.training.steps} local steps; {averaging} weighted by public sizes
 - Data: {data}
 - Data licence: {plan.data_licence}
 - Plan digest: `{plan_digest}`
 - Software digest: `{software_digest}`
-
+{best}
 ## What it cost
 
 Unit: one patient, all records together. Neighbouring data sets differ by adding or removing one patient.
@@ -137,6 +159,9 @@ def _markdown(
     ]
     return _TEMPLATE.format(
         plan=plan,
+        rounds=_rounds(plan, card),
+        averaging=_AVERAGING[plan.averaging.name] + (", FedProx at the hospitals" if plan.training.proximal else ""),
+        best=_about_best(card),
         description=card["description"],
         data=card["data"] or "stays at the hospitals named below",
         plan_digest=card["plan_digest"],
@@ -145,6 +170,36 @@ def _markdown(
         who=who_could_learn_what(card["secure_aggregation"]["hospitals"], card["secure_aggregation"]["threshold"]),
         metrics=_metrics_table(metrics),
     )
+
+
+_AVERAGING = {
+    "fedavg": "FedAvg",
+    "fedavgm": "FedAvg with momentum",
+    "fedadam": "FedAdam",
+    "fedyogi": "FedYogi",
+    "fedadagrad": "FedAdagrad",
+}
+
+
+def _rounds(plan: StudyPlan, card: Mapping[str, Any]) -> str:
+    """How many rounds there were, and why not all that were planned."""
+    stop = card["stopped_early"]
+    if stop is None:
+        return f"{plan.rounds} rounds"
+    return f"{stop['round']} of {plan.rounds} rounds (ended early, by released statistics: {stop['reason']})"
+
+
+def _about_best(card: Mapping[str, Any]) -> str:
+    """Where the best model lies beside the last; and what an early end means for the figures below."""
+    best, lines = card["best"], []
+    if best is not None:
+        lines.append(
+            f"- Best: `{best['file']}` is the model of round {best['round']}, chosen by the released {best['metric']}, "
+            f"{best['released']:.3f}; noised, and the best of several, it flatters. `model.safetensors` is the last."
+        )
+    if card["stopped_early"] is not None:
+        lines.append("- The end was decided by what was released: *enforced epsilon* is what holds.")
+    return "".join(f"{line}\n" for line in lines)
 
 
 def _metrics_table(metrics: Mapping[str, Metrics]) -> str:

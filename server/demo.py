@@ -27,7 +27,7 @@ from server.examples import Example, check_study, read_example
 from server.journal import read_events
 from server.pki import Authority, create_hospital_keys
 from server.processes import Children, MemoryMeter
-from server.progress import Event, Progress
+from server.standing import Event, Standing
 from server.trial import hand_out, trial_root, trial_roster
 from server.watch import Watch
 from shared_models.errors import ConfigError, FederationError
@@ -197,7 +197,7 @@ def start_hospital(children: Children, folder: Path, name: str, *, log: str | No
 
 def train(
     children: Children, folder: Path, example: Example, plan: StudyPlan, console: Console
-) -> tuple[Progress, list[Event]]:
+) -> tuple[Standing, list[Event]]:
     """Start everybody, feed each new checkpoint to a measuring process, and watch until the study is over.
 
     Returns:
@@ -304,7 +304,7 @@ def _finish_card(folder: Path, plan: StudyPlan, example: Example, metrics: Mappi
 
 def _report(
     plan: StudyPlan,
-    progress: Progress,
+    progress: Standing,
     sums: Sequence[Event],
     final: Mapping[str, float],
     baselines: Mapping[str, Any],

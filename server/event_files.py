@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from server.follow import Follow
-from server.progress import RoundSeen
 from server.settings import Settings
+from server.standing import RoundSeen
 from server.studies import Studies, StudyStatus
 from shared_models.errors import ConfigError, FederationError
 

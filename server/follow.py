@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from server.journal import read_events
-from server.progress import Progress
+from server.standing import Standing
 from server.studies import Studies, StudyStatus
 
 PIECE = 2**20  # bytes of a journal that are held at a time; no event is as long
@@ -15,7 +15,7 @@ PIECE = 2**20  # bytes of a journal that are held at a time; no event is as long
 
 @dataclass
 class _Followed:
-    progress: Progress
+    progress: Standing
     offset: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -33,11 +33,11 @@ class Follow:
         self._lock = threading.Lock()
 
     @contextmanager
-    def study(self, status: StudyStatus) -> Iterator[Progress]:
+    def study(self, status: StudyStatus) -> Iterator[Standing]:
         """A study as of now; nobody changes it while it is looked at."""
         row = status.row
         with self._lock:
-            followed = self._followed.setdefault(row.name, _Followed(Progress(row.name, row.plan.rounds)))
+            followed = self._followed.setdefault(row.name, _Followed(Standing(row.name, row.plan.rounds)))
         with followed.lock:
             while True:
                 events, followed.offset = read_events(row.folder / "events.jsonl", followed.offset, most=PIECE)

@@ -8,7 +8,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from server.follow import Follow
-from server.progress import Progress
+from server.standing import Standing
 from server.store import State
 from server.studies import StudyStatus
 
@@ -68,7 +68,7 @@ class _Families:
         )
         self._released = gauge("konsil_released_metric", "Newest noised validation metric.", labels=["study", "metric"])
 
-    def add(self, status: StudyStatus, progress: Progress) -> None:
+    def add(self, status: StudyStatus, progress: Standing) -> None:
         """One study's figures."""
         row = status.row
         for state in State:
@@ -91,7 +91,7 @@ class _Families:
             self._released.add_metric([row.name, metric], value)
         self._add_hospitals(row.name, progress)
 
-    def _add_hospitals(self, study: str, progress: Progress) -> None:
+    def _add_hospitals(self, study: str, progress: Standing) -> None:
         for name, seen in progress.hospitals.items():
             self._answered.add_metric([study, name], seen.rounds)
             self._left_out.add_metric([study, name], seen.left_out)

@@ -32,8 +32,8 @@ from server import logs
 from server.curves import Chart, Points, chart
 from server.follow import Follow
 from server.metrics import exposition
-from server.progress import Progress, clock, first_metrics
 from server.settings import PageSettings, Settings
+from server.standing import Standing, clock, first_metrics
 from server.studies import Studies, StudyStatus
 from shared_models.errors import ConfigError, FederationError, IdentityError, UnknownStudyError
 
@@ -311,7 +311,7 @@ def _line(follow: Follow, status: StudyStatus) -> dict[str, Any]:
         return _summary(status, progress)
 
 
-def _summary(status: StudyStatus, progress: Progress) -> dict[str, Any]:
+def _summary(status: StudyStatus, progress: Standing) -> dict[str, Any]:
     row, last = status.row, progress.history[-1] if progress.history else None
     return {
         "name": row.name,
@@ -330,7 +330,7 @@ def _summary(status: StudyStatus, progress: Progress) -> dict[str, Any]:
     }
 
 
-def _whole(status: StudyStatus, progress: Progress) -> dict[str, Any]:
+def _whole(status: StudyStatus, progress: Standing) -> dict[str, Any]:
     """All that the page says of one study."""
     return {
         "study": _summary(status, progress),
@@ -360,7 +360,7 @@ def _whole(status: StudyStatus, progress: Progress) -> dict[str, Any]:
     }
 
 
-def _drawn(status: StudyStatus, progress: Progress) -> list[Chart]:
+def _drawn(status: StudyStatus, progress: Standing) -> list[Chart]:
     """The curves of a study, those that have anything to show."""
     plan, history = status.row.plan, progress.history
     if not history:

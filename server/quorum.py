@@ -1,6 +1,5 @@
 """Who takes part: studies are proposed, hospitals come and go, and a study below quorum waits for those it lacks."""
 
-import json
 import time
 from collections.abc import Collection
 
@@ -67,7 +66,7 @@ def enrol(study: Study) -> None:
     waiting = study.pending.due({n for n, lease in leases.items() if n not in known or study.leases[n] != lease})
     if not waiting:
         return
-    plan, anchors = json.loads(study.plan.canonical()), study.receipts.anchors()
+    plan, anchors = study.plan.model_dump(mode="json"), study.receipts.anchors()
     proposals = {name: (Proposal(plan=plan, anchor=anchors(name)), None) for name in waiting}
     for answer in study.gather.ask(proposals, group="propose", deadline_s=study.plan.deadline_s):
         _enrolled(study, answer, leases[answer.hospital])

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from server import logs
 from server.aggregate import Attempt
-from server.checkpoint import checkpoint_path, last_checkpoint, save_checkpoint
+from server.checkpoint import checkpoint_path, keep_best, last_round, load_checkpoint, save_checkpoint
 from server.cohort import choose
 from server.evaluate import released_metrics
-from server.fedavg import average
+from server.fedavg import server_step
 from server.gather import Answer
 from server.patience import NOT_NOW
 from server.quorum import enrol_enough, gather_cohort, set_aside, take_turn
@@ -100,8 +100,11 @@ def run_study(study: Study) -> dict[str, PrivacyStatement]:
         take_turn(study)
     for number in range(first, plan.rounds + 1):
         study.halt.check()
+        if study.rounds_done < number and (why := study.progress.verdict()):
+            study.journal.write("stopped-early", round=study.rounds_done, rounds=plan.rounds, reason=why)
+            break
         one_round(study, number)
-    write_model(study.folder / "model.safetensors", study.model, plan, round=str(plan.rounds))
+    write_model(study.folder / "model.safetensors", study.model, plan, round=str(study.rounds_done))
     return close_study(study)
 
 
@@ -111,7 +114,8 @@ def one_round(study: Study, number: int) -> None:
     if number > study.rounds_done:
         trained = train_round(study, number)
         answered, stages = sorted(trained.uploaders), dict(trained.seconds)
-        save_checkpoint(study.folder / "checkpoints", study.model, study.parameters, plan, number)
+        state = study.server_step.state()
+        save_checkpoint(study.folder / "checkpoints", study.model, study.parameters, plan, number, state)
         study.rounds_done = number
     else:
         told = study.journal.last("sum", purpose="train", round=number) or {"answered": [], "stages": {}}
@@ -130,13 +134,17 @@ def one_round(study: Study, number: int) -> None:
     if not (number == study.taken_up and study.journal.last("round", round=number)):
         study.journal.write("round", round=number, rounds=plan.rounds, **facts)
     study.store.finish_round(plan.study, number, facts)
+    study.progress.see(number, released)
+    keep_best(study.folder, plan, study.progress.best)
 
 
 def take_up(study: Study) -> int:
     """Begin, or go on where the process before this one was ended. Returns the first round that is not recorded."""
-    plan, last = study.plan, last_checkpoint(study.folder / "checkpoints", study.plan)
-    if last is not None:
-        study.rounds_done, study.parameters = last
+    plan, checkpoints = study.plan, study.folder / "checkpoints"
+    study.rounds_done = last_round(checkpoints)
+    if study.rounds_done:
+        study.parameters, state = load_checkpoint(checkpoints, plan, study.rounds_done)
+        study.server_step = server_step(plan.averaging, len(study.parameters), state)
         vector_to_parameters(study.parameters, study.model)
     known = {"study": plan.study, "plan_digest": study.digest, "rounds": plan.rounds}
     if study.journal.begun:
@@ -152,6 +160,8 @@ def take_up(study: Study) -> int:
             about = {"purpose": purpose, "round": number, "attempt": attempt, "charged": charged}
             study.journal.write("aborted", **about, reason="the coordinator ended in the middle of it")
     recorded = study.store.rounds(plan.study)
+    for row in recorded:
+        study.progress.see(row.round, row.facts["metrics_released"])
     study.taken_up = recorded[-1].round + 1 if recorded else 1
     return study.taken_up
 
@@ -164,7 +174,7 @@ def check_fits(plan: StudyPlan, registered: Collection[str]) -> None:
         TooFewHospitalsError, ThresholdError: Fewer hospitals are registered than a sum needs, or than the plan wants.
         ScaleTooSmallError: Updates of this plan from so many hospitals would overflow the modulus.
     """
-    names = sorted(getattr(plan, "hospitals", None) or set(registered))
+    names = sorted(set(registered) if plan.hospitals is None else plan.hospitals)
     unknown = sorted(set(names) - set(registered))
     if unknown:
         raise ConfigError(
@@ -194,11 +204,11 @@ def train_round(study: Study, number: int) -> Sum:
         if len(cohort) < study.plan.minimum_hospitals:
             break
         found = secure_sum(study, "train", number, cohort)
-        study.halt.check()
         if found.total is not None:
-            study.parameters = average(study.parameters, found.total[:-NULL_COORDINATES], found.weight)
+            study.parameters = study.server_step.step(study.parameters, found.total[:-NULL_COORDINATES], found.weight)
             vector_to_parameters(study.parameters, study.model)
             return found
+        study.halt.check()
         without |= {found.at_fault} if found.at_fault else set()
         answered = sorted(found.uploaders)
         study.journal.write(
@@ -218,13 +228,20 @@ def train_round(study: Study, number: int) -> Sum:
 def evaluate_round(study: Study, number: int) -> dict[str, float] | None:
     """Sum noised validation statistics where the plan says so; off by default, charged at every hospital."""
     evaluation = study.plan.evaluation
-    if evaluation is None or number % evaluation.every or study.store.attempts(study.plan.study, "evaluate", number):
+    if evaluation is None or number % evaluation.every:
         return None
+    if study.store.attempts(study.plan.study, "evaluate", number):  # before a crash; it is not paid for twice
+        told = study.journal.last("released", round=number)
+        return told["metrics"] if told else None
     cohort = choose(study.away.due(study.enrolled), study.gather.online())
     if len(cohort) < study.plan.minimum_hospitals:
         return None
     found = secure_sum(study, "evaluate", number, cohort)
-    return released_metrics(study.task, evaluation, found.total) if found.total is not None else None
+    if found.total is None:
+        return None
+    metrics = released_metrics(study.task, evaluation, found.total)
+    study.journal.write("released", round=number, metrics=metrics)
+    return metrics
 
 
 def secure_sum(study: Study, purpose: Purpose, number: int, cohort: list[str]) -> Sum:

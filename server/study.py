@@ -8,10 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from server.evidence import Evidence
+from server.fedavg import server_step
 from server.gather import Gather, Lease
 from server.halt import Halt
 from server.journal import Journal
 from server.patience import ASIDE_FOR_S, LONGEST_ASIDE_S, Patience
+from server.progress import Progress
 from server.receipts import LastReceipts
 from server.store import State, Store
 from server.turns import Turns
@@ -80,6 +82,8 @@ class Study:
         self.task = find_task(self.plan.task)
         self.model = build_network(self.plan.network, self.task, seed=self.plan.seed)
         self.parameters: NDArray[np.float32] = parameters_to_vector(self.model)
+        self.server_step = server_step(self.plan.averaging, len(self.parameters))
+        self.progress = Progress(self.plan)
         self.journal = Journal(self.folder / "events.jsonl")
         self.evidence = Evidence(self.folder)
         self.refused: dict[str, str] = {}
@@ -91,7 +95,7 @@ class Study:
         """Take the roster as it is now."""
         self.hospitals = self.members()
         self.roster = Roster.of({name: member.identity for name, member in self.hospitals.items()})
-        invited = getattr(self.plan, "hospitals", None)
+        invited = self.plan.hospitals
         self.names = frozenset(self.hospitals) if invited is None else frozenset(invited) & set(self.hospitals)
         self.gather.hospitals = self.names
 

@@ -12,7 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from server.progress import Event, HospitalSeen, Progress, clock, first_metrics
+from server.standing import Event, HospitalSeen, Standing, clock, first_metrics
 
 REFRESH_PER_SECOND = 4
 SHOWN_EVENTS = 6  # on a terminal that has the room
@@ -42,7 +42,7 @@ class Watch:
     """
 
     def __init__(self, console: Console, study: str, *, hospitals: tuple[str, ...] = (), keep: bool = True) -> None:
-        self.progress = Progress(study=study)
+        self.progress = Standing(study=study)
         for name in hospitals:
             self.progress.hospital(name)
         self._console = console
@@ -73,7 +73,7 @@ class Watch:
             self._live.update(view(self.progress, self._console.size.width, self._console.size.height))
 
 
-def view(progress: Progress, width: int, height: int) -> Group:
+def view(progress: Standing, width: int, height: int) -> Group:
     """The picture of a study: where it is, its hospitals, metrics, seconds of the stages, what happened last."""
     head = Text.assemble(
         (_plain(progress.study), "bold"), "  ", (progress.state, COLOURS.get(progress.state, "")), overflow="fold"
@@ -100,7 +100,7 @@ def view(progress: Progress, width: int, height: int) -> Group:
     return Group(*parts)
 
 
-def _hospitals(progress: Progress, width: int) -> Table:
+def _hospitals(progress: Standing, width: int) -> Table:
     wide = width >= WIDE
     table = Table(box=None, pad_edge=False, header_style="dim")
     for title in ("hospital", "round", "epsilon enforced" if wide else "epsilon", *["dropped out"] * wide):
@@ -119,7 +119,7 @@ def _colour(seen: HospitalSeen) -> str:
     return "green" if seen.state in {"answered", "joined", "stated its cost"} else "yellow"
 
 
-def _figures(progress: Progress) -> Table:
+def _figures(progress: Standing) -> Table:
     """Metrics, and the seconds of the last round's stages."""
     table = Table.grid(padding=(0, 1))
     table.add_column(style="dim", no_wrap=True)
@@ -134,7 +134,7 @@ def _figures(progress: Progress) -> Table:
     return table
 
 
-def _recent(progress: Progress, room: int) -> Table:
+def _recent(progress: Standing, room: int) -> Table:
     table = Table.grid(padding=(0, 1))
     table.add_column(no_wrap=True, style="dim")
     table.add_column()

@@ -2,10 +2,21 @@
 
 import json
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    ValidationInfo,
+    model_serializer,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from shared_models.errors import ConfigError
 
@@ -19,6 +30,27 @@ class Frozen(BaseModel):
     """Immutable, and a typo in a key is an error: ``noise_multipler`` must not mean "default noise"."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+LATER = "added after the format's first release"  # marks a field: ``Annotated[..., LATER]``
+
+
+class Grown(Frozen):
+    """A format that was given more fields since it was first released.
+
+    Guarantees:
+        * A field marked ``LATER`` is left out of whatever is dumped while it holds its default. So what uses no new
+          field has the bytes and the digest that it always had, and is read by software that knows no such field.
+        * What is left out comes back as the default when it is read: dumping and reading lose nothing.
+    """
+
+    @model_serializer(mode="wrap")
+    def _without_later_defaults(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = dump(self)
+        for name, field in type(self).model_fields.items():
+            if LATER in field.metadata and getattr(self, name) == field.default:
+                fields.pop(name, None)
+        return fields
 
 
 def _beside_the_file(path: Path, info: ValidationInfo) -> Path:
@@ -59,6 +91,26 @@ def explain(error: ValidationError) -> str:
         text = "unknown key" if problem["type"] == "extra_forbidden" else problem["msg"].removeprefix("Value error, ")
         problems.append(f"{where}: {text}")
     return "; ".join(problems)
+
+
+def refuse_together(model: type[BaseModel], problems: Iterable[tuple[str, str]]) -> None:
+    """Refuse values that are fine by themselves and do not fit each other: all at once, each under its own key.
+
+    Args:
+        model: Whose validator asks.
+        problems: Key, dotted, and what is wrong with it.
+
+    Raises:
+        ValidationError: There is a problem; pydantic makes it part of the whole file's.
+    """
+    errors = [
+        InitErrorDetails(
+            type=PydanticCustomError("misfit", "{text}", {"text": text}), loc=tuple(key.split(".")), input=0
+        )
+        for key, text in problems
+    ]
+    if errors:
+        raise ValidationError.from_exception_data(model.__name__, errors)
 
 
 def read_toml(path: Path, what: str) -> dict[str, Any]:

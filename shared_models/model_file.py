@@ -1,7 +1,10 @@
 """A model file that explains itself: parameters, and the plan that says which network they belong to."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -14,14 +17,21 @@ from shared_models.update import load_model, save_model
 FORMAT = "konsil-model/1"
 
 
-def write_model(path: Path, model: nn.Module, plan: StudyPlan, **about: str) -> None:
+def write_model(
+    path: Path,
+    model: nn.Module,
+    plan: StudyPlan,
+    *,
+    beside: Mapping[str, NDArray[np.float64]] | None = None,
+    **about: str,
+) -> None:
     """Write a model with its plan, atomically (see ``save_model``); ``about`` adds texts such as the round."""
     metadata = {"format": FORMAT, "plan": plan.canonical().decode(), "plan_digest": plan.digest(), **about}
-    save_model(path, model, metadata)
+    save_model(path, model, metadata, beside)
 
 
-def read_model(path: Path) -> tuple[StudyPlan, nn.Module]:
-    """Build the network that a model file names and load its parameters.
+def read_about(path: Path) -> dict[str, str]:
+    """The texts of a model file: its format, its plan and its digest, and what ``write_model`` was told about it.
 
     Raises:
         ConfigError: The file is missing, damaged, or not a model of this project.
@@ -34,6 +44,16 @@ def read_model(path: Path) -> tuple[StudyPlan, nn.Module]:
         raise ConfigError(f"model {path} cannot be read: {error}", hint=hint) from None
     if metadata.get("format") != FORMAT:
         raise ConfigError(f"{path} is no Konsil model", hint=hint)
+    return metadata
+
+
+def read_model(path: Path) -> tuple[StudyPlan, nn.Module]:
+    """Build the network that a model file names and load its parameters.
+
+    Raises:
+        ConfigError: As for ``read_about``, or its parameters do not fit the network that its plan names.
+    """
+    metadata = read_about(path)
     plan = parse_plan_json(metadata.get("plan", ""), str(path))
     model = build_network(plan.network, find_task(plan.task), seed=plan.seed)
     load_model(path, model)

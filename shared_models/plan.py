@@ -6,14 +6,27 @@ The stricter of plan and hospital policy wins.
 
 import hashlib
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import rfc8785
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
-from shared_models.config import Count, Frozen, Name, Positive, Probability, explain, read_toml
+from shared_models.config import (
+    LATER,
+    Count,
+    Frozen,
+    Grown,
+    Name,
+    Positive,
+    Probability,
+    explain,
+    read_toml,
+    refuse_together,
+)
 from shared_models.errors import ConfigError
 
 SMALLEST_COHORT = 3  # two hospitals would each learn the other's update from the sum
@@ -66,11 +79,132 @@ class Transformer(Frozen):
 Network = Annotated[LogisticRegression | Mlp | Cnn | Lstm | Transformer, Field(discriminator="name")]
 
 
-class TrainingPlan(Frozen):
-    """What one round does at a hospital. Merely fast or slow: nothing here changes what privacy costs but ``steps``."""
+SMALLEST_RATE = 1e-4  # of the learning rate: below it rounds are paid for and hardly move the model
+
+
+class ConstantRate(Frozen):
+    """The same learning rate in every round."""
+
+    name: Literal["constant"]
+
+    def factor(self, round_number: int, rounds: int) -> float:  # noqa: ARG002 - the same of every schedule
+        """What the learning rate is multiplied with."""
+        return 1.0
+
+
+class CosineRate(Frozen):
+    """Half a cosine from the learning rate in the first round to ``final`` times it in the last.
+
+    Source:
+        Loshchilov and Hutter, arXiv:1608.03983, equation 5, without restarts, over rounds.
+    """
+
+    name: Literal["cosine"]
+    final: Annotated[float, Field(ge=SMALLEST_RATE, le=1, allow_inf_nan=False)]
+
+    def factor(self, round_number: int, rounds: int) -> float:
+        """What the learning rate is multiplied with."""
+        gone = (round_number - 1) / max(rounds - 1, 1)
+        return min(1.0, self.final + (1 - self.final) * (1 + math.cos(math.pi * gone)) / 2)
+
+
+class StepRate(Frozen):
+    """The learning rate falls to ``by`` times what it was after every ``every`` rounds."""
+
+    name: Literal["step"]
+    every: Count
+    by: Probability
+
+    def factor(self, round_number: int, rounds: int) -> float:  # noqa: ARG002 - the same of every schedule
+        """What the learning rate is multiplied with."""
+        return float(self.by ** ((round_number - 1) // self.every))
+
+
+class ExponentialRate(Frozen):
+    """The learning rate falls to ``by`` times what it was after every round."""
+
+    name: Literal["exponential"]
+    by: Probability
+
+    def factor(self, round_number: int, rounds: int) -> float:  # noqa: ARG002 - the same of every schedule
+        """What the learning rate is multiplied with."""
+        return float(self.by ** (round_number - 1))
+
+
+Schedule = Annotated[ConstantRate | CosineRate | StepRate | ExponentialRate, Field(discriminator="name")]
+
+
+class TrainingPlan(Grown):
+    """What one round does at a hospital. Merely fast or slow: nothing here changes what privacy costs but ``steps``.
+
+    Attributes:
+        learning_rate: Of the local steps; the largest of any round.
+        steps: Local steps of a round.
+        proximal: mu of FedProx: every local step also pulls towards the round's global parameters, by mu times the
+            distance from them. 0 is FedAvg's plain step.
+        schedule: How the learning rate falls from round to round; it never rises above ``learning_rate``.
+    """
 
     learning_rate: Positive
     steps: Annotated[int, Field(ge=1, le=100_000)]
+    proximal: Annotated[float, Field(ge=0, allow_inf_nan=False), LATER] = 0.0
+    schedule: Annotated[Schedule, LATER] = ConstantRate(name="constant")
+
+    @model_validator(mode="after")
+    def _the_pull_does_not_overshoot(self) -> "TrainingPlan":
+        """Beyond 1 a pull carries past the global parameters, and beyond 2 further away with every step."""
+        if not self.learning_rate * self.proximal <= 1:
+            raise ValueError("learning_rate times proximal must be at most 1: a step would overshoot")
+        return self
+
+
+Decay = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]  # share of a running mean that is kept
+
+
+class FedAvg(Frozen):
+    """Global parameters plus the weighted mean of the updates."""
+
+    name: Literal["fedavg"]
+
+
+class FedAvgM(Frozen):
+    """FedAvg with momentum at the coordinator."""
+
+    name: Literal["fedavgm"]
+    learning_rate: Positive = 1.0
+    momentum: Decay
+
+
+class FedAdam(Frozen):
+    """Adam at the coordinator, over rounds."""
+
+    name: Literal["fedadam"]
+    learning_rate: Positive
+    beta_1: Decay = 0.9
+    beta_2: Decay = 0.99
+    tau: Positive = 1e-3
+
+
+class FedYogi(Frozen):
+    """Yogi at the coordinator, over rounds."""
+
+    name: Literal["fedyogi"]
+    learning_rate: Positive
+    beta_1: Decay = 0.9
+    beta_2: Decay = 0.99
+    tau: Positive = 1e-3
+
+
+class FedAdagrad(Frozen):
+    """Adagrad at the coordinator, over rounds; there is no second running mean, so no ``beta_2``."""
+
+    name: Literal["fedadagrad"]
+    learning_rate: Positive
+    beta_1: Decay = 0.0
+    tau: Positive = 1e-3
+
+
+Averaging = Annotated[FedAvg | FedAvgM | FedAdam | FedYogi | FedAdagrad, Field(discriminator="name")]
 
 
 class PrivacyPlan(Frozen):
@@ -110,7 +244,32 @@ class EvaluationPlan(Frozen):
     bins: Annotated[int, Field(ge=2, le=1000, multiple_of=2)] = 20
 
 
-class StudyPlan(Frozen):
+class EarlyStopping(Frozen):
+    """When a study ends before its last round: by released, noised statistics, and by nothing else.
+
+    Attributes:
+        metric: Which released figure is watched; the best checkpoint is chosen by it too.
+        patience: Releases in a row that may bring no improvement.
+        minimum_improvement: By how much a release must beat the best one before it to count as an improvement.
+    """
+
+    metric: Literal["auroc", "auprc", "accuracy", "balanced_accuracy", "f1", "brier"]
+    patience: Count
+    minimum_improvement: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+
+
+def _named_once(hospitals: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    if hospitals is None:
+        return None
+    if len(set(hospitals)) < len(hospitals):
+        raise PydanticCustomError("twice", "a hospital is named twice")
+    return tuple(sorted(hospitals))
+
+
+Hospitals = Annotated[tuple[Name, ...], Field(min_length=SMALLEST_COHORT, max_length=10_000)]
+
+
+class StudyPlan(Grown):
     """A study, whole: task, network, rounds, mechanism.
 
     Attributes:
@@ -126,6 +285,9 @@ class StudyPlan(Frozen):
         deadline_s: Seconds to wait for hospitals, in each stage.
         reply_grid_s: What a hospital computed leaves at a multiple of this many seconds after the request came.
         weight_cap: Public size from which a hospital's weight stays 1; weights are min(1, public size / cap).
+        averaging: How the coordinator moves the global parameters by the sum of a round.
+        early_stopping: Whether the study may end before its last round.
+        hospitals: Whom the study is for, sorted; None means every hospital of the roster.
     """
 
     format: Literal[1]
@@ -143,12 +305,39 @@ class StudyPlan(Frozen):
     training: TrainingPlan
     privacy: PrivacyPlan
     evaluation: EvaluationPlan | None = None
+    averaging: Annotated[Averaging, LATER] = FedAvg(name="fedavg")
+    early_stopping: Annotated[EarlyStopping | None, LATER] = None
+    hospitals: Annotated[Hospitals | None, AfterValidator(_named_once), LATER] = None
 
     @model_validator(mode="after")
-    def _replies_come_in_time(self) -> "StudyPlan":
-        if not self.reply_grid_s < self.deadline_s:
-            raise ValueError("reply_grid_s must be below deadline_s: every update would come too late")
+    def _its_parts_fit(self) -> "StudyPlan":
+        refuse_together(type(self), self._misfits())
         return self
+
+    def _misfits(self) -> Iterator[tuple[str, str]]:
+        """Keys that do not fit the others, each with what is wrong."""
+        if not self.reply_grid_s < self.deadline_s:
+            yield "reply_grid_s", "reply_grid_s must be below deadline_s: every update would come too late"
+        if not self.training.schedule.factor(self.rounds, self.rounds) >= SMALLEST_RATE:
+            yield "training.schedule", f"the last round's learning rate is below {SMALLEST_RATE:g} of the first's"
+        if self.hospitals is not None and len(self.hospitals) < self.minimum_hospitals:
+            yield "hospitals", f"{len(self.hospitals)} are named, and minimum_hospitals is {self.minimum_hospitals}"
+        if self.early_stopping is None:
+            return
+        if self.evaluation is None:
+            yield "early_stopping", "only released statistics may stop a study: there is no [evaluation]"
+        elif self.early_stopping.patience >= (releases := self.rounds // self.evaluation.every):
+            yield "early_stopping.patience", f"{releases} releases in {self.rounds} rounds: it could never stop"
+
+    def training_in(self, round_number: int) -> TrainingPlan:
+        """What one round does at a hospital, with the learning rate that the schedule gives this round.
+
+        The hospital computes it, from the plan and the round's number, so that it is part of what was approved. Two
+        machines may differ in the last digit of a cosine; nothing depends on it, because no other party uses the rate.
+        """
+        factor = self.training.schedule.factor(round_number, self.rounds)
+        rate = self.training.learning_rate * factor
+        return self.training.model_copy(update={"learning_rate": rate, "schedule": ConstantRate(name="constant")})
 
     def digest(self) -> str:
         """SHA-256 of the plan in canonical JSON (RFC 8785), in hexadecimal.

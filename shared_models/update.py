@@ -74,10 +74,15 @@ def update_bound(*, training: TrainingPlan, privacy: PrivacyPlan, parameters: in
     A step moves the parameters by the learning rate times (clipped sum + noise) / expected batch. The sum's norm is at
     most C per drawn patient, the noise's about ``sigma * C * sqrt(d)``; 1.5 leaves room for larger draws.
 
+    It holds in every round and with a proximal term as it is. No schedule gives a rate above the plan's learning rate.
+    A pull towards the global parameters makes the update 1 - learning rate * mu of what it was before each step, and a
+    plan's learning rate * mu is at most 1: it only shortens. To bound it more tightly would take a power, whose last
+    digit may differ between machines, and both sides need one bound to the bit.
+
     It bounds an honest hospital's faults, not a hostile one: under secure aggregation only the sum can be checked.
 
     Args:
-        training: Steps of one round and their learning rate.
+        training: Steps of one round and the plan's learning rate, which is the largest of any round.
         privacy: C and sigma.
         parameters: d, the length of the update.
         expected_batch: Sample rate times public size: the denominator of every step, in patients.
@@ -122,8 +127,15 @@ def bound_update(update: NDArray[np.float32] | NDArray[np.float64], limit: float
     return exact if largest * norm <= limit else scaled * (limit / norm)
 
 
-def save_model(path: Path, model: nn.Module, metadata: Mapping[str, str]) -> None:
+BESIDE = "beside/"  # before the name of an array that is no parameter; no parameter's name has a slash
+
+
+def save_model(
+    path: Path, model: nn.Module, metadata: Mapping[str, str], beside: Mapping[str, NDArray[np.float64]] | None = None
+) -> None:
     """Write a model to a safetensors file, tensors by parameter name.
+
+    ``beside`` adds arrays that are no parameters; whoever loads the model leaves them alone.
 
     Guarantees:
         * At every moment, also after a crash or power cut, the path holds the old file whole, or the new one whole.
@@ -134,6 +146,7 @@ def save_model(path: Path, model: nn.Module, metadata: Mapping[str, str]) -> Non
         ConfigError: The file cannot be written; no temporary file is left behind.
     """
     tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in model.named_parameters()}
+    tensors |= {BESIDE + name: torch.from_numpy(array) for name, array in (beside or {}).items()}
     content = _serialize(tensors, metadata)
     try:
         replace_file(path, *content)
@@ -167,7 +180,8 @@ def load_model(path: Path, model: nn.Module) -> dict[str, str]:
     """
     with _readable(path), safe_open(path, framework="pt") as file:
         metadata = dict(file.metadata() or {})
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no dictionary
+        names = [name for name in file.keys() if not name.startswith(BESIDE)]  # noqa: SIM118 - no dictionary
+        tensors = {name: file.get_tensor(name) for name in names}
     parameters = dict(model.named_parameters())
     problem = _mismatch(tensors, parameters)
     if problem:
@@ -176,6 +190,17 @@ def load_model(path: Path, model: nn.Module) -> dict[str, str]:
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
     return metadata
+
+
+def load_beside(path: Path) -> dict[str, NDArray[np.float64]]:
+    """The arrays that were saved beside a model, by name; whoever asked for them checks what they are.
+
+    Raises:
+        ConfigError: The file is missing or damaged.
+    """
+    with _readable(path), safe_open(path, framework="numpy") as file:
+        names = [name for name in file.keys() if name.startswith(BESIDE)]  # noqa: SIM118 - no dictionary
+        return {name.removeprefix(BESIDE): file.get_tensor(name) for name in names}
 
 
 @contextlib.contextmanager

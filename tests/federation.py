@@ -230,7 +230,7 @@ def changed(plan: StudyPlan, **changes: Any) -> StudyPlan:
     """A plan with some fields replaced, validated again."""
     fields = plan.model_dump(mode="json")
     for name, value in changes.items():
-        fields[name] = {**(fields[name] or {}), **value} if isinstance(value, dict) else value
+        fields[name] = {**(fields.get(name) or {}), **value} if isinstance(value, dict) else value
     return StudyPlan.model_validate_json(json.dumps(fields))
 
 

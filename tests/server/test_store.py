@@ -34,11 +34,11 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             parent.chmod(0o755)
         shutil.chown(folder, "postgres")
     data = folder / "data"
-    made = [*as_user, binaries / "initdb", "-D", data, "--auth", "trust", "--username", "konsil", "--no-sync"]
+    made = [*as_user, str(binaries / "initdb"), "-D", str(data), "--auth", "trust", "--username", "konsil", "--no-sync"]
     subprocess.run(made, check=True, capture_output=True)
     options = f"-c listen_addresses= -c unix_socket_directories={folder}"
-    control = [*as_user, binaries / "pg_ctl", "-D", data, "-w"]
-    log = folder / "log"
+    control = [*as_user, str(binaries / "pg_ctl"), "-D", str(data), "-w"]
+    log = str(folder / "log")
     subprocess.run([*control, "-l", log, "-o", options, "start"], check=True, capture_output=True)
     yield f"postgresql+psycopg://konsil@/postgres?host={folder}"
     subprocess.run([*control, "-m", "immediate", "stop"], check=True, capture_output=True)

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from server.journal import read_events
-from server.progress import _FOLDS, _WORDS, Progress
+from server.standing import _FOLDS, _WORDS, Standing
 from server.watch import Watch, view
 from tests.server.conftest import Seen
 
@@ -22,7 +22,7 @@ def journal(seen: Seen) -> list[dict[str, Any]]:
 
 def picture(events: Iterable[dict[str, Any]], *, width: int = 100, height: int = 40) -> str:
     """What a terminal shows after some events, as plain text."""
-    progress = Progress("breast-cancer", 4)
+    progress = Standing("breast-cancer", 4)
     for event in events:
         progress.see(event)
     console = Console(record=True, width=width, height=height, file=io.StringIO(), force_terminal=True)
@@ -139,7 +139,7 @@ def test_hostile_words_move_no_cursor(journal: list[dict[str, Any]]) -> None:
 
 def test_an_event_that_is_not_known_is_told_and_changes_nothing() -> None:
     """A newer coordinator may have more to say."""
-    progress = Progress("study", 3)
+    progress = Standing("study", 3)
 
     told = progress.see({"time": "2026-01-02T03:04:05.000+00:00", "event": "eclipse", "of": "the sun"})
 
@@ -174,7 +174,7 @@ def test_what_the_service_says_of_the_state_is_shown(journal: list[dict[str, Any
 
 def test_a_round_that_is_told_twice_counts_once(journal: list[dict[str, Any]]) -> None:
     """A coordinator that is killed between the journal and the database tells a round again."""
-    once, twice = Progress(), Progress()
+    once, twice = Standing(), Standing()
     for event in until(journal, "round", round=2):
         once.see(event)
         twice.see(event)
@@ -186,7 +186,7 @@ def test_a_round_that_is_told_twice_counts_once(journal: list[dict[str, Any]]) -
 
 def test_the_time_left_does_not_count_pauses() -> None:
     """Ten rounds of two seconds and one night in between: the rest takes two seconds a round."""
-    progress = Progress("study", 30)
+    progress = Standing("study", 30)
     for number in range(1, 12):
         hour = "03" if number < 6 else "15"
         event = {"event": "round", "round": number, "rounds": 30, "answered": [], "missing": [], "stages": {}}

@@ -5,7 +5,9 @@ import hashlib
 import json
 import math
 import random
+import re
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -289,3 +291,199 @@ def test_a_plan_file_that_cannot_be_read_is_named(tmp_path: Path, content: bytes
         read_plan(path)
 
     assert str(path) in str(refusal.value)
+
+
+# Fields that were added after 0.1.0
+
+OF_0_1_0 = {
+    (): "format study purpose task data_licence seed rounds minimum_hospitals deadline_s reply_grid_s weight_cap "
+    "network training privacy evaluation",
+    ("training",): "learning_rate steps",
+    ("privacy",): "clip noise_multiplier sample_rate epsilon delta spare_charges",
+    ("evaluation",): "every clip noise_multiplier bins",
+}
+ADDED: Fields = {
+    **VALID,
+    "training": {
+        **VALID["training"],
+        "proximal": 0.5,
+        "schedule": {"name": "step", "every": 4, "by": 0.5},
+    },
+    "averaging": {"name": "fedyogi", "learning_rate": 0.1, "beta_1": 0.8, "beta_2": 0.9, "tau": 0.01},
+    "early_stopping": {"metric": "auroc", "patience": 2, "minimum_improvement": 0.01},
+    "hospitals": ["east", "north", "south"],
+}
+
+
+@settings(max_examples=100, deadline=None)
+@given(fields=PLANS)
+def test_a_plan_that_uses_no_later_field_has_the_bytes_of_the_first_release(fields: Fields) -> None:
+    """So hospitals that approved it, or know no later field, see the plan that they always saw."""
+    fields = {"evaluation": None, **fields}
+
+    sent = json.loads(parse_plan(fields).canonical())
+
+    for path, keys in OF_0_1_0.items():
+        inner = sent
+        for key in path:
+            inner = inner[key] or {}
+        assert not set(inner) - set(keys.split())
+    defaults = {"network": sent["network"], "evaluation": sent["evaluation"]}
+    assert sent == {**fields, **defaults}  # which PLANS spells out in full, but for these
+
+
+@pytest.mark.parametrize(
+    "spelled",
+    [
+        {"averaging": {"name": "fedavg"}},
+        {"early_stopping": None},
+        {"hospitals": None},
+        {"training": {**VALID["training"], "proximal": 0}},
+        {"training": {**VALID["training"], "schedule": {"name": "constant"}}},
+    ],
+)
+def test_a_later_default_spelled_out_is_the_plan_without_it(spelled: Fields) -> None:
+    """Same meaning, same bytes, in whatever way a plan is dumped."""
+    plan = parse_plan({**VALID, **spelled})
+
+    assert plan == parse_plan(VALID)
+    assert plan.canonical() == parse_plan(VALID).canonical()
+    assert plan.model_dump() == parse_plan(VALID).model_dump()
+
+
+@pytest.mark.parametrize("path", list(_leaves({k: ADDED[k] for k in ADDED if k not in VALID or k == "training"})))
+def test_the_digest_changes_with_every_later_field(path: Keys) -> None:
+    """They are part of what a hospital approved, like all others."""
+    others = {
+        ("training", "schedule", "name"): None,
+        ("averaging", "name"): "fedadam",
+        ("early_stopping", "metric"): "brier",
+        ("hospitals",): ["east", "north", "west"],
+    }
+    value: Any = ADDED
+    for key in path:
+        value = value[key]
+
+    changed = _with(ADDED, path, others[path] if path in others else _another(value))
+    if path == ("training", "schedule", "name"):
+        changed["training"]["schedule"] = {"name": "exponential", "by": 0.9}
+
+    assert parse_plan(changed).digest() != parse_plan(ADDED).digest()
+    assert parse_plan(json.loads(parse_plan(changed).canonical())) == parse_plan(changed)
+
+
+def test_hospitals_are_a_set() -> None:
+    """Their order means nothing, so it does not enter the digest."""
+    orders = [["a", "b", "c"], ["c", "a", "b"]]
+
+    assert len({parse_plan({**VALID, "hospitals": order}).digest() for order in orders}) == 1
+
+
+WRONG_LATER: list[tuple[Keys, Any, str]] = [
+    *((("training", "proximal"), value, "training.proximal") for value in (-0.1, math.nan, math.inf, "0", None)),
+    (("training", "proximal"), 10.1, "training: learning_rate times proximal must be at most 1"),
+    (("training", "schedule"), {"name": "linear"}, "training.schedule"),
+    (("training", "schedule"), {"name": "cosine"}, "training.schedule.cosine.final: Field required"),
+    (("training", "schedule"), {"name": "cosine", "final": 0.0}, "training.schedule.cosine.final"),
+    (("training", "schedule"), {"name": "step", "every": 0, "by": 0.5}, "training.schedule.step.every"),
+    (("training", "schedule"), {"name": "step", "every": 1, "by": 1.5}, "training.schedule.step.by"),
+    (("training", "schedule"), {"name": "exponential", "by": 0.0}, "training.schedule.exponential.by"),
+    (("training", "schedule"), {"name": "exponential", "by": 0.6}, "training.schedule: the last round's learning rate"),
+    (("averaging",), {"name": "fedsgd"}, "averaging"),
+    (("averaging",), {"name": "fedavg", "momentum": 0.9}, "averaging.fedavg.momentum: unknown key"),
+    (("averaging",), {"name": "fedavgm"}, "averaging.fedavgm.momentum: Field required"),
+    *(
+        (("averaging",), {"name": "fedavgm", "momentum": value}, "averaging.fedavgm.momentum")
+        for value in (-0.1, 1.0, math.nan)
+    ),
+    (("averaging",), {"name": "fedadam"}, "averaging.fedadam.learning_rate: Field required"),
+    (("averaging", "beta_1"), 1.0, "averaging.fedyogi.beta_1"),
+    (("averaging", "beta_2"), -0.1, "averaging.fedyogi.beta_2"),
+    (("averaging", "tau"), 0.0, "averaging.fedyogi.tau"),
+    (("averaging", "learning_rate"), math.inf, "averaging.fedyogi.learning_rate"),
+    (("averaging",), {"name": "fedadagrad", "learning_rate": 1.0, "beta_2": 0.9}, "fedadagrad.beta_2: unknown key"),
+    (("early_stopping", "metric"), "records", "early_stopping.metric"),
+    (("early_stopping", "patience"), 0, "early_stopping.patience"),
+    (("early_stopping", "patience"), 4, "early_stopping.patience: 4 releases in 20 rounds: it could never stop"),
+    (("early_stopping", "minimum_improvement"), math.nan, "early_stopping.minimum_improvement"),
+    (("evaluation",), None, "early_stopping: only released statistics may stop a study"),
+    (("hospitals",), ["north", "south"], "hospitals: Tuple should have at least 3 items"),
+    (("hospitals",), ["north", "south", "north"], "hospitals: a hospital is named twice"),
+    (("hospitals",), ["north", "South", "east"], "hospitals.1"),
+    (("hospitals",), "north", "hospitals"),
+    (("minimum_hospitals",), 4, "hospitals: 3 are named, and minimum_hospitals is 4"),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "complaint"), WRONG_LATER)
+def test_a_wrong_later_value_is_refused_by_its_name(path: Keys, value: Any, complaint: str) -> None:
+    """The message has the key's whole path, and says what it should be."""
+    with pytest.raises(ConfigError, match=re.escape(complaint)):
+        parse_plan(_with(ADDED, path, value))
+
+
+def test_parts_that_do_not_fit_each_other_are_told_at_once() -> None:
+    """Four keys that are fine by themselves."""
+    fields = {**ADDED, "reply_grid_s": 60.0, "minimum_hospitals": 5, "evaluation": None, "training": VALID["training"]}
+    fields["training"] = {**VALID["training"], "schedule": {"name": "exponential", "by": 0.1}}
+
+    with pytest.raises(ConfigError) as refusal:
+        parse_plan(fields)
+
+    problems = str(refusal.value).removeprefix("plan: ").split("; ")
+    assert [problem.partition(":")[0] for problem in problems] == [
+        "reply_grid_s",
+        "training.schedule",
+        "hospitals",
+        "early_stopping",
+    ]
+
+
+# The rate of a round
+
+
+@pytest.mark.parametrize(
+    ("schedule", "factors"),
+    [
+        ({"name": "constant"}, [1, 1, 1, 1, 1]),
+        (
+            {"name": "cosine", "final": 0.2},
+            [1, 0.2 + 0.4 * (1 + math.sqrt(0.5)), 0.6, 0.2 + 0.4 * (1 - math.sqrt(0.5)), 0.2],
+        ),
+        ({"name": "step", "every": 2, "by": 0.5}, [1, 1, 0.5, 0.5, 0.25]),
+        ({"name": "exponential", "by": 0.5}, [1, 0.5, 0.25, 0.125, 0.0625]),
+    ],
+)
+def test_every_schedule_gives_the_rates_of_its_formula(schedule: Fields, factors: list[float]) -> None:
+    """Five rounds; everything else of a round's training is as the plan has it."""
+    fields = _with(_with({**VALID, "rounds": 5}, ("training", "schedule"), schedule), ("training", "proximal"), 2.0)
+    plan = parse_plan(fields)
+
+    rounds = [plan.training_in(number) for number in range(1, 6)]
+
+    assert [one.learning_rate / plan.training.learning_rate for one in rounds] == pytest.approx(factors, rel=1e-12)
+    assert {(one.steps, one.proximal) for one in rounds} == {(5, 2.0)}
+
+
+SCHEDULES = st.one_of(
+    st.fixed_dictionaries({"name": st.just("cosine"), "final": st.floats(1e-4, 1)}),
+    st.fixed_dictionaries({"name": st.just("step"), "every": st.integers(1, 50), "by": st.floats(0.9, 1)}),
+    st.fixed_dictionaries({"name": st.just("exponential"), "by": st.floats(0.95, 1)}),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(schedule=SCHEDULES, rounds=st.integers(1, 60), rate=POSITIVE)
+def test_no_round_s_rate_is_above_the_plan_s_or_rises(schedule: Fields, rounds: int, rate: float) -> None:
+    """So the bound of updates, which is of the plan's rate, bounds every round's."""
+    fields = _with(
+        {**VALID, "rounds": rounds}, ("training",), {"learning_rate": rate, "steps": 1, "schedule": schedule}
+    )
+    del fields["evaluation"]
+    plan = parse_plan(fields)
+
+    rates = [plan.training_in(number).learning_rate for number in range(1, rounds + 1)]
+
+    assert rates[0] == rate
+    assert all(after <= before for before, after in pairwise(rates))
+    assert rates[-1] >= 0.99e-4 * rate
