@@ -1,4 +1,4 @@
-"""Where a study stands, folded from its journal: for the live view, the page, the metrics and TensorBoard's files alike.
+"""Where a study stands, folded from its journal: for the live view, the page, metrics and TensorBoard's files alike.
 
 It knows what the journal holds and nothing else: no update, key or record can be shown by what is built on it.
 """
@@ -88,6 +88,7 @@ class Standing:
         rounds: Rounds that are planned.
         state: As far as the journal tells.
         reason: Why it waits, paused or failed.
+        early: Why the plan ends it before its last round.
         measured: Metrics that somebody else measured and wants shown, such as the demo's.
         stages: Seconds spent in each stage of sums, and how many of them, by purpose and stage.
         bytes_up: Bytes of all vectors that arrived, without their envelopes.
@@ -101,6 +102,7 @@ class Standing:
     reason: str | None = None
     hospitals: dict[str, HospitalSeen] = field(default_factory=dict)
     history: list[RoundSeen] = field(default_factory=list)
+    early: str | None = None
     measured: Mapping[str, float] = field(default_factory=dict)
     finished: Event | None = None
     stages: dict[tuple[str, str], tuple[int, float]] = field(default_factory=dict)
@@ -118,9 +120,8 @@ class Standing:
         fold = _FOLDS.get(event["event"])
         if fold is not None:
             fold(self, event)
-        told = Told(
-            moment(event), _describe(event), event["event"] == "sum" and event["opened"] and not event["dropped"]
-        )
+        opened = event["event"] == "sum" and event["opened"] and not event["dropped"]
+        told = Told(moment(event), _describe(event), opened or event["event"] == "released")
         self.recent.append(told)
         return told
 
@@ -148,6 +149,8 @@ class Standing:
         """Seconds that the remaining rounds will take at the pace of the last ones; pauses do not count."""
         if not self.history:
             return None
+        if self.early is not None:
+            return 0.0
         last = self.history[-PACE:]
         gaps = [after.at - before.at for before, after in pairwise(last)]
         return max(0.0, median(gaps or [last[0].seconds])) * (self.rounds - self.done)
@@ -181,6 +184,7 @@ _ABSENT: dict[str, Any] = {
     "epsilon_filter": {},
     "stages": {},
     "metrics_released": None,
+    "metrics": {},
     "hospitals": {},
     "public_size": None,
     "same_software": True,
@@ -322,6 +326,10 @@ def _stopped(progress: Standing, _: Event) -> None:
     progress.state, progress.reason = "stopped", "by an operator"
 
 
+def _stopped_early(progress: Standing, event: Event) -> None:
+    progress.early = event["reason"]
+
+
 def _failed(progress: Standing, event: Event) -> None:
     progress.state, progress.reason = "failed", event["error"]
 
@@ -357,6 +365,7 @@ _FOLDS: dict[str, Callable[[Standing, Event], None]] = {
     "interrupted": _interrupted,
     "quorum": _quorum,
     "stopped": _stopped,
+    "stopped-early": _stopped_early,
     "failed": _failed,
     "finished": _finished,
 }
@@ -371,15 +380,17 @@ def _names(names: Any) -> str:
     return ", ".join(names) or "nobody"
 
 
+def _figures(figures: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.3f}" for name, value in first_metrics(figures).items()) or "nothing"
+
+
 def _round_words(event: Event) -> str:
     missing = f"; missing: {_names(event['missing'])}" if event["missing"] else ""
     highest = max(event["epsilon_filter"].values(), default=0.0)
-    released = ", ".join(
-        f"{name} {value:.3f}" for name, value in first_metrics(event["metrics_released"] or {}).items()
-    )
+    released = f"; {_figures(event['metrics_released'])}" if event["metrics_released"] else ""
     return (
         f"round {event['round']}/{event['rounds']}: {len(event['answered'])} hospitals answered in "
-        f"{event['seconds']:.2f} s; epsilon up to {highest:.3f}{missing}" + (f"; {released}" if released else "")
+        f"{event['seconds']:.2f} s; epsilon up to {highest:.3f}{missing}{released}"
     )
 
 
@@ -422,6 +433,8 @@ _WORDS: dict[str, Callable[[Event], str]] = {
     "interrupted": lambda e: f"interrupted, and tried again by itself: {e['error']}",
     "quorum": lambda e: f"goes on with {_names(e['hospitals'])}",
     "stopped": lambda _: "stopped by an operator",
+    "stopped-early": lambda e: f"ends after round {e['round']} of {e['rounds']}: {e['reason']}",
+    "released": lambda e: f"round {e['round']}: {_figures(e['metrics'])} released",
     "failed": lambda e: f"failed: {e['error']} ({e['hint']})",
     "finished": lambda e: f"finished: {len(e['hospitals'])} hospitals have stated what it cost",
 }

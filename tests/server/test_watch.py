@@ -65,6 +65,7 @@ def test_a_running_study_is_shown_whole(journal: list[dict[str, Any]]) -> None:
         ("paused", {"reason": "below quorum: missing north"}, "below quorum: missing north"),
         ("interrupted", {"error": "the disk is full"}, "the disk is full"),
         ("stopped", {}, "by an operator"),
+        ("stopped-early", {"round": 3, "rounds": 4, "reason": "no better"}, "ends after round 3 of 4: no better"),
         ("failed", {"error": "no sum opened", "hint": "see there"}, "no sum opened"),
         ("set-aside", {"hospital": "hospital-4", "round": 4, "reason": "its part has failed"}, "set aside: its part"),
         ("refused", {"hospital": "hospital-4", "code": "policy"}, "refused: policy"),
@@ -102,7 +103,7 @@ def test_without_a_terminal_every_event_is_one_line(journal: list[dict[str, Any]
 
     lines = file.getvalue().splitlines()
     assert "\x1b" not in file.getvalue()
-    minor = [event for event in journal if event["event"] == "sum" and event["opened"] and not event["dropped"]]
+    minor = [e for e in journal if e["event"] == "released" or (e.get("opened") and not e["dropped"])]
     assert len(lines) == len(journal) - len(minor)
     assert all(line[2] == line[5] == ":" for line in lines)
     assert "started: 4 rounds" in lines[0]
