@@ -27,6 +27,7 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, RedirectResponse, Response
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from server import logs
 from server.curves import Chart, Points, chart
@@ -45,6 +46,9 @@ LONGEST_FORM = 4096  # bytes
 SESSION_S = 12 * 3600.0
 MOST_SESSIONS = 1000
 SHOWN_ROUNDS = 15
+IDLE_S = 20.0  # after which a connection ends where no answer is on its way; browsers make another
+LONGEST_S = 120.0
+MOST_CONNECTIONS = 200
 OPEN = frozenset({"/login", "/page.css", "/icon.svg", "/healthz"})  # these say nothing about a study
 HEADERS = {
     "content-security-policy": (
@@ -106,6 +110,30 @@ def _digest(text: str) -> bytes:
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()
 
 
+class Brief(H11Protocol):
+    """A connection that ends: neither one that says nothing nor one that says it slowly keeps its place for long."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin, unless there are too many."""
+        super().connection_made(transport)
+        self._ends = [
+            self.loop.call_later(IDLE_S, self._end_idle),
+            self.loop.call_later(LONGEST_S, transport.abort),
+        ]
+        if len(self.connections) > MOST_CONNECTIONS:
+            transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """It is over."""
+        super().connection_lost(exc)
+        for end in self._ends:
+            end.cancel()
+
+    def _end_idle(self) -> None:
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.close()
+
+
 class Guard:
     """In front of the page: refuses whom it is not for, and writes what every answer carries.
 
@@ -122,10 +150,6 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
         """One request, as ASGI has it."""
-        if scope["type"] != "http":
-            if scope["type"] == "websocket":
-                await send({"type": "websocket.close", "code": 1008})
-            return
         with logs.request() as request_id:
 
             async def send_with_headers(message: MutableMapping[str, Any]) -> None:
@@ -209,15 +233,25 @@ def make_app(studies: Studies, viewers: Viewers, *, cookie: str, secure: bool) -
         text, content_type = exposition(follow, request.headers.get("accept", ""))
         return Response(text, headers={"content-type": content_type})
 
+    def listed() -> dict[str, Any]:
+        lines = [_line(follow, status) for status in studies.all()]
+        return {"version": _version(lines), "studies": lines}
+
     @app.get("/api/studies")
     def api_studies() -> Response:
-        return JSONResponse(_versioned({"studies": [_line(follow, status) for status in studies.all()]}))
+        return JSONResponse(listed())
 
     @app.get("/api/studies/{name}")
     def api_study(name: str) -> Response:
         status = studies.show(name)
         with follow.study(status) as progress:
-            return JSONResponse(_versioned(_whole(status, progress)))
+            return JSONResponse(_whole(status, progress))
+
+    @app.get("/api/studies/{name}/version")
+    def api_version(name: str) -> Response:
+        status = studies.show(name)
+        with follow.study(status) as progress:
+            return JSONResponse({"version": _version(_summary(status, progress), progress.events)})
 
     @app.get("/api/studies/{name}/events")
     def api_events(name: str, after: int = 0) -> Response:
@@ -229,15 +263,14 @@ def make_app(studies: Studies, viewers: Viewers, *, cookie: str, secure: bool) -
 
     @app.get("/")
     def index() -> Response:
-        found = _versioned({"studies": [_line(follow, status) for status in studies.all()]})
-        return html("index.html", **found)
+        return html("index.html", **listed())
 
     @app.get("/studies/{name}")
     def study(name: str) -> Response:
         status = studies.show(name)
         with follow.study(status) as progress:
-            shown, drawn = _versioned(_whole(status, progress)), _drawn(status, progress)
-        return html("study.html", **shown, plan=status.row.plan, charts=drawn, shown_rounds=SHOWN_ROUNDS)
+            shown, drawn = _whole(status, progress, rounds=SHOWN_ROUNDS), _drawn(status, progress)
+        return html("study.html", **shown, plan=status.row.plan, charts=drawn)
 
     @app.get("/login")
     def login() -> Response:
@@ -299,10 +332,9 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 3600:.0f} h"
 
 
-def _versioned(shown: dict[str, Any]) -> dict[str, Any]:
-    """With a digest of it all, by which a browser knows whether anything has changed."""
-    text = json.dumps(shown, sort_keys=True)
-    return {"version": hashlib.sha256(text.encode()).hexdigest()[:16], **shown}
+def _version(*shown: Any) -> str:
+    """A digest of what is shown, by which a browser knows whether anything has changed."""
+    return hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _line(follow: Follow, status: StudyStatus) -> dict[str, Any]:
@@ -330,10 +362,12 @@ def _summary(status: StudyStatus, progress: Standing) -> dict[str, Any]:
     }
 
 
-def _whole(status: StudyStatus, progress: Standing) -> dict[str, Any]:
-    """All that the page says of one study."""
+def _whole(status: StudyStatus, progress: Standing, *, rounds: int | None = None) -> dict[str, Any]:
+    """All that the page says of one study; of its rounds perhaps only the newest."""
+    summary = _summary(status, progress)
     return {
-        "study": _summary(status, progress),
+        "version": _version(summary, progress.events),
+        "study": summary,
         "plan_digest": status.row.plan.digest(),
         "hospitals": {
             name: {
@@ -355,7 +389,7 @@ def _whole(status: StudyStatus, progress: Standing) -> dict[str, Any]:
             "charged": progress.failed_attempts[True],
             "not_charged": progress.failed_attempts[False],
         },
-        "history": [seen._asdict() for seen in progress.history],
+        "history": [seen._asdict() for seen in progress.history[-rounds if rounds else None :]],
         "recent": [{"at": told.at, "text": told.text} for told in reversed(progress.recent) if not told.minor],
     }
 
@@ -466,7 +500,8 @@ def _config(app: Any, settings: Settings, *, tls: bool) -> uvicorn.Config:
         lifespan="off",
         proxy_headers=False,
         server_header=False,
-        limit_concurrency=200,
+        http=Brief,
+        ws="none",
         timeout_graceful_shutdown=3,
         **files,
     )

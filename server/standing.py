@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import pairwise
 from statistics import median
+from sys import intern
 from typing import Any, NamedTuple
 
 RECENT = 50  # events that are kept in words
@@ -94,6 +95,8 @@ class Standing:
         bytes_up: Bytes of all vectors that arrived, without their envelopes.
         failed_attempts: Attempts that came to nothing, by whether they were charged.
         aborted: Sums that did not open, by purpose.
+        events: How many have been seen.
+        recent: The newest, in words.
     """
 
     study: str = ""
@@ -109,6 +112,7 @@ class Standing:
     bytes_up: int = 0
     failed_attempts: Counter[bool] = field(default_factory=Counter)
     aborted: Counter[str] = field(default_factory=Counter)
+    events: int = 0
     recent: deque[Told] = field(default_factory=lambda: deque(maxlen=RECENT))
 
     def see(self, event: Event) -> Told:
@@ -122,6 +126,7 @@ class Standing:
             fold(self, event)
         opened = event["event"] == "sum" and event["opened"] and not event["dropped"]
         told = Told(moment(event), _describe(event), opened or event["event"] == "released")
+        self.events += 1
         self.recent.append(told)
         return told
 
@@ -280,9 +285,9 @@ def _round(progress: Standing, event: Event) -> None:
         number=event["round"],
         at=moment(event),
         seconds=event["seconds"],
-        answered=tuple(event["answered"]),
-        missing=tuple(event["missing"]),
-        epsilons=event["epsilon_filter"],
+        answered=tuple(map(intern, event["answered"])),  # studies are long, and names repeat
+        missing=tuple(map(intern, event["missing"])),
+        epsilons={intern(name): epsilon for name, epsilon in event["epsilon_filter"].items()},
         released=event["metrics_released"],
         stages=event["stages"],
     )

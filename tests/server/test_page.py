@@ -8,7 +8,7 @@ import sqlite3
 import ssl
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ ANSWERS = (
     f"/studies/{WAITING}",
     "/api/studies",
     "/api/studies/breast-cancer",
+    "/api/studies/breast-cancer/version",
     "/api/studies/breast-cancer/events",
     f"/api/studies/{WAITING}",
     f"/api/studies/{WAITING}/events",
@@ -93,6 +94,9 @@ def test_it_shows_what_the_journal_tells(seen: Seen, client: httpx.Client) -> No
     rounds, (finished,) = seen.federation.events("round"), seen.federation.events("finished")
 
     told = client.get("/api/studies/breast-cancer").json()
+
+    assert told["version"] == client.get("/api/studies/breast-cancer/version").json()["version"]
+    assert f'data-version="{told["version"]}"' in client.get("/studies/breast-cancer").text
 
     assert told["study"]["state"] == "finished"
     assert (told["study"]["rounds_done"], told["study"]["rounds"]) == (4, 4)
@@ -398,6 +402,33 @@ def test_a_token_that_can_be_guessed_is_refused(token_file: Path, token: str) ->
     assert not token or token not in str(caught.value).replace(str(token_file), "")
     with pytest.raises(IdentityError, match="cannot be read"):
         read_token(token_file.with_name("nowhere"))
+
+
+def test_who_says_nothing_or_says_it_slowly_loses_the_place(
+    client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Idle and half-said requests are ended, too many are not let in, and the page is there for everybody else."""
+    monkeypatch.setattr("server.page.IDLE_S", 0.5)
+    monkeypatch.setattr("server.page.MOST_CONNECTIONS", 20)
+    address = ("127.0.0.1", client.base_url.port or 0)
+    with ExitStack() as stack:
+        silent = [stack.enter_context(socket.create_connection(address, timeout=60)) for _ in range(40)]
+        for slow in silent[::2]:
+            with suppress(ConnectionError):
+                slow.sendall(b"GET / HTTP/1.1\r\nHost: local")
+
+        ended = [_ended(connection) for connection in silent]
+
+        assert ended == [True] * 40
+        assert client.get("/healthz").status_code == 200
+
+
+def _ended(connection: socket.socket) -> bool:
+    """Wait until the other side has ended a connection."""
+    try:
+        return connection.recv(1) == b""
+    except ConnectionError:
+        return True
 
 
 # the coordinator
