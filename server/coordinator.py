@@ -16,7 +16,7 @@ import threading
 import time
 from base64 import b64encode
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -438,8 +438,6 @@ def coordinating(settings: Settings) -> Iterator[Studies]:
         ConfigError, IdentityError, StoreError: It cannot start; see ``SuperLink`` and ``Store``.
     """
     from server.app import conduct  # noqa: PLC0415 - torch is only needed once studies really run
-    from server.event_files import writing  # noqa: PLC0415
-    from server.page import serving  # noqa: PLC0415
     from server.round import check_fits  # noqa: PLC0415
 
     with _only_one(settings.state), closing(Store(settings.database_url)) as store, SuperLink(settings) as link:
@@ -455,8 +453,23 @@ def coordinating(settings: Settings) -> Iterator[Studies]:
             check_fits(plan, members())
 
         studies = Studies(store, settings.state / "studies", run, check=check)
-        with link.run() as grid, serving(settings, studies), writing(settings, studies), studies:
+        with link.run() as grid, _shown(settings, studies), studies:
             yield studies
+
+
+@contextmanager
+def _shown(settings: Settings, studies: Studies) -> Iterator[None]:
+    """The page and the event files, where the settings ask for them; nobody else pays for their imports."""
+    with ExitStack() as stack:
+        if settings.page is not None:
+            from server.page import serving  # noqa: PLC0415
+
+            stack.enter_context(serving(settings, studies))
+        if settings.tensorboard:
+            from server.event_files import writing  # noqa: PLC0415
+
+            stack.enter_context(writing(settings, studies))
+        yield
 
 
 @contextmanager
