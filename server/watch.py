@@ -36,17 +36,29 @@ class Watch:
         study: The study's name.
         hospitals: Those that are known already; others are added as events name them.
         keep: Whether the last picture stays when the view is left; lines always stay.
+        full_screen: Whether the view has the terminal to itself while it is there.
 
     Attributes:
         progress: What has been seen; change it between events and call ``draw`` where there is more to show.
     """
 
-    def __init__(self, console: Console, study: str, *, hospitals: tuple[str, ...] = (), keep: bool = True) -> None:
+    def __init__(
+        self,
+        console: Console,
+        study: str,
+        *,
+        hospitals: tuple[str, ...] = (),
+        keep: bool = True,
+        full_screen: bool = False,
+    ) -> None:
         self.progress = Standing(study=study)
         for name in hospitals:
             self.progress.hospital(name)
         self._console = console
-        self._live = Live(console=console, refresh_per_second=REFRESH_PER_SECOND, transient=not keep)
+        self._left_to_print = keep and full_screen  # what a full screen showed goes with it
+        self._live = Live(
+            console=console, refresh_per_second=REFRESH_PER_SECOND, transient=not keep, screen=full_screen
+        )
 
     def __enter__(self) -> "Watch":
         if self._console.is_terminal:
@@ -57,6 +69,8 @@ class Watch:
         if self._console.is_terminal:
             self.draw()
             self._live.stop()
+            if self._left_to_print:
+                self._console.print(self._view())
 
     def see(self, event: Event) -> None:
         """Take in one event and show it."""
@@ -70,7 +84,10 @@ class Watch:
     def draw(self) -> None:
         """Show what is known now, where there is a terminal."""
         if self._console.is_terminal:
-            self._live.update(view(self.progress, self._console.size.width, self._console.size.height))
+            self._live.update(self._view())
+
+    def _view(self) -> Group:
+        return view(self.progress, self._console.size.width, self._console.size.height)
 
 
 def view(progress: Standing, width: int, height: int) -> Group:

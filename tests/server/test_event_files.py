@@ -1,6 +1,7 @@
 """TensorBoard's event files, read back by TensorBoard's own reader."""
 
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,13 @@ import pytest
 pytest.importorskip("tensorboard", reason="tensorboard is not installed: pip install 'konsil[tensorboard]'")
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from server.coordinator import coordinating
 from server.event_files import EventFiles, last_step, writing
 from server.journal import Journal
 from server.store import Store
 from server.studies import Studies
 from shared_models.errors import ConfigError
+from tests.link import Keys
 from tests.server.conftest import Seen
 
 
@@ -112,6 +115,17 @@ def test_nothing_is_written_unless_asked_for(seen: Seen, studies: Studies) -> No
         pass
 
     assert not (studies.show("breast-cancer").row.folder / "tensorboard").exists()
+
+
+def test_a_coordinator_writes_them_while_it_runs_and_only_then(tmp_path: Path) -> None:
+    """The setting is all that it takes."""
+    settings = Keys(tmp_path).coordinator().model_copy(update={"tensorboard": True})
+
+    with coordinating(settings):
+        running = {thread.name for thread in threading.enumerate()}
+
+    assert "tensorboard" in running
+    assert "tensorboard" not in {thread.name for thread in threading.enumerate()}
 
 
 def test_a_missing_package_is_named(seen: Seen, studies: Studies, monkeypatch: pytest.MonkeyPatch) -> None:

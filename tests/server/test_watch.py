@@ -111,17 +111,20 @@ def test_without_a_terminal_every_event_is_one_line(journal: list[dict[str, Any]
     assert any("dropped out: hospital-4 at train" in line for line in lines)
 
 
-def test_on_a_terminal_the_last_picture_stays(journal: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("full_screen", [False, True])
+def test_on_a_terminal_the_last_picture_stays(journal: list[dict[str, Any]], full_screen: bool) -> None:
     """Whoever comes back later still sees how it ended."""
     file = io.StringIO()
     console = Console(file=file, force_terminal=True, width=90, height=30, legacy_windows=False)
 
-    with Watch(console, "breast-cancer", hospitals=("hospital-1",)) as watch:
+    with Watch(console, "breast-cancer", hospitals=("hospital-1",), full_screen=full_screen) as watch:
         for event in journal:
             watch.see(event)
 
-    assert "finished" in file.getvalue()
-    assert file.getvalue().rstrip().endswith("\x1b[?25h")  # the cursor is back
+    written = file.getvalue()
+    assert written.count("\x1b[?25h") == written.count("\x1b[?25l") == 1  # the cursor is back
+    assert written.count("\x1b[?1049h") == written.count("\x1b[?1049l") == full_screen  # and so is the screen
+    assert "round 4/4" in written.rpartition("\x1b[?1049l")[2]
 
 
 def test_hostile_words_move_no_cursor(journal: list[dict[str, Any]]) -> None:
