@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PYTEST := pytest
 DONE := $(VENV)/.done
 
-.PHONY: help setup demo test soak check bench clean
+.PHONY: help setup demo test soak chaos check bench clean
 
 help:  ## What there is to make
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -25,6 +25,9 @@ test: $(DONE)  ## The test suite, without the long runs
 
 soak: $(DONE)  ## The long runs
 	$(BIN)/pytest -m soak $(ARGS)
+
+chaos: $(DONE)  ## Studies of 30 rounds under kills, stops and broken networks (needs root)
+	$(BIN)/pytest -m soak tests/rounds/test_chaos.py -s $(ARGS)
 
 check: $(DONE)  ## Format, lint, types, import rules and tests with coverage
 	$(BIN)/ruff format --check .

@@ -109,10 +109,21 @@ def fit_plan(example: Example, rounds: int | None) -> StudyPlan:
     return plan.model_copy(update=update)
 
 
-def lay_out(folder: Path, example: Example, plan: StudyPlan, port: int, *, page: int | None = None) -> None:
-    """Make the throw-away keys, certificates and settings of everybody, as they would do themselves."""
+def lay_out(
+    folder: Path,
+    example: Example,
+    plan: StudyPlan,
+    port: int,
+    *,
+    hosts: Iterable[str] = (),
+    page: int | None = None,
+) -> None:
+    """Make the throw-away keys, certificates and settings of everybody, as they would do themselves.
+
+    ``hosts`` are further names or addresses of the coordinator, for its certificate; ``page`` is the page's port.
+    """
     authority = Authority(folder / "authority")
-    authority.issue(folder / "coordinator", "coordinator", hosts=["127.0.0.1", "localhost"])
+    authority.issue(folder / "coordinator", "coordinator", hosts=["127.0.0.1", "localhost", *hosts])
     (folder / "plan.toml").write_text(plan_text(plan), encoding="utf-8")
     public = folder / "coordinator" / "hospitals"
     for hospital in example.hospitals:

@@ -1,14 +1,18 @@
 """The studies' journals, followed: each event is read once, whoever asks, and however often."""
 
+import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from server.journal import read_events
 from server.standing import Standing
 from server.studies import Studies, StudyStatus
+
+log = logging.getLogger("konsil.coordinator")
 
 PIECE = 2**20  # bytes of a journal that are held at a time; no event is as long
 
@@ -34,18 +38,30 @@ class Follow:
 
     @contextmanager
     def study(self, status: StudyStatus) -> Iterator[Standing]:
-        """A study as of now; nobody changes it while it is looked at."""
+        """A study as of now; nobody changes it while it is looked at.
+
+        Where its journal cannot be read, what is known of it, and the problem: the other studies are still to be seen.
+        """
         row = status.row
         with self._lock:
             followed = self._followed.setdefault(row.name, _Followed(Standing(row.name, row.plan.rounds)))
         with followed.lock:
-            while True:
-                events, followed.offset = read_events(row.folder / "events.jsonl", followed.offset, most=PIECE)
-                for event in events:
-                    followed.progress.see(event)
-                if not events:
-                    break
+            try:
+                self._read(row.folder / "events.jsonl", followed)
+            except (OSError, ValueError) as error:
+                if followed.progress.problem is None:  # it is looked at every few seconds
+                    log.warning("study %s: its journal cannot be read: %s", row.name, error)
+                followed.progress.problem = f"its journal cannot be read: {error}"
             yield followed.progress
+
+    def _read(self, journal: Path, followed: _Followed) -> None:
+        events, offset = read_events(journal, followed.offset, most=PIECE)
+        while events:
+            for event in events:
+                followed.progress.see(event)
+            followed.offset = offset
+            events, offset = read_events(journal, followed.offset, most=PIECE)
+        followed.progress.problem = None
 
     def events(self, name: str, after: int) -> tuple[list[dict[str, Any]], int]:
         """A piece of a study's journal from a byte offset on, and the offset behind it.

@@ -348,7 +348,7 @@ def _summary(status: StudyStatus, progress: Standing) -> dict[str, Any]:
     return {
         "name": row.name,
         "state": row.state.value,
-        "reason": row.reason,
+        "reason": progress.problem or row.reason,
         "position": status.position,
         "rounds_done": row.rounds_done,
         "rounds": row.plan.rounds,

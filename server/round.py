@@ -304,7 +304,6 @@ def secure_sum(study: Study, purpose: Purpose, number: int, cohort: list[str]) -
         study.away.forget(hospital)
         study.epsilons[hospital] = kept.receipt.epsilon_filter
     set_aside(study, number, failed=set(cohort) & (party.dropped.keys() | {party.at_fault}), steady=run.uploads)
-    study.store.end_attempt(plan.study, purpose, number, attempt, opened=total is not None)
     study.journal.write(
         "sum",
         purpose=purpose,
@@ -320,6 +319,7 @@ def secure_sum(study: Study, purpose: Purpose, number: int, cohort: list[str]) -
         bytes_up=4 * code.length,
         stages=run.seconds,
     )
+    study.store.end_attempt(plan.study, purpose, number, attempt, opened=total is not None)
     return Sum(attempt, frozenset(run.uploads), total, weight, run.charged, party.at_fault, run.seconds)
 
 

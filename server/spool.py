@@ -2,7 +2,7 @@
 
 import shutil
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 
 from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectStore
 
@@ -10,7 +10,7 @@ LARGE_BYTES = 1 << 16
 
 
 class SpooledObjectStore(InMemoryObjectStore):
-    """Objects of at least ``LARGE_BYTES`` lie in files of a folder that is emptied when the process ends.
+    """Objects of at least ``LARGE_BYTES`` lie in files of a folder of this process's own.
 
     A slow or hostile hospital that leaves half of an update here costs disk, not memory, and does not keep others
     waiting. After a crash the folder is left behind; the next process removes it.
@@ -24,13 +24,12 @@ class SpooledObjectStore(InMemoryObjectStore):
         folder.mkdir(parents=True, exist_ok=True)
         for left in folder.glob("spool-*"):
             shutil.rmtree(left, ignore_errors=True)
-        self._spool = TemporaryDirectory(prefix="spool-", dir=folder)
-        self._folder = Path(self._spool.name)
+        self._folder = Path(mkdtemp(prefix="spool-", dir=folder))
         self._spooled: set[str] = set()
 
     def close(self) -> None:
         """Remove the files."""
-        self._spool.cleanup()
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     def put(self, object_id: str, object_content: bytes) -> None:
         """Take an object that is expected; its content is checked against its name, which is its SHA-256."""

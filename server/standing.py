@@ -90,6 +90,7 @@ class Standing:
         state: As far as the journal tells.
         reason: Why it waits, paused or failed.
         early: Why the plan ends it before its last round.
+        problem: Why there may be more than is known.
         measured: Metrics that somebody else measured and wants shown, such as the demo's.
         stages: Seconds spent in each stage of sums, and how many of them, by purpose and stage.
         bytes_up: Bytes of all vectors that arrived, without their envelopes.
@@ -106,6 +107,7 @@ class Standing:
     hospitals: dict[str, HospitalSeen] = field(default_factory=dict)
     history: list[RoundSeen] = field(default_factory=list)
     early: str | None = None
+    problem: str | None = None
     measured: Mapping[str, float] = field(default_factory=dict)
     finished: Event | None = None
     stages: dict[tuple[str, str], tuple[int, float]] = field(default_factory=dict)

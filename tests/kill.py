@@ -51,6 +51,7 @@ from server.store import Store
 from shared_models.privacy.ledger import Ledger
 from shared_models.secagg.protocol import Positions
 from tests.federation import Federation, changed
+from tests.network import enter
 
 KILLED = -signal.SIGKILL
 SYSTEM = ("write", "pwrite", "fsync", "fdatasync", "replace", "rename", "link", "urandom")
@@ -114,7 +115,7 @@ class Fuse:
         """Wrap the stations of a study, what they write down, and every call that makes something durable."""
         for stage in ("take_up", "enrol_enough", "take_turn", "train_round", "evaluate_round", "close_study"):
             self._wrap_in(server.round, stage, stage)
-        for call in ("save_checkpoint", "write_model", "average"):
+        for call in ("save_checkpoint", "write_model", "vector_to_parameters"):
             self._wrap_in(server.round, call, call)
         self._wrap_in(server.app, "write_card", "card")
         self._wrap_in(Attempt, "_stage", lambda _, name, *__: name)
@@ -249,8 +250,10 @@ COMMANDS = {
 }
 
 
-def _live(command: Sequence[str], trace: Path, log: Path, point: str | None) -> None:
+def _live(command: Sequence[str], trace: Path, log: Path, point: str | None, namespace: str | None) -> None:
     """One life: arm, then run the command as a shell would. What it prints goes to its log."""
+    if namespace is not None:
+        enter(namespace)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # nothing outlives the test that began it
     with log.open("a", encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
@@ -285,10 +288,15 @@ class Lives:
             life.kill()
             life.join()
 
-    def begin(self, name: str, *command: str, point: str | None = None) -> ForkServerProcess:
-        """Begin a life that runs a command, and dies at a point or not; its ``exitcode`` says how it ended."""
+    def begin(
+        self, name: str, *command: str, point: str | None = None, namespace: str | None = None
+    ) -> ForkServerProcess:
+        """Begin a life that runs a command, and dies at a point or not; its ``exitcode`` says how it ended.
+
+        It runs in a network namespace where one is named.
+        """
         files = (self.trace(name), self.log(name))
-        life = self._context.Process(target=_live, args=(command, *files, point), name=name)
+        life = self._context.Process(target=_live, args=(command, *files, point, namespace), name=name)
         with patch.dict(os.environ, {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}):  # one thread can be forked
             life.start()
         self.begun.append(life)

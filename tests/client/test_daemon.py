@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.common.constant import NOOP_FLWR_AID
 from flwr.supercore.constant import NOOP_FEDERATION_ID, TaskType
 from flwr.supercore.fab import Fab
@@ -32,6 +33,7 @@ from shared_models.messages import Proposal, Refusal
 from tests.client.test_cli import run
 from tests.federation import make_federation
 from tests.link import Keys
+from tests.network import Relay, running_loop
 
 
 @pytest.fixture
@@ -234,6 +236,45 @@ def test_the_text_of_an_exception_never_reaches_the_wire(
     assert b"Refusal" in sent
     assert value.encode() not in sent
     assert b"RuntimeError" not in sent
+
+
+@pytest.mark.parametrize("direction", ["up", "down"])
+def test_a_transfer_that_breaks_goes_on_where_it_was(keys: Keys, direction: str) -> None:
+    """Five connections die in the middle of 8 MB; what had arrived is not sent again, and the message is whole."""
+    vector = np.arange(2_000_000, dtype="<u4")
+    big, small = (RecordDict({"vector": ArrayRecord({"vector": Array(v)})}) for v in (vector, vector[:1]))
+    seen: list[Message] = []
+
+    def answer(message: Message, _context: Context) -> Message:
+        seen.append(message)
+        return Message(big if direction == "up" else small, reply_to=message)
+
+    over, answers = Ending(), list[Message]()
+    with running_loop() as loop, SuperLink(keys.coordinator()) as link, link.run() as grid:
+        relay = Relay("127.0.0.1", keys.port, loop, breaks={direction: [2_500_000] * 5})
+        settings = keys.hospital("north").model_copy(update={"coordinator": relay.address})
+        arguments = (settings, keys.hospital_file("north"), answer)
+        thread = threading.Thread(target=serve, args=arguments, kwargs={"until": over}, daemon=True)
+        thread.start()
+        _wait_for(link.online, 20)
+        content = small if direction == "up" else big
+        request = Message(content, dst_node_id=link.node_ids["north"], message_type="query.propose")
+        (message_id,) = grid.push_messages([request])
+
+        def arrived() -> bool:
+            answers.extend(grid.pull_messages([message_id]))
+            return bool(answers)
+
+        _wait_for(arrived, 100)
+        over.set()
+        thread.join(20)
+        relay.close()
+
+    whole = answers[0] if direction == "up" else seen[0]
+    np.testing.assert_array_equal(whole.content.array_records["vector"]["vector"].numpy(), vector)
+    assert len(seen) == 1  # one message, whatever happened to connections
+    assert relay.breaks[direction] == []
+    assert relay.passed[direction] < 2 * vector.nbytes + 5 * (1 << 20)
 
 
 # Real processes

@@ -48,7 +48,7 @@ BRIEF = (
     "before train_round/close/unlink",
     "before train_round/receipts/replace",
     "after train_round/end_attempt",
-    "before train_round/average",
+    "before train_round/vector_to_parameters",
     "before save_checkpoint/replace",
     "after save_checkpoint",
     "after evaluate_round/train/charged",

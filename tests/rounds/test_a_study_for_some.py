@@ -16,14 +16,17 @@ def _for_three(folder: Path) -> Federation:
 
 
 def test_a_hospital_that_the_plan_does_not_name_refuses(tmp_path: Path) -> None:
-    """It pays nothing and approves nothing; the three that are named finish."""
+    """It is not asked, and if it is, it pays nothing and approves nothing; the three that are named finish."""
     federation = _for_three(tmp_path)
 
     federation.run()
+    asked = {to for _, to, _ in federation.wire.trace if to != "coordinator"}
+    answer = Coordinator(federation).propose("hospital-4")
 
-    assert [event["answered"] for event in federation.events("round")] == [NAMED] * 2
-    (refused,) = federation.events("refused")
-    assert (refused["hospital"], refused["code"]) == ("hospital-4", "policy")
+    assert [(event["answered"], event["missing"]) for event in federation.events("round")] == [(NAMED, [])] * 2
+    assert asked == set(NAMED)
+    assert isinstance(answer, Refusal)
+    assert answer.code == "policy"
     assert [entry.kind for entry in federation.ledger("hospital-4")] == ["budget-opened"]
 
 

@@ -265,6 +265,29 @@ def test_a_database_that_is_away_is_said_so(seen: Seen, client: httpx.Client) ->
     assert client.get("/healthz").json() == {"status": "ok"}
 
 
+@pytest.mark.parametrize("broken", ["no json\n", '{"time": 1}\n', None])
+def test_one_broken_journal_hides_no_other_study(seen: Seen, client: httpx.Client, broken: str | None) -> None:
+    """The page says what is wrong with the one, and shows the rest; mended, it is whole again."""
+    path = seen.federation.folder / WAITING / "events.jsonl"
+    kept = path.read_bytes()
+    try:
+        if broken is None:
+            path.unlink()
+            path.mkdir()
+        else:
+            path.write_text(broken, encoding="utf-8")
+        answers = [client.get(path) for path in ("/", f"/studies/{WAITING}", "/metrics", "/api/studies")]
+    finally:
+        if path.is_dir():
+            path.rmdir()
+        path.write_bytes(kept)
+
+    assert [answer.status_code for answer in answers] == [200] * 4
+    assert all("its journal cannot be read" in answer.text for answer in (answers[0], answers[1], answers[3]))
+    assert 'konsil_study_rounds_done{study="breast-cancer"} 4.0' in answers[2].text
+    assert "cannot be read" not in client.get(f"/studies/{WAITING}").text
+
+
 # who may look
 
 
