@@ -46,12 +46,15 @@ class Follow:
         with self._lock:
             followed = self._followed.setdefault(row.name, _Followed(Standing(row.name, row.plan.rounds)))
         with followed.lock:
+            before = followed.progress.problem
+            if before is not None:  # from the start: nobody knows how far it can be believed
+                followed.progress, followed.offset = Standing(row.name, row.plan.rounds), 0
             try:
                 self._read(row.folder / "events.jsonl", followed)
-            except (OSError, ValueError) as error:
-                if followed.progress.problem is None:  # it is looked at every few seconds
-                    log.warning("study %s: its journal cannot be read: %s", row.name, error)
+            except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
                 followed.progress.problem = f"its journal cannot be read: {error}"
+                if before is None:  # it is looked at every few seconds
+                    log.warning("study %s: %s", row.name, followed.progress.problem)
             yield followed.progress
 
     def _read(self, journal: Path, followed: _Followed) -> None:
@@ -61,7 +64,6 @@ class Follow:
                 followed.progress.see(event)
             followed.offset = offset
             events, offset = read_events(journal, followed.offset, most=PIECE)
-        followed.progress.problem = None
 
     def events(self, name: str, after: int) -> tuple[list[dict[str, Any]], int]:
         """A piece of a study's journal from a byte offset on, and the offset behind it.

@@ -265,7 +265,7 @@ def test_a_database_that_is_away_is_said_so(seen: Seen, client: httpx.Client) ->
     assert client.get("/healthz").json() == {"status": "ok"}
 
 
-@pytest.mark.parametrize("broken", ["no json\n", '{"time": 1}\n', None])
+@pytest.mark.parametrize("broken", ["no json\n", '{"time": 1}\n', "[]\n", None])
 def test_one_broken_journal_hides_no_other_study(seen: Seen, client: httpx.Client, broken: str | None) -> None:
     """The page says what is wrong with the one, and shows the rest; mended, it is whole again."""
     path = seen.federation.folder / WAITING / "events.jsonl"
