@@ -1,7 +1,7 @@
 """The coordinator's own settings, ``coordinator.toml``: where it listens, whom it knows, where it keeps its state."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -22,6 +22,20 @@ class Tls(Frozen):
     authority_key: LocalPath | None = None
 
 
+class PageSettings(Frozen):
+    """The page for browsers and Prometheus.
+
+    Attributes:
+        host: Address to listen on. Anywhere but on loopback the page speaks TLS and asks for the token.
+        port: Port to listen on.
+        token_file: File of mode 0600 whose first line is the viewers' token.
+    """
+
+    host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
+    port: Annotated[int, Field(ge=1, le=65_535)]
+    token_file: LocalPath | None = None
+
+
 class Settings(Frozen):
     """Everything that the coordinator's process needs to know before it sees a plan.
 
@@ -32,6 +46,9 @@ class Settings(Frozen):
         roster: The signed roster: which hospitals may connect, and with which keys.
         root: The consortium's public root key, 32 bytes in hexadecimal.
         database: URL of the database; by default ``coordinator.sqlite`` in the state folder.
+        page: The page; without it there is none.
+        log_format: Log lines for people, or as JSON.
+        tensorboard: Whether rounds are written as TensorBoard's event files, too.
     """
 
     host: Annotated[str, Field(min_length=1)]
@@ -41,6 +58,9 @@ class Settings(Frozen):
     roster: LocalPath
     root: LocalPath
     database: Annotated[str, Field(min_length=1)] | None = None
+    page: PageSettings | None = None
+    log_format: Literal["text", "json"] = "text"
+    tensorboard: bool = False
 
     @property
     def database_url(self) -> str:
