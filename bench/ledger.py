@@ -25,6 +25,7 @@ from shared_models.privacy.entries import Entry, Reserved, StudyLimit
 from shared_models.privacy.head import SLOT_BYTES
 from shared_models.privacy.ledger import Ledger
 from shared_models.privacy.mechanisms import PoissonGaussian
+from shared_models.software import software_digest
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 STEP = PoissonGaussian(sample_rate=0.001, noise_multiplier=1000.0, steps=5, clip=1.0, expected_batch=10.0)
@@ -87,6 +88,7 @@ def opened(path: Path, charges: int) -> Ledger:
         plan_digest=DIGEST,
         limit=StudyLimit(epsilon=1.0, delta=1e-5),
         reservation=(Reserved(mechanism=STEP, charges=charges),),
+        software_digest=software_digest(),
     )
     return ledger
 

@@ -312,7 +312,7 @@ class Budget:
             if not known.closed:
                 self._take_in(
                     self._ledger.append(
-                        "study-closed", population=self.population, study=study, plan_digest=plan_digest
+                        "study-closed", population=self.population, study=study, plan_digest=known.plan_digest
                     )
                 )
             return known.limit.delta

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from server import cli_control, cli_enrol
+from server import cli_control, cli_enrol, logs
 from shared_models import terminal
 
 app = typer.Typer(
@@ -30,6 +30,7 @@ def run(
         Path | None,
         typer.Option("--folder", help="Where model, card, checkpoints and journal go; by default in the state."),
     ] = None,
+    log_json: Annotated[bool, typer.Option("--log-json", help="Log lines as JSON, whatever the settings say.")] = False,
 ) -> None:
     """Run one study to its end: wait for the hospitals, train, write the model and its card.
 
@@ -38,14 +39,13 @@ def run(
     from server.coordinator import run_study
     from server.settings import read_settings
 
-    _log_to_terminal()
-    run_study(read_settings(settings_file), plan, folder and folder.absolute())
+    settings = read_settings(settings_file)
+    _log_to_terminal("json" if log_json else settings.log_format)
+    run_study(settings, plan, folder and folder.absolute())
 
 
-def _log_to_terminal() -> None:
-    text = "%(asctime)s coordinator %(levelname)s %(message)s"
-    logging.basicConfig(level=logging.WARNING, format=text, force=True)
-    logging.getLogger("konsil").setLevel(logging.INFO)
+def _log_to_terminal(form: logs.Format = "text") -> None:
+    logs.to_terminal("coordinator", form)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
 
@@ -74,6 +74,9 @@ def demo(
     port: Annotated[
         int | None, typer.Option(min=1, max=65535, help="Port of the coordinator; default: a free one.")
     ] = None,
+    page: Annotated[
+        int | None, typer.Option("--page", min=1, max=65535, help="Also serve the page, on this port of 127.0.0.1.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the artificial split into hospitals.")] = 0,
 ) -> None:
     """Play everybody on this machine: coordinator and hospitals as processes over TLS, one study end to end."""
@@ -83,7 +86,7 @@ def demo(
 
     now = datetime.now().astimezone().strftime("%Y%m%d-%H%M%S")
     target = folder or Path("konsil-demo") / f"{study}-{now}"
-    options = Options(study, rounds, hospitals, target, json_file, port, seed)
+    options = Options(study, rounds, hospitals, target, json_file, port, seed, page)
     run_demo(options, Console())
 
 
@@ -112,7 +115,8 @@ def simulate(
 
     from server.simulate import Options, run_simulation
 
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", force=True)
+    logs.to_terminal("simulation")
+    logging.getLogger("konsil").setLevel(logging.WARNING)  # of every hospital's rounds the result is enough
     now = datetime.now().astimezone().strftime("%Y%m%d-%H%M%S")
     options = Options(
         plan=plan,

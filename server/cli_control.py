@@ -52,6 +52,7 @@ def start(settings_file: SettingsFile) -> None:
     """
     os.environ.setdefault("GRPC_SSL_CIPHER_SUITES", TLS_1_2_SUITES)  # before gRPC is loaded
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # every scan of the port would be a line
+    from server import logs
     from server.audit import AuditLog
     from server.control_server import ControlServer, described
     from server.coordinator import coordinating
@@ -61,6 +62,7 @@ def start(settings_file: SettingsFile) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: over.set())
     settings = read_settings(settings_file)
+    logs.to_terminal("coordinator", settings.log_format)
     with (
         coordinating(settings) as studies,
         AuditLog(settings.state) as audit,

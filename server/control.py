@@ -24,6 +24,7 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from server import control_pb2 as pb
+from server import logs
 from server.audit import AuditLog
 from server.control_events import for_hospital, to_message
 from server.roles import Caller, Doorman, Role, check_allowed, takes_part
@@ -168,6 +169,10 @@ class ControlService(grpc.GenericRpcHandler):
     # the gate
 
     async def _serve(self, method: str, _requests: Any, context: Any) -> None:
+        with logs.request():
+            await self._pass(method, context)
+
+    async def _pass(self, method: str, context: Any) -> None:
         name = "/".join(part.rsplit(".", 1)[-1] for part in method.strip("/").split("/"))[:100]
         visit = _Visit(name, self._calls.get(method), context, {"call": name, "peer": context.peer()[:100] or None})
         error: FederationError | None = None

@@ -17,7 +17,7 @@ import threading
 import time
 from base64 import b64encode
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -509,8 +509,24 @@ def coordinating(settings: Settings) -> Iterator[Studies]:
         def check(plan: StudyPlan) -> None:
             check_fits(plan, members())
 
-        with link.run() as grid, Studies(store, settings.state / "studies", run, check=check) as studies:
+        studies = Studies(store, settings.state / "studies", run, check=check)
+        with link.run() as grid, _shown(settings, studies), studies:
             yield studies
+
+
+@contextmanager
+def _shown(settings: Settings, studies: Studies) -> Iterator[None]:
+    """The page and the event files, where the settings ask for them; nobody else pays for their imports."""
+    with ExitStack() as stack:
+        if settings.page is not None:
+            from server.page import serving  # noqa: PLC0415
+
+            stack.enter_context(serving(settings, studies))
+        if settings.tensorboard:
+            from server.event_files import writing  # noqa: PLC0415
+
+            stack.enter_context(writing(settings, studies))
+        yield
 
 
 @contextmanager

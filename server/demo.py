@@ -11,17 +11,15 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 from rich.box import SIMPLE_HEAD
-from rich.console import Console, Group
-from rich.live import Live
-from rich.progress_bar import ProgressBar
+from rich.console import Console
 from rich.table import Table
 
 from server.card import read_statements, write_card
@@ -29,7 +27,9 @@ from server.examples import Example, check_study, read_example
 from server.journal import read_events
 from server.pki import Authority, create_hospital_keys, publish_tls_key
 from server.processes import Children, MemoryMeter
+from server.standing import Event, Standing
 from server.trial import hand_out, trial_root, trial_roster
+from server.watch import Watch
 from shared_models.errors import ConfigError, FederationError
 from shared_models.plan import StudyPlan
 from shared_models.privacy.mechanisms import best_order, calibrate_noise, study_mechanisms
@@ -38,63 +38,6 @@ from shared_models.secagg.quantize import MODULUS_BITS
 
 LOOK_EVERY_S = 0.1
 BUDGET = 1.0  # of every hospital in the demo, per patient
-
-
-@dataclass
-class Progress:
-    """What the demo has seen so far, for the live view."""
-
-    study: str
-    rounds: int
-    hospitals: tuple[str, ...]
-    started: float = field(default_factory=time.monotonic)
-    first_round: float | None = None
-    round: int = 0
-    seconds: float = 0.0
-    status: dict[str, str] = field(default_factory=dict)
-    epsilon: dict[str, float] = field(default_factory=dict)
-    metrics: dict[str, float] = field(default_factory=dict)
-    released: dict[str, float] | None = None
-    sums: list[dict[str, Any]] = field(default_factory=list)
-    finished: dict[str, Any] | None = None
-
-    def see(self, event: Mapping[str, Any]) -> None:
-        """Take in one event of the coordinator's journal."""
-        match event["event"]:
-            case "enrolled":
-                self.status[event["hospital"]] = f"joined, public size {event['public_size']}"
-            case "pending":
-                self.status[event["hospital"]] = "waits for its steward"
-            case "refused" | "left-out":
-                self.status[event["hospital"]] = f"{event['event']}: {event.get('code') or event.get('reason')}"
-            case "round":
-                self.first_round = self.first_round or time.monotonic() - event["seconds"]
-                self.round, self.seconds = event["round"], event["seconds"]
-                self.epsilon, self.released = event["epsilon_filter"], event["metrics_released"] or self.released
-                self.status |= dict.fromkeys(event["answered"], "answered") | dict.fromkeys(event["missing"], "missing")
-            case "sum":
-                self.sums.append(dict(event))
-            case "finished":
-                self.finished = dict(event)
-
-    def secure_aggregation(self) -> dict[str, Any]:
-        """How the updates were summed; the smallest threshold of any round, and everybody who ever dropped out."""
-        trained = [event for event in self.sums if event["purpose"] == "train"]
-        least = min(trained, key=lambda event: event["threshold"])
-        return {
-            "enabled": True,
-            "threshold": least["threshold"],
-            "hospitals": least["hospitals"],
-            "dropped": sorted({name for event in trained for name in event["dropped"]}),
-            "bytes_up_per_round": trained[-1]["bytes_up"],
-            "modulus_bits": MODULUS_BITS,
-        }
-
-    def left_s(self) -> float | None:
-        """Seconds that the remaining rounds will take, at the pace so far."""
-        if not self.round or self.first_round is None:
-            return None
-        return (time.monotonic() - self.first_round) / self.round * (self.rounds - self.round)
 
 
 @dataclass(frozen=True)
@@ -108,6 +51,7 @@ class Options:
     json_file: Path | None
     port: int | None
     seed: int
+    page: int | None = None
 
 
 def run_demo(options: Options, console: Console) -> None:
@@ -122,20 +66,23 @@ def run_demo(options: Options, console: Console) -> None:
     try:
         example = _prepare(folder, options)
         plan = fit_plan(example, options.rounds)
-        lay_out(folder, example, plan, options.port or free_port())
+        lay_out(folder, example, plan, options.port or free_port(), page=options.page)
     except BaseException:
         shutil.rmtree(folder)  # nothing has run: leave nothing half-done
         raise
     _say(console, f"{plan.study}: {example.split}.")
     _say(console, f"{len(example.hospitals)} hospitals, {plan.rounds} rounds, everything under {folder}.")
-    _say(console, "The epsilon shown is the enforced one; the first round pays the filter's own price.\n")
+    _say(console, "The epsilon shown is the enforced one; the first round pays the filter's own price.")
+    if options.page is not None:
+        _say(console, f"The page, while the study runs: http://127.0.0.1:{options.page}")
+    _say(console, "")
     with MemoryMeter() as memory, Children(folder / "logs") as children:
-        progress = train(children, folder, example, plan, console)
+        progress, sums = train(children, folder, example, plan, console)
         children.stop()
         baselines = compare(children, folder, example, console)
         final = _measure(children, folder / "study" / "model.safetensors", example.test)
     card = _finish_card(folder / "study", plan, example, {"federated, private": final, **_named(baselines)})
-    report = _report(plan, progress, final, baselines, folder, card, seconds=time.monotonic() - started)
+    report = _report(plan, progress, sums, final, baselines, folder, card, seconds=time.monotonic() - started)
     report["peak_memory_mb"] = round(memory.peak_mb, 1)
     _print_comparison(console, report, example)
     if options.json_file is not None:
@@ -162,10 +109,18 @@ def fit_plan(example: Example, rounds: int | None) -> StudyPlan:
     return plan.model_copy(update=update)
 
 
-def lay_out(folder: Path, example: Example, plan: StudyPlan, port: int, *, hosts: Iterable[str] = ()) -> Authority:
+def lay_out(
+    folder: Path,
+    example: Example,
+    plan: StudyPlan,
+    port: int,
+    *,
+    hosts: Iterable[str] = (),
+    page: int | None = None,
+) -> Authority:
     """Make the throw-away keys, certificates and settings of everybody, as they would do themselves.
 
-    ``hosts`` are further names or addresses of the coordinator, for its certificate.
+    ``hosts`` are further names or addresses of the coordinator, for its certificate; ``page`` is the page's port.
 
     Returns:
         The authority, whose key is written nowhere.
@@ -186,7 +141,7 @@ def lay_out(folder: Path, example: Example, plan: StudyPlan, port: int, *, hosts
     root, sizes = trial_root(folder / "root"), {hospital.name: hospital.public_size for hospital in example.hospitals}
     homes = [folder / "coordinator", *(folder / "hospitals" / name for name in sizes)]
     hand_out(root, trial_roster(root, public, sizes, address=f"127.0.0.1:{port}"), homes)
-    settings = coordinator_settings(port, authority.certificate)
+    settings = coordinator_settings(port, authority.certificate) | ({"page": {"port": page}} if page else {})
     (folder / "coordinator" / "coordinator.toml").write_text(tomli_w.dumps(settings), encoding="utf-8")
     return authority
 
@@ -256,36 +211,43 @@ def start_hospital(children: Children, folder: Path, name: str, *, log: str | No
     return children.start(log or name, "konsil-hospital", "start", str(folder / "hospitals" / name / "hospital.toml"))
 
 
-def train(children: Children, folder: Path, example: Example, plan: StudyPlan, console: Console) -> Progress:
-    """Start everybody, feed each new checkpoint to a measuring process, and watch until the study is over."""
+def train(
+    children: Children, folder: Path, example: Example, plan: StudyPlan, console: Console
+) -> tuple[Standing, list[Event]]:
+    """Start everybody, feed each new checkpoint to a measuring process, and watch until the study is over.
+
+    Returns:
+        What was seen, and every sum.
+    """
     meter = children.start("measure", "konsil-hospital", "evaluate", "--records", str(example.test), talk=True)
     start_coordinator(children, folder)
     names = tuple(hospital.name for hospital in example.hospitals)
     for name in names:
         start_hospital(children, folder, name)
-    progress = Progress(plan.study, plan.rounds, names)
     figures = _lines_of(meter)
     offset = 0
-    with Live(console=console, refresh_per_second=4, transient=console.is_terminal) as live:
+    sums: list[Event] = []
+    with Watch(console, plan.study, hospitals=names, keep=False) as watch:
+        progress = watch.progress
         while progress.finished is None:
             running = children.check("coordinator") and children.check("measure")
             for name in names:
                 if not children.check(name):
-                    progress.status[name] = "gone"
+                    progress.hospital(name).state = "gone"
             events, offset = read_events(folder / "study" / "events.jsonl", offset)
             for event in events:
-                progress.see(event)
+                watch.see(event)
                 if event["event"] == "round" and meter.stdin is not None:
                     print(event["checkpoint"], file=meter.stdin, flush=True)
-                if event["event"] == "round" and not console.is_terminal:
-                    _say(console, _plain(progress))
+                if event["event"] == "sum":
+                    sums.append(event)
             while not figures.empty():
-                progress.metrics = json.loads(figures.get())
-            live.update(_view(progress) if console.is_terminal else "")
+                progress.measured = json.loads(figures.get())
+            watch.draw()
             if not running and progress.finished is None and not events:
                 raise FederationError("the coordinator ended before the study did", hint=f"See {folder / 'logs'}.")
             time.sleep(LOOK_EVERY_S)
-    return progress
+    return progress, sums
 
 
 def compare(children: Children, folder: Path, example: Example, console: Console) -> dict[str, Any]:
@@ -358,7 +320,8 @@ def _finish_card(folder: Path, plan: StudyPlan, example: Example, metrics: Mappi
 
 def _report(
     plan: StudyPlan,
-    progress: Progress,
+    progress: Standing,
+    sums: Sequence[Event],
     final: Mapping[str, float],
     baselines: Mapping[str, Any],
     folder: Path,
@@ -370,16 +333,30 @@ def _report(
     finished = progress.finished or {}
     return {
         "study": plan.study,
-        "rounds_completed": progress.round,
+        "rounds_completed": progress.done,
         "seconds": round(seconds, 1),
         "metrics": dict(final),
-        "metrics_released": progress.released,
+        "metrics_released": progress.released and dict(progress.released),
         "baselines": dict(baselines),
         "hospitals": {name: stated(statement) for name, statement in finished["hospitals"].items()},
-        "secure_aggregation": progress.secure_aggregation(),
+        "secure_aggregation": secure_aggregation(sums),
         "model": finished["model"],
         "card": str(card),
         "ledgers": {name: str(folder / "hospitals" / name / "state" / "ledger.sqlite") for name in progress.hospitals},
+    }
+
+
+def secure_aggregation(sums: Sequence[Event]) -> dict[str, Any]:
+    """How the updates were summed; the smallest threshold of any round, and everybody who ever dropped out."""
+    trained = [event for event in sums if event["purpose"] == "train"]
+    least = min(trained, key=lambda event: event["threshold"])
+    return {
+        "enabled": True,
+        "threshold": least["threshold"],
+        "hospitals": least["hospitals"],
+        "dropped": sorted({name for event in trained for name in event["dropped"]}),
+        "bytes_up_per_round": trained[-1]["bytes_up"],
+        "modulus_bits": MODULUS_BITS,
     }
 
 
@@ -399,33 +376,6 @@ _STATED = (
 def stated(statement: Mapping[str, Any]) -> dict[str, Any]:
     """Of a hospital's statement in the journal, what a report shows."""
     return {key: statement[key] for key in _STATED}
-
-
-def _view(progress: Progress) -> Group:
-    """The live picture of a running study."""
-    table = Table(box=None, pad_edge=False)
-    for column in ("hospital", "state", "epsilon spent (enforced)"):
-        table.add_column(column)
-    for name in progress.hospitals:
-        spent = f"{progress.epsilon[name]:.3f}" if name in progress.epsilon else "0"
-        table.add_row(name, progress.status.get(name, "starting"), spent)
-    bar = Table.grid()  # a bar by itself does not end its line
-    bar.add_row(ProgressBar(total=progress.rounds, completed=progress.round, width=40))
-    return Group(_plain(progress), bar, table)
-
-
-def _plain(progress: Progress) -> str:
-    """One line on where the study is."""
-    if not progress.round:
-        return "waiting for the hospitals to join …"
-    left = progress.left_s()
-    metrics = ", ".join(f"{n} {progress.metrics[n]:.3f}" for n in ("auroc", "accuracy") if n in progress.metrics)
-    answered = sum(state == "answered" for state in progress.status.values())
-    highest = max(progress.epsilon.values(), default=0.0)
-    return (
-        f"round {progress.round}/{progress.rounds}: {answered} of {len(progress.hospitals)} hospitals answered in "
-        f"{progress.seconds:.2f} s; {metrics or 'measuring'}; epsilon up to {highest:.3f}; {left or 0:.0f} s left"
-    )
 
 
 def _print_comparison(console: Console, report: Mapping[str, Any], example: Example) -> None:

@@ -42,13 +42,13 @@ class Journal:
             os.fsync(file.fileno())
 
 
-def read_events(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
-    """The complete events of a journal from a byte offset on, and the offset behind them."""
+def read_events(path: Path, offset: int = 0, *, most: int = -1) -> tuple[list[dict[str, Any]], int]:
+    """The complete events of a journal from a byte offset on, and the offset behind them; ``most`` bytes at a time."""
     if not path.exists():
         return [], offset
     with path.open("rb") as file:
         file.seek(offset)
-        data = file.read()
+        data = file.read(most)
     end = data.rfind(b"\n") + 1
     return [json.loads(line) for line in data[:end].splitlines()], offset + end
 

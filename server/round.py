@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from server import logs
 from server.aggregate import Attempt
 from server.checkpoint import checkpoint_path, keep_best, last_round, load_checkpoint, save_checkpoint
 from server.cohort import choose
@@ -246,6 +247,7 @@ def evaluate_round(study: Study, number: int) -> dict[str, float] | None:
 def secure_sum(study: Study, purpose: Purpose, number: int, cohort: list[str]) -> Sum:
     """One attempt at one encrypted sum: announce, gather, sum, unmask, decode; and its evidence."""
     plan, attempt = study.plan, study.store.begin_attempt(study.plan.study, purpose, number)
+    logs.about(study=plan.study, purpose=purpose, round=number, attempt=attempt)
     announcement = Announcement(
         purpose=purpose,
         study=plan.study,

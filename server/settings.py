@@ -1,7 +1,7 @@
 """The coordinator's own settings, ``coordinator.toml``: where it listens, whom it knows, where it keeps its state."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
@@ -47,6 +47,20 @@ class Control(Frozen):
     keepalive_s: Annotated[float, Field(ge=1, le=3600, allow_inf_nan=False)] = 30.0
 
 
+class PageSettings(Frozen):
+    """The page for browsers and Prometheus.
+
+    Attributes:
+        host: Address to listen on. Anywhere but on loopback the page speaks TLS and asks for the token.
+        port: Port to listen on.
+        token_file: File of mode 0600 whose first line is the viewers' token.
+    """
+
+    host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
+    port: Annotated[int, Field(ge=1, le=65_535)]
+    token_file: LocalPath | None = None
+
+
 class Settings(Frozen):
     """Everything that the coordinator's process needs to know before it sees a plan.
 
@@ -58,6 +72,9 @@ class Settings(Frozen):
         root: The consortium's public root key, 32 bytes in hexadecimal.
         database: URL of the database; by default ``coordinator.sqlite`` in the state folder.
         control: The control service, which only ``start`` serves.
+        page: The page; without it there is none.
+        log_format: Log lines for people, or as JSON.
+        tensorboard: Whether rounds are written as TensorBoard's event files, too.
     """
 
     host: Annotated[str, Field(min_length=1)]
@@ -68,6 +85,9 @@ class Settings(Frozen):
     root: LocalPath
     database: Annotated[str, Field(min_length=1)] | None = None
     control: Control = Control()
+    page: PageSettings | None = None
+    log_format: Literal["text", "json"] = "text"
+    tensorboard: bool = False
 
     @property
     def database_url(self) -> str:

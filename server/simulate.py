@@ -31,11 +31,12 @@ from flwr.supercore.task_identity import TaskIdentity
 from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 
-from server.demo import Progress, fresh_folder, hospital_settings, plan_text, stated
+from server.demo import fresh_folder, hospital_settings, plan_text, secure_aggregation, stated
 from server.examples import ExampleHospital, read_example
 from server.journal import read_events
 from server.made_up import write_made_up
 from server.pki import create_hospital_keys
+from server.standing import Standing
 from server.trial import hand_out, trial_root, trial_roster
 from shared_models.config import Name
 from shared_models.errors import ConfigError, FederationError
@@ -345,14 +346,14 @@ def lay_out(folder: Path, hospitals: Iterable[ExampleHospital], plan: StudyPlan)
 
 def _run(
     folder: Path, hospitals: Sequence[ExampleHospital], plan: StudyPlan, threads: int, console: Console
-) -> Progress:
+) -> Standing:
     import torch  # noqa: PLC0415 - what was refused above needed no torch
 
     torch.set_num_threads(threads)
     names = [hospital.name for hospital in hospitals]
     grid = FewOpenGrid({name: folder / "hospitals" / name / "hospital.toml" for name in names})
     identities = {name: read_public(folder / "public" / f"{name}.identity.pub") for name in names}
-    progress = Progress(plan.study, plan.rounds, tuple(names))
+    progress = Standing(study=plan.study)
     with _Watch(folder / "study" / "events.jsonl", progress, lambda line: console.print(line, soft_wrap=True)):
         try:
             run_server_app(
@@ -371,7 +372,7 @@ def _run(
 class _Watch:
     """Follows the journal from a thread beside the study, and says a line for each round; a context."""
 
-    def __init__(self, journal: Path, progress: Progress, say: Callable[[str], None]) -> None:
+    def __init__(self, journal: Path, progress: Standing, say: Callable[[str], None]) -> None:
         self._journal, self._progress, self._say = journal, progress, say
         self._offset = 0
         self._over = threading.Event()
@@ -394,34 +395,26 @@ class _Watch:
         for event in events:
             self._progress.see(event)
             if event["event"] == "round":
-                self._say(_line(self._progress, event))
+                self._say(self._progress.line())
 
 
-def _line(progress: Progress, event: Mapping[str, Any]) -> str:
-    highest = max(event["epsilon_filter"].values(), default=0.0)
-    return (
-        f"round {event['round']}/{event['rounds']}: {len(event['answered'])} of {len(progress.hospitals)} hospitals in "
-        f"{event['seconds']:.2f} s; epsilon up to {highest:.3f}; {progress.left_s() or 0:.0f} s left"
-    )
-
-
-def _report(progress: Progress, plan: StudyPlan, folder: Path, seconds: float) -> dict[str, Any]:
+def _report(progress: Standing, plan: StudyPlan, folder: Path, seconds: float) -> dict[str, Any]:
     """The machine-readable result: names as in the demo's."""
     if progress.finished is None:
         raise FederationError("the study ended without a word", hint=f"See {folder / 'study' / 'events.jsonl'}.")
-    rounds = [event for event in read_events(folder / "study" / "events.jsonl")[0] if event["event"] == "round"]
+    events, _ = read_events(folder / "study" / "events.jsonl")
     own, forked = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
     return {
         "study": plan.study,
         "engine": "in-process Grid",
-        "rounds_completed": progress.round,
+        "rounds_completed": progress.done,
         "seconds": round(seconds, 3),
-        "round_seconds": [event["seconds"] for event in rounds],
+        "round_seconds": [event["seconds"] for event in events if event["event"] == "round"],
         "cpu_seconds": round(own.ru_utime + own.ru_stime + forked.ru_utime + forked.ru_stime, 2),
         "peak_memory_mb": round(own.ru_maxrss * 1024 / 1e6, 1),
-        "metrics_released": progress.released,
+        "metrics_released": progress.released and dict(progress.released),
         "hospitals": {name: stated(statement) for name, statement in progress.finished["hospitals"].items()},
-        "secure_aggregation": progress.secure_aggregation(),
+        "secure_aggregation": secure_aggregation([event for event in events if event["event"] == "sum"]),
         "model": progress.finished["model"],
         "card": progress.finished["card"],
         "ledgers": {name: str(folder / "hospitals" / name / "state" / "ledger.sqlite") for name in progress.hospitals},

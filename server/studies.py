@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from server import logs
 from server.evidence import RECEIPTS, SUMS
 from server.halt import Halt
 from server.journal import read_events
@@ -214,6 +215,7 @@ class Studies:
 
     def _run(self, row: StudyRow, running: _Running) -> None:
         again = False
+        logs.about(study=row.name)
         try:
             self._conduct(row, self._turns, running.halt)
             again = True  # if it was resumed at the moment at which it paused

@@ -21,6 +21,7 @@ from shared_models.privacy import ledger as module
 from shared_models.privacy.head import SLOT_BYTES, head_path
 from shared_models.privacy.ledger import Entry, Ledger, Reserved, StudyLimit, read_ledger
 from shared_models.privacy.mechanisms import PoissonGaussian
+from shared_models.software import software_digest
 from tests.privacy.test_ledger import KEY, PUBLIC, open_budget, without_privileges
 
 STEP = PoissonGaussian(sample_rate=0.01, noise_multiplier=100.0, steps=1, clip=1.0, expected_batch=1.0)
@@ -39,6 +40,7 @@ def prepared(path: Path) -> None:
             plan_digest=DIGEST,
             limit=StudyLimit(epsilon=1.0, delta=1e-4),
             reservation=(Reserved(mechanism=STEP, charges=PATIENCE),),
+            software_digest=software_digest(),
         )
 
 

@@ -1,0 +1,142 @@
+"""A real Chromium without a window, driven by its DevTools protocol: what it shows, asks for and complains about."""
+
+import json
+import os
+import shutil
+import subprocess
+import time
+from base64 import b64decode
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+from websockets.sync.client import ClientConnection, connect
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-extensions",
+    "--no-first-run",
+    "--no-proxy-server",
+    "--hide-scrollbars",
+    "--remote-debugging-port=0",
+)
+PATIENCE_S = 60.0
+
+
+class Browser:
+    """One tab.
+
+    Attributes:
+        asked: Every address that the tab asked for, in order.
+        complaints: What the console would show: errors, exceptions, violations of a policy.
+    """
+
+    def __init__(self, socket: ClientConnection) -> None:
+        self._socket = socket
+        self._number = 0
+        self._loaded = False
+        self.asked: list[str] = []
+        self.complaints: list[str] = []
+        for domain in ("Page", "Network", "Runtime", "Log"):
+            self.tell(f"{domain}.enable")
+
+    def tell(self, method: str, **parameters: Any) -> dict[str, Any]:
+        """One command, and its answer."""
+        self._number += 1
+        number = self._number
+        self._socket.send(json.dumps({"id": number, "method": method, "params": parameters}))
+        while True:
+            message = json.loads(self._socket.recv(timeout=PATIENCE_S))
+            if message.get("id") == number:
+                assert "error" not in message, message
+                return dict(message["result"])
+            self._hear(message)
+
+    def _hear(self, message: dict[str, Any]) -> None:
+        about = message.get("params", {})
+        match message.get("method"):
+            case "Network.requestWillBeSent":
+                self.asked.append(about["request"]["url"])
+            case "Log.entryAdded":
+                self.complaints.append(f"{about['entry']['level']}: {about['entry']['text']}")
+            case "Runtime.exceptionThrown":
+                self.complaints.append(about["exceptionDetails"]["text"])
+            case "Runtime.consoleAPICalled":
+                self.complaints.append(str(about["args"]))
+            case "Page.loadEventFired":
+                self._loaded = True
+
+    def size(self, width: int, height: int, *, phone: bool = False, dark: bool = False) -> None:
+        """Show the tab in this size; a phone has touch and two pixels for one."""
+        scale = 2 if phone else 1
+        self.tell(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=scale, mobile=phone
+        )
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.tell("Emulation.setEmulatedMedia", features=[scheme])
+
+    def open(self, address: str) -> None:
+        """Go to an address and wait until everything there is loaded."""
+        self._loaded = False
+        self.tell("Page.navigate", url=address)
+        deadline = time.monotonic() + PATIENCE_S
+        while not self._loaded:
+            assert time.monotonic() < deadline, f"{address} was not loaded"
+            self._hear(json.loads(self._socket.recv(timeout=PATIENCE_S)))
+
+    def ask(self, expression: str) -> Any:
+        """The value of a JavaScript expression in the page."""
+        answer = self.tell("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
+
+    def until(self, expression: str) -> None:
+        """Wait until an expression is true."""
+        deadline = time.monotonic() + PATIENCE_S
+        while not self.ask(f"Boolean({expression})"):
+            assert time.monotonic() < deadline, f"never: {expression}"
+            time.sleep(0.1)
+
+    def picture(self, path: Path) -> None:
+        """Write what is shown as a PNG."""
+        path.write_bytes(b64decode(self.tell("Page.captureScreenshot", format="png")["data"]))
+
+
+@contextmanager
+def browsing(folder: Path) -> Iterator[Browser]:
+    """A Chromium that has never run before; its profile goes into a folder."""
+    assert CHROMIUM is not None
+    profile = folder / "profile"
+    environment = {**os.environ, "HOME": str(folder), "DBUS_SESSION_BUS_ADDRESS": "/dev/null"}
+    with subprocess.Popen(
+        [CHROMIUM, *FLAGS, f"--user-data-dir={profile}", "about:blank"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=environment,
+    ) as process:
+        try:
+            port = _port(profile / "DevToolsActivePort", process)
+            tabs = httpx.get(f"http://127.0.0.1:{port}/json/list", trust_env=False, timeout=PATIENCE_S).json()
+            (tab,) = [tab for tab in tabs if tab["type"] == "page"]
+            with connect(tab["webSocketDebuggerUrl"], max_size=None, proxy=None, open_timeout=PATIENCE_S) as socket:
+                yield Browser(socket)
+        finally:
+            process.terminate()
+
+
+def _port(file: Path, process: "subprocess.Popen[bytes]") -> int:
+    deadline = time.monotonic() + PATIENCE_S
+    while not (file.exists() and file.read_text("ascii").count("\n")):
+        assert process.poll() is None, "Chromium did not start"
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return int(file.read_text("ascii").splitlines()[0])
