@@ -158,13 +158,24 @@ def watch(
     after: Annotated[int, typer.Option(min=0, help="Position of the last event that you know.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Print a study's events as they come, until it is over."""
+    """Show a study live until it is over: as a view on a terminal, elsewhere as a line per event."""
+    from rich.console import Console
 
-    def lost(why: str) -> None:
-        typer.echo(f"lost: {why}; connecting again", err=True)
+    from server.watch import Watch
 
-    for event in client.watch(study, after, lost=lost):
-        typer.echo(json.dumps(event) if as_json else _told(event))
+    if as_json:
+        for event in client.watch(study, after, lost=lambda why: typer.echo(f"lost: {why}", err=True)):
+            typer.echo(json.dumps(event))
+        return
+    with Watch(Console(), study, full_screen=True) as live:
+
+        def lost(why: str) -> None:
+            live.progress.problem = f"{why}; connecting again"
+            live.draw()
+
+        for event in client.watch(study, after, lost=lost):
+            live.progress.problem = None
+            live.see(event)
 
 
 @_calling

@@ -981,8 +981,8 @@ def test_people_read_studies_in_lines(centre: Centre) -> None:
     assert listed[0] == f"{'done':<24} finished, round {rounds}/{rounds}"
     assert f"submitted by the test, {datetime.now(UTC):%Y-%m-%d}" in shown
     assert plan("done").digest() in shown
-    assert len([line for line in watched if " round round=" in line]) == rounds
-    assert "epsilon_filter={east: 0.5, north: 0.25}" in "\n".join(watched)
+    assert len([line for line in watched if f"/{rounds}: " in line]) == rounds
+    assert "epsilon up to 0.500" in "\n".join(watched)
     assert json.loads(run(centre, "list", "--json"))[0]["state"] == "finished"
     assert [json.loads(line)["event"] for line in run(centre, "watch", "done", "--json").splitlines()][-1] == "state"
 
