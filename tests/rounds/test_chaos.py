@@ -28,6 +28,7 @@ from server.journal import read_events
 from shared_models.config import read_toml
 from shared_models.identity import read_public
 from shared_models.privacy.ledger import read_ledger, verify_entries
+from shared_models.privacy.mechanisms import calibrate_noise
 from tests.federation import changed
 from tests.kill import KILLED, Lives
 from tests.network import Link, Network, why_not
@@ -150,8 +151,12 @@ def _go_on(pid: int) -> None:
 def _lay_out(folder: Path, links: dict[str, Link], port: int, *, rounds: int, steps: int) -> None:
     """Five hospitals behind their links, and a study."""
     example = write_example("breast-cancer", folder / "data", hospitals=len(NAMES), seed=0)
-    privacy = {"noise_multiplier": 40.0, "spare_charges": 3 * rounds}
-    plan = changed(example.plan, rounds=rounds, deadline_s=40.0, training={"steps": steps}, privacy=privacy)
+    privacy, spare = example.plan.privacy, 2 * rounds
+    noise = calibrate_noise(
+        sample_rate=privacy.sample_rate, steps=(rounds + spare) * steps, epsilon=privacy.epsilon, delta=privacy.delta
+    )
+    changes: dict[str, Any] = {"privacy": {"noise_multiplier": noise, "spare_charges": spare}}
+    plan = changed(example.plan, rounds=rounds, deadline_s=40.0, training={"steps": steps}, **changes)
     lay_out(folder, example, plan, port, hosts=[link.host for link in links.values()])
     for name, link in links.items():
         path = folder / "hospitals" / name / "hospital.toml"

@@ -146,6 +146,7 @@ def test_no_id_and_no_value_of_a_patient_is_written_anywhere(
         marked.folder / "study.toml",
         marked.folder / "last-receipts.json",  # the coordinator's
         marked.folder / "last-receipts.json.new",
+        *(marked.folder / f"coordinator.sqlite{end}" for end in ("", "-wal", "-shm")),
         *(h / f for h in homes for f in ("state", "registry")),
     ]
     elsewhere = {p for p in written if not any(p.absolute().is_relative_to(folder) for folder in allowed)}

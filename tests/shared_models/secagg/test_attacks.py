@@ -891,12 +891,19 @@ def test_a_vector_too_long_for_memory_is_refused_before_anything_is_sent() -> No
 
 
 def test_every_refusal_has_a_code_of_its_own() -> None:
-    """It is all that crosses the wire; where a record may have been the cause, several causes have one code."""
+    """It is all that crosses the wire; where a record may have been the cause, several causes have one code.
+
+    So have things of another version, whatever they are; an approval of another version is just one that is not there.
+    """
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
     codes = [kind.code for kind in kinds if issubclass(kind, errors.FederationError)]
 
     assert len(codes) == len(kinds)
-    assert [code for code, times in Counter(codes).items() if times > 1] == ["error", "records"]
+    shared = [code for code, times in Counter(codes).items() if times > 1]
+    assert shared == ["error", "pending", "records", "unsupported-version"]
+    other_versions = {kind for kind in kinds if kind.__name__.startswith("Unsupported")}
+    assert {kind for kind in kinds if getattr(kind, "code", "") == "unsupported-version"} < other_versions
+    assert errors.UnsupportedApprovalError.code == errors.PendingError.code == "pending"
     assert errors.PopulationError.code == errors.RecordsError.code == "records"
     assert errors.ComputationError.code == errors.FederationError.code == "error"
     assert [code for code in codes if not re.fullmatch(r"[a-z-]{1,32}", code)] == []
