@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 CLONE_NEWNET = 0x40000000
-TABLE = "konsil"
+TABLE, PREFIX, DEVICE = "konsil", "konsil-test-", "kon"
 
 
 def why_not() -> str | None:
@@ -118,7 +118,7 @@ class Link:
     """
 
     def __init__(self, number: int, port: int, loop: asyncio.AbstractEventLoop) -> None:
-        self.namespace, self._device = f"konsil-{os.getpid()}-{number}", f"kon{number}"
+        self.namespace, self._device = f"{PREFIX}{number}", f"{DEVICE}{number}"
         self.host = f"10.77.{number}.1"
         inner = f"{self._device}i"
         _run("ip", "netns", "add", self.namespace)
@@ -190,17 +190,27 @@ class Network:
     def __init__(self, names: Sequence[str], port: int) -> None:
         self._names, self._port = names, port
         self._over = ExitStack()
+        self.links: dict[str, Link] = {}
 
     def __enter__(self) -> dict[str, Link]:
-        loop = self._over.enter_context(running_loop())
-        self.links = {name: Link(number, self._port, loop) for number, name in enumerate(self._names, start=1)}
+        with ExitStack() as over:
+            loop = over.enter_context(running_loop())
+            for number, name in enumerate(self._names, start=1):
+                _clear(number)
+                self.links[name] = link = Link(number, self._port, loop)
+                over.callback(link.close)
+                over.callback(link.mend)
+            self._over = over.pop_all()
         return self.links
 
     def __exit__(self, *_: object) -> None:
-        for link in self.links.values():
-            link.mend()
-            link.close()
         self._over.close()
+
+
+def _clear(number: int) -> None:
+    """Remove what a run that was killed has left; two runs at a time would use the same addresses anyway."""
+    for command in (("ip", "link", "del", f"{DEVICE}{number}"), ("ip", "netns", "del", f"{PREFIX}{number}")):
+        subprocess.run(command, check=False, capture_output=True)  # mostly there is nothing
 
 
 def _run(*command: str | Path) -> None:
