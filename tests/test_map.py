@@ -8,11 +8,17 @@ import subprocess
 import sys
 import tomllib
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tomli_w
+import typer
 
+import auditor.cli
+import client.cli
+import server.cli
 from client.books import Books
 from client.records.manifest import Manifest
 from client.settings import Settings as HospitalSettings
@@ -229,6 +235,26 @@ def test_no_private_key_lies_in_the_repository() -> None:
     found = [path for path in files if path.is_file() and b"PRIVATE KEY-----\n" in path.read_bytes()]
 
     assert found == []
+
+
+def _commands(group: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for name, found in getattr(group, "commands", {}).items():
+        yield from _commands(found, (*path, name))
+    if not hasattr(group, "commands"):
+        yield path, group
+
+
+@pytest.mark.parametrize("app", [client.cli.app, server.cli.app, auditor.cli.app])
+def test_every_argument_and_option_says_what_it_is_for(app: typer.Typer) -> None:
+    """In ``--help``, whatever versions of the libraries that write it are installed."""
+    said = [
+        (*path, parameter.name)
+        for path, command in _commands(typer.main.get_command(app), ())
+        for parameter in command.params
+        if not getattr(parameter, "help", None)
+    ]
+
+    assert said == []
 
 
 def test_no_command_prints_a_secret(tmp_path: Path) -> None:

@@ -107,7 +107,8 @@ class Chaos:
         if what.startswith("kill"):
             life.kill()
         elif what.startswith("stop"):
-            os.kill(pid, signal.SIGSTOP)
+            with suppress(ProcessLookupError):  # killed in the same moment
+                os.kill(pid, signal.SIGSTOP)
             self._later.append((time.monotonic() + seconds, lambda: os.kill(pid, signal.SIGCONT)))
         else:
             {"cut": link.cut, "slow": link.slow, "lose": link.lose, "far": lambda: setattr(link, "delay_s", 0.2)}[
