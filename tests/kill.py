@@ -10,6 +10,7 @@ locks and draws is its own.
 """
 
 import ctypes
+import faulthandler
 import hashlib
 import importlib
 import multiprocessing
@@ -259,6 +260,7 @@ def _live(command: Sequence[str], trace: Path, log: Path, point: str | None, nam
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.stdin.close()
+    faulthandler.enable()  # where it hangs, it can be asked where
     torch.set_num_threads(1)
     server.gather.ONLINE_EVERY_S = 0.1  # a death is noticed sooner, so that the test takes less time
     client.daemon.LONGEST_RETRY_S = 1.0  # and a return
@@ -301,6 +303,12 @@ class Lives:
             life.start()
         self.begun.append(life)
         return life
+
+    def ask_where(self, life: ForkServerProcess) -> None:
+        """Have a life that hangs write to its log where each of its threads is, and end."""
+        if life.exitcode is None and life.pid is not None:
+            os.kill(life.pid, signal.SIGABRT)
+            life.join(10)
 
     def trace(self, name: str) -> Path:
         """File with the places that all lives of this name have passed."""

@@ -93,6 +93,7 @@ class Stage:
         """One life of a coordinator that ends at a place; then look at what it left."""
         life = self.coordinate(place)
         life.join(120)
+        self.lives.ask_where(life)
         assert life.exitcode == KILLED, f"{place}: ended with {life.exitcode}; see {self.lives.log('coordinator')}"
         assert self.lives.places("coordinator")[-1] == place
         self.died.append(place)
