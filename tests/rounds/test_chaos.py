@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -109,11 +110,9 @@ class Chaos:
         elif what.startswith("stop"):
             with suppress(ProcessLookupError):  # killed in the same moment
                 os.kill(pid, signal.SIGSTOP)
-            self._later.append((time.monotonic() + seconds, lambda: os.kill(pid, signal.SIGCONT)))
+            self._later.append((time.monotonic() + seconds, partial(_go_on, pid)))
         else:
-            {"cut": link.cut, "slow": link.slow, "lose": link.lose, "far": lambda: setattr(link, "delay_s", 0.2)}[
-                what
-            ]()
+            {"cut": link.cut, "slow": link.slow, "lose": link.lose, "far": link.move_away}[what]()
             self._later.append((time.monotonic() + seconds, link.mend))
 
     def events(self, *kinds: str) -> list[dict[str, Any]]:
