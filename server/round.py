@@ -162,6 +162,7 @@ def take_up(study: Study) -> int:
     recorded = study.store.rounds(plan.study)
     for row in recorded:
         study.progress.see(row.round, row.facts["metrics_released"])
+    keep_best(study.folder, plan, study.progress.best)  # while its checkpoint is still there
     study.taken_up = recorded[-1].round + 1 if recorded else 1
     return study.taken_up
 
