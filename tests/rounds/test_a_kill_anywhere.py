@@ -237,6 +237,11 @@ def _has_released(places: list[str]) -> bool:
     return "after evaluate" in places and "after send-unmask" in places[places.index("after evaluate") :]
 
 
+def _again(places: list[str]) -> list[str]:
+    """What was passed after the first release: places that come again, where the first round also makes its files."""
+    return places[places.index("after evaluate") + 1 :] if "after evaluate" in places else []
+
+
 def _of_a_round(places: list[str], *, every: bool) -> list[str]:
     """Where to die in a round: each place once."""
     found = [place for place in points(places, every=True) if place.split(maxsplit=1)[1].startswith(ROUND)]
@@ -282,10 +287,12 @@ def _die_everywhere(folder: Path, *, every: bool, rounds: int) -> list[str]:
 
         def arm() -> None:
             nonlocal asked
-            if not asked and _has_released(lives.places(VICTIM)):
+            places = lives.places(VICTIM)
+            passed = _again(places) if every else places
+            if not asked and _has_released(passed):
                 asked = True
                 opening = ["before open/pwrite"] * 2  # killed while it mends what the kill before has left, twice
-                planned = _of_a_round(lives.places(VICTIM), every=every)
+                planned = _of_a_round(passed, every=every)
                 after_entry = planned.index("before train/charge/pwrite") + 1
                 victim.plan = [*planned[:after_entry], *opening, *planned[after_entry:]]
                 victim.plan += [victim.plan[0], before[-1].format("finish/study-closed")]
