@@ -331,7 +331,7 @@ def test_a_study_survives_a_death_at_every_stage(tmp_path: Path) -> None:
 @pytest.mark.timeout(3600)
 def test_a_study_survives_a_death_at_every_place(tmp_path: Path) -> None:
     """The long version: before and after every call that the fault points know."""
-    died = _die_everywhere(tmp_path, every=True, rounds=700)
+    died = _die_everywhere(tmp_path, every=True, rounds=400)
 
     assert len(set(died)) >= 120
 
