@@ -15,11 +15,11 @@ from server.round import close_study, run_study
 from server.store import State, Store, StudyRow, Wish
 from server.study import Registered, Study
 from server.turns import Turns
-from shared_models.errors import ConfigError, FederationError, IdentityError, LedgerError, StoreError
+from shared_models.errors import ConfigError, FederationError, IdentityError, StoreError
 from shared_models.plan import read_plan
 
 # What is wrong with the coordinator's disk, database or roster is no fault of the study's: it waits until it is mended.
-OUTSIDE = (StoreError, ConfigError, IdentityError, LedgerError, OSError)
+OUTSIDE = (StoreError, ConfigError, IdentityError, OSError)
 
 app = ServerApp()
 

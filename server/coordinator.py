@@ -64,6 +64,7 @@ from server.spool import SpooledObjectStore
 from server.store import State, Store, StudyRow
 from server.studies import Studies
 from server.study import Registered
+from server.tls import load_tls
 from server.turns import Turns
 from shared_models.config import read_toml
 from shared_models.durable import file_state
@@ -459,13 +460,7 @@ def _uvicorn_config(app: Asgi, settings: Settings) -> uvicorn.Config:
         ssl_ca_certs=str(settings.tls.ca),
         ssl_cert_reqs=ssl.CERT_REQUIRED,
     )
-    try:
-        config.load()
-    except (OSError, ssl.SSLError) as error:
-        raise IdentityError(f"the TLS files cannot be used: {error}", hint="Check [tls] in the settings.") from None
-    if config.ssl is not None:
-        config.ssl.minimum_version = ssl.TLSVersion.TLSv1_3
-    return config
+    return load_tls(config)
 
 
 def _valid_certificate(path: Path) -> Path:

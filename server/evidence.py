@@ -30,8 +30,10 @@ class Evidence:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._open = folder / OPEN
+        self._held: Mapping[str, Any] = {}
         if self._open.exists():  # of a process that was killed
-            self._move(json.loads(self._open.read_bytes()))
+            self._held = json.loads(self._open.read_bytes())
+            self.close()
 
     def hold(self, sum_: Mapping[str, Any], receipts: Mapping[str, SignedReceipt]) -> None:
         """Write down what is known of the attempt at hand; replaces what was held of it before."""
@@ -42,14 +44,12 @@ class Evidence:
         sizes = {name: _size(self._folder / name) for name in (RECEIPTS, SUMS)}
         held = {"sizes": sizes, RECEIPTS: lines, SUMS: [rfc8785.dumps(dict(sum_)).decode()]}
         replace_file(self._open, json.dumps(held).encode())
+        self._held = held
 
     def close(self) -> None:
         """The attempt is over: what was held goes to the files."""
-        self._move(json.loads(self._open.read_bytes()))
-
-    def _move(self, held: Mapping[str, Any]) -> None:
-        for name, size in held["sizes"].items():
-            _extend(self._folder / name, size, held[name])
+        for name, size in self._held["sizes"].items():
+            _extend(self._folder / name, size, self._held[name])
         self._open.unlink()
         sync_folder(self._folder)
 

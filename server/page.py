@@ -13,7 +13,6 @@ import logging
 import os
 import secrets
 import socket
-import ssl
 import threading
 import time
 from collections.abc import Iterator, MutableMapping
@@ -36,6 +35,7 @@ from server.metrics import exposition
 from server.settings import PageSettings, Settings
 from server.standing import Standing, clock, first_metrics
 from server.studies import Studies, StudyStatus
+from server.tls import load_tls
 from shared_models.errors import ConfigError, FederationError, IdentityError, UnknownStudyError
 
 log = logging.getLogger("konsil.page")
@@ -505,10 +505,4 @@ def _config(app: Any, settings: Settings, *, tls: bool) -> uvicorn.Config:
         timeout_graceful_shutdown=3,
         **files,
     )
-    try:
-        config.load()
-    except (OSError, ssl.SSLError) as error:
-        raise IdentityError(f"the TLS files cannot be used: {error}", hint="Check [tls] in the settings.") from None
-    if config.ssl is not None:
-        config.ssl.minimum_version = ssl.TLSVersion.TLSv1_3
-    return config
+    return load_tls(config)

@@ -30,12 +30,14 @@ def enrol_enough(study: Study) -> None:
         settled = set(study.enrolled) | set(study.refused) >= study.names or time.monotonic() > deadline
         if enough and settled:
             return
-        if settled and not study.patient:
-            raise _too_few(study)
-        if settled and told != str(_too_few(study)):
-            told = str(_too_few(study))
-            study.enter(State.PENDING, told)
-            study.journal.write("waiting", reason=told)
+        if settled:
+            lacking = _too_few(study)
+            if not study.patient:
+                raise lacking
+            if told != str(lacking):
+                told = str(lacking)
+                study.enter(State.PENDING, told)
+                study.journal.write("waiting", reason=told)
         study.halt.wait(ENROL_EVERY_S)
 
 

@@ -298,10 +298,11 @@ def secure_sum(study: Study, purpose: Purpose, number: int, cohort: list[str]) -
         study.journal.write("aborted", purpose=purpose, round=number, attempt=attempt, reason=str(error))
         log.warning("round %d, attempt %d to %s: %s", number, attempt, purpose, error)
     opened = {"null_coordinates": total[-NULL_COORDINATES:].tolist(), "weight": weight} if total is not None else {}
-    study.evidence.hold(_evidence(party) | (opened if purpose == "train" else {}), receipts())
+    signed = receipts()
+    study.evidence.hold(_evidence(party) | (opened if purpose == "train" else {}), signed)
     study.evidence.close()
-    study.receipts.keep(receipts())
-    for hospital, kept in receipts().items():
+    study.receipts.keep(signed)
+    for hospital, kept in signed.items():
         study.away.forget(hospital)
         study.epsilons[hospital] = kept.receipt.epsilon_filter
     set_aside(study, number, failed=set(cohort) & (party.dropped.keys() | {party.at_fault}), steady=run.uploads)

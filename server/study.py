@@ -89,11 +89,16 @@ class Study:
         self.refused: dict[str, str] = {}
         self.pending, self.away = Patience(), Patience()  # approvals that are waited for; hospitals outside their hours
         self.aside = Patience(ASIDE)  # hospitals that keep failing
-        self.refresh()
+        self._take_in(self.members())
 
     def refresh(self) -> None:
-        """Take the roster as it is now."""
-        self.hospitals = self.members()
+        """Take the roster as it is now; asked again and again, and mostly it is as it was."""
+        members = self.members()
+        if members != self.hospitals:
+            self._take_in(members)
+
+    def _take_in(self, members: Mapping[str, Registered]) -> None:
+        self.hospitals = members
         self.roster = Roster.of({name: member.identity for name, member in self.hospitals.items()})
         invited = self.plan.hospitals
         self.names = frozenset(self.hospitals) if invited is None else frozenset(invited) & set(self.hospitals)
