@@ -7,31 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
 
-import client.app
-import client.round
 from client.alone import evaluate_folder
-from client.books import Books
-from client.dp_sgd import TrainingReport, local_steps
-from client.keys import split_key
-from client.loader import PoissonLoader
-from client.randomness import SecureRandom
-from client.records.manifest import read_manifest
-from client.records.records import Records
-from client.records.tabular import read_table
-from client.round import Hospital
-from shared_models.encoding import NULL_COORDINATES, public_weight
 from shared_models.model_file import read_model
-from shared_models.nets.build import build_network
-from shared_models.nets.losses import loss_per_record
-from shared_models.plan import PrivacyPlan, TrainingPlan
 from shared_models.privacy.mechanisms import training_mechanism
-from shared_models.tasks import Task, find_task
-from shared_models.update import parameters_to_vector, vector_to_parameters
+from shared_models.update import parameters_to_vector
 from tests.federation import Federation, make_federation
+from tests.rounds.plain_training import plain_sgd, reference, switch_privacy_off
 
 
 def test_every_round_is_answered_paid_for_and_recorded(federation: Federation) -> None:
@@ -82,83 +64,6 @@ def test_epsilon_grows_with_every_round_and_stays_within_the_plan(federation: Fe
 
 # Honesty: with noise and clipping off, the federation is plain FedAvg
 
-KEYS = {f"hospital-{k}": bytes([k]) * 32 for k in range(1, 5)}
-
-
-def _without_privacy(
-    model: nn.Module,
-    records: Records,
-    task: Task,
-    *,
-    training: TrainingPlan,
-    privacy: PrivacyPlan,
-    expected_batch: float,
-    random: SecureRandom,
-    device: torch.device,
-    null: NDArray[np.float64],
-    allow_test_random: bool,
-) -> TrainingReport:
-    """The trainer's own steps with clip infinite and noise zero, which no plan can ask for."""
-    assert allow_test_random
-    return local_steps(
-        model,
-        records,
-        task,
-        steps=training.steps,
-        learning_rate=training.learning_rate,
-        clip=np.inf,
-        noise_multiplier=0.0,
-        sample_rate=privacy.sample_rate,
-        expected_batch=expected_batch,
-        random=random,
-        device=device,
-        null=null,
-    )
-
-
-def _reference(federation: Federation) -> NDArray[np.float64]:
-    """FedAvg as the paper has it, in float64 and a dozen lines, on the same batches."""
-    plan, task = federation.plan, find_task(federation.plan.task)
-    model = build_network(plan.network, task, seed=plan.seed)
-    parameters = parameters_to_vector(model).astype(np.float64)
-    randoms = {name: SecureRandom.for_tests(KEYS[name]) for name in federation.names}
-    for _ in range(plan.rounds):
-        total, weights = np.zeros_like(parameters), 0.0
-        for name in federation.names:
-            settings = federation.settings(name)
-            records, _ = read_table(read_manifest(settings.records), task, split_key=split_key(settings.state))
-            size = settings.population.public_size
-            local = _plain_sgd(model, parameters, records, task, federation, size, randoms[name])
-            randoms[name].uniform(len(local) + NULL_COORDINATES)  # the coins of the hospital's own rounding
-            total += public_weight(size, plan.weight_cap) * (local - parameters)
-            weights += public_weight(size, plan.weight_cap)
-        parameters = parameters + total / weights
-    return parameters
-
-
-def _plain_sgd(
-    model: nn.Module,
-    start: NDArray[np.float64],
-    records: Records,
-    task: Task,
-    federation: Federation,
-    size: int,
-    random: SecureRandom,
-) -> NDArray[np.float64]:
-    plan = federation.plan
-    vector_to_parameters(start.astype(np.float32), model)
-    loader = PoissonLoader(records, plan.privacy.sample_rate, random)
-    for _ in range(plan.training.steps):
-        drawn = torch.from_numpy(loader.draw())
-        model.zero_grad()
-        losses: Tensor = loss_per_record(task, model(records.inputs[drawn]), records.targets[drawn])
-        (losses.sum() / (plan.privacy.sample_rate * size)).backward()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                assert parameter.grad is not None
-                parameter.sub_(plan.training.learning_rate * parameter.grad)
-    return parameters_to_vector(model).astype(np.float64)
-
 
 @pytest.mark.parametrize("network", [{"name": "logistic-regression"}, {"name": "mlp", "hidden": [8]}])
 def test_without_noise_and_clipping_it_is_plain_fedavg(
@@ -168,13 +73,8 @@ def test_without_noise_and_clipping_it_is_plain_fedavg(
     # The clip only sets how long an update may be; with privacy off it must not bind.
     changes: dict[str, Any] = {"training": {"learning_rate": 0.05}, "privacy": {"clip": 10.0}}
     federation = make_federation(tmp_path, rounds=3, network=network, **changes)
-    monkeypatch.setattr(client.round, "train", _without_privacy)
-    for name in federation.names:
-        random = SecureRandom.for_tests(KEYS[name])
-        settings = federation.settings(name)
-        hospital = Hospital(settings, Books.open(settings), test_random=lambda random=random: random)  # type: ignore[misc]  # mypy cannot infer a lambda with a default
-        client.app._hospitals[str(federation.settings_file(name))] = hospital
+    switch_privacy_off(federation, monkeypatch)
 
     _, model = read_model(federation.run() / "model.safetensors")
 
-    np.testing.assert_allclose(parameters_to_vector(model), _reference(federation), atol=1e-5)
+    np.testing.assert_allclose(parameters_to_vector(model), reference(federation, [0.05] * 3, plain_sgd), atol=1e-5)

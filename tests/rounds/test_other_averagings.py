@@ -6,34 +6,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from numpy.typing import NDArray
 
-import client.app
-import client.round
-from client.books import Books
-from client.dp_sgd import TrainingReport, local_steps
-from client.keys import split_key
-from client.loader import PoissonLoader
-from client.randomness import SecureRandom
-from client.records.manifest import read_manifest
-from client.records.records import Records
-from client.records.tabular import read_table
-from client.round import Hospital
 from server.checkpoint import load_checkpoint
 from server.fedavg import server_step
 from shared_models.encoding import NULL_COORDINATES, encoding, public_weight
 from shared_models.model_file import read_model
 from shared_models.nets.build import build_network
-from shared_models.nets.losses import loss_per_record
-from shared_models.plan import Averaging, PrivacyPlan, TrainingPlan
-from shared_models.tasks import Task, find_task
-from shared_models.update import parameters_to_vector, vector_to_parameters
-from tests.federation import Federation, make_federation
+from shared_models.plan import Averaging
+from shared_models.tasks import find_task
+from shared_models.update import parameters_to_vector
+from tests.federation import make_federation
+from tests.rounds.plain_training import fedprox, reference, switch_privacy_off
 from tests.rounds.test_an_encrypted_sum import Ears
 from tests.server.plain_averaging import RULES, plain_averaging
 
-KEYS = {f"hospital-{k}": bytes([k]) * 32 for k in range(1, 5)}
 RELATIVES = RULES[1:]
 
 
@@ -94,83 +81,6 @@ def test_a_study_s_checkpoint_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: p
 # FedProx and a schedule, with noise and clipping off
 
 
-def _without_privacy(
-    model: torch.nn.Module,
-    records: Records,
-    task: Task,
-    *,
-    training: TrainingPlan,
-    privacy: PrivacyPlan,
-    expected_batch: float,
-    random: SecureRandom,
-    device: torch.device,
-    null: NDArray[np.float64],
-    allow_test_random: bool,
-) -> TrainingReport:
-    """The trainer's own steps with clip infinite and noise zero, which no plan can ask for."""
-    assert allow_test_random
-    return local_steps(
-        model,
-        records,
-        task,
-        steps=training.steps,
-        learning_rate=training.learning_rate,
-        proximal=training.proximal,
-        clip=np.inf,
-        noise_multiplier=0.0,
-        sample_rate=privacy.sample_rate,
-        expected_batch=expected_batch,
-        random=random,
-        device=device,
-        null=null,
-    )
-
-
-def _reference(federation: Federation, rates: list[float]) -> NDArray[np.float64]:
-    """FedProx as the paper has it, by torch's own gradients of loss and proximal term, on the same batches."""
-    plan, task = federation.plan, find_task(federation.plan.task)
-    model = build_network(plan.network, task, seed=plan.seed)
-    parameters = parameters_to_vector(model).astype(np.float64)
-    randoms = {name: SecureRandom.for_tests(KEYS[name]) for name in federation.names}
-    for rate in rates:
-        total, weights = np.zeros_like(parameters), 0.0
-        for name in federation.names:
-            settings = federation.settings(name)
-            records, _ = read_table(read_manifest(settings.records), task, split_key=split_key(settings.state))
-            size = settings.population.public_size
-            local = _fedprox(federation, model, parameters, records, task, size, rate, randoms[name])
-            randoms[name].uniform(len(local) + NULL_COORDINATES)  # the coins of the hospital's own rounding
-            total += public_weight(size, plan.weight_cap) * (local - parameters)
-            weights += public_weight(size, plan.weight_cap)
-        parameters = parameters + total / weights
-    return parameters
-
-
-def _fedprox(
-    federation: Federation,
-    model: torch.nn.Module,
-    start: NDArray[np.float64],
-    records: Records,
-    task: Task,
-    size: int,
-    rate: float,
-    random: SecureRandom,
-) -> NDArray[np.float64]:
-    plan = federation.plan
-    vector_to_parameters(start.astype(np.float32), model)
-    origin = [parameter.detach().clone() for parameter in model.parameters()]
-    loader = PoissonLoader(records, plan.privacy.sample_rate, random)
-    optimizer = torch.optim.SGD(model.parameters(), lr=rate)
-    for _ in range(plan.training.steps):
-        drawn = torch.from_numpy(loader.draw())
-        optimizer.zero_grad()
-        losses = loss_per_record(task, model(records.inputs[drawn]), records.targets[drawn])
-        distance = sum(((p - o) ** 2).sum() for p, o in zip(model.parameters(), origin, strict=True))
-        (losses.sum() / (plan.privacy.sample_rate * size) + plan.training.proximal / 2 * distance).backward()
-        optimizer.step()
-    return parameters_to_vector(model).astype(np.float64)
-
-
 def test_without_noise_and_clipping_it_is_fedprox_at_the_schedule_s_rates(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,18 +88,13 @@ def test_without_noise_and_clipping_it_is_fedprox_at_the_schedule_s_rates(
     training = {"learning_rate": 0.1, "proximal": 4.0, "schedule": {"name": "exponential", "by": 0.5}}
     # The clip only sets how long an update may be; with privacy off it must not bind.
     federation = make_federation(tmp_path, rounds=3, training=training, privacy={"clip": 10.0})
-    monkeypatch.setattr(client.round, "train", _without_privacy)
-    for name in federation.names:
-        random = SecureRandom.for_tests(KEYS[name])
-        settings = federation.settings(name)
-        hospital = Hospital(settings, Books.open(settings), test_random=lambda random=random: random)  # type: ignore[misc]  # mypy cannot infer a lambda with a default
-        client.app._hospitals[str(federation.settings_file(name))] = hospital
+    switch_privacy_off(federation, monkeypatch)
 
     _, model = read_model(federation.run() / "model.safetensors")
 
     trained = parameters_to_vector(model)
-    np.testing.assert_allclose(trained, _reference(federation, [0.1, 0.05, 0.025]), atol=1e-5)
-    assert np.abs(trained - _reference(federation, [0.1, 0.1, 0.1])).max() > 1e-3
+    np.testing.assert_allclose(trained, reference(federation, [0.1, 0.05, 0.025], fedprox(4.0)), atol=1e-5)
+    assert np.abs(trained - reference(federation, [0.1, 0.1, 0.1], fedprox(4.0))).max() > 1e-3
 
 
 def test_null_coordinates_hold_the_noise_of_the_round_s_rate_and_pull(tmp_path: Path) -> None:
