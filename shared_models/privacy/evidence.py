@@ -21,7 +21,7 @@ from shared_models.config import ALWAYS_WRITTEN, Evolving, Name, explain
 from shared_models.durable import replace_file
 from shared_models.errors import EvidenceError, IdentityError, UnsupportedEvidenceError, UnsupportedLedgerError
 from shared_models.identity import public_bytes, sign, verify
-from shared_models.privacy.entries import KINDS, Digest, Entry, Signature, Time, canonical_json
+from shared_models.privacy.entries import KINDS, Delta, Digest, Entry, Signature, Time, canonical_json
 from shared_models.privacy.head import Head, Statement
 from shared_models.receipts import SignedReceipt
 from shared_models.secagg.key_agreement import Roster
@@ -84,6 +84,25 @@ class Shown(Evolving):
     attempt: Annotated[int | None, ALWAYS_WRITTEN] = None
     last: Digest | None
     everybody: Digest
+
+
+class Claim(Evolving):
+    """What a hospital says that studies cost one patient, by its own accountant; an auditor computes it again.
+
+    Attributes:
+        study: None for all studies together.
+        charges: How many were counted.
+        epsilon: The tight figure, for the schedule as executed.
+        epsilon_filter: What the hospital's Renyi filter holds it at.
+        accountant: Whose figure ``epsilon`` is, with its version.
+    """
+
+    study: Name | None = None
+    charges: Annotated[int, Field(ge=0)]
+    epsilon: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    epsilon_filter: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    delta: Delta
+    accountant: Annotated[str, Field(max_length=200)]
 
 
 @dataclass(frozen=True)
