@@ -2,16 +2,15 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from shared_models import terminal
 
 if TYPE_CHECKING:
-    from auditor.evidence import Witness
     from auditor.recompute import BudgetReport, Figures
-    from auditor.verify import Verified
+    from auditor.record import Audit, HospitalRecord
 
 app = typer.Typer(
     help="Verify hospitals' privacy ledgers and compute again what their studies cost. Reads files, changes none.",
@@ -21,67 +20,78 @@ app = typer.Typer(
 )
 
 Ledgers = Annotated[list[Path], typer.Argument(metavar="LEDGER...", help="Ledger files (ledger.sqlite).")]
-Evidence = Annotated[list[Path], typer.Argument(metavar="FILE...", help="Evidence bundles, or ledger files.")]
+Evidence = Annotated[
+    list[Path],
+    typer.Argument(
+        metavar="EVIDENCE...",
+        help="Evidence bundles of hospitals, ledger files, folders of studies at the coordinator, exports of its audit "
+        "log; or folders that hold such.",
+    ),
+]
 Studies = Annotated[
     list[Path] | None,
-    typer.Option("--study", help="A study's folder at the coordinator, to compare bundles with; several can be given."),
+    typer.Option("--study", help="A study's folder at the coordinator; the same as to name it among the evidence."),
 ]
 Keys = Annotated[
     list[Path] | None, typer.Option("--key", help="Public key file of a hospital; can be given more than once.")
 ]
+Root = Annotated[
+    Path | None, typer.Option("--root", help="The consortium's root public key (root.pub), as it came from elsewhere.")
+]
+Partial = Annotated[
+    bool, typer.Option("--partial", help="Not every hospital that took part is to be here: who is missing is a note.")
+]
+Json = Annotated[Path | None, typer.Option("--json", help="Also write everything that was found to this file.")]
 
 
 @app.command()
-def verify(files: Evidence, key: Keys = None, study: Studies = None) -> None:
-    """Check chain, signatures, head file, and every charge; of bundles also receipts and transcripts, side by side.
+def verify(
+    files: Evidence,
+    root: Root = None,
+    key: Keys = None,
+    study: Studies = None,
+    partial: Partial = False,
+    json_file: Json = None,
+) -> None:
+    """Check chains, signatures, charges, receipts, sums and plans of each party, and all of them side by side.
 
     Every file is looked at, whatever was wrong with those before. The exit status is 0 only if all hold and agree.
     """
-    from zipfile import is_zipfile
+    from auditor.audit import audit
+    from shared_models.errors import EvidenceError
 
-    from auditor.evidence import cross_check, read_study, verify_bundle
-    from auditor.verify import verify_ledger
-    from shared_models.errors import EvidenceError, FederationError, LedgerError
-    from shared_models.identity import read_public
-
-    keys = {read_public(path) for path in key or []}
-    broken, witnesses = [], []
-    for path in files:
-        try:
-            if is_zipfile(path):
-                witnesses.append(verify_bundle(path, keys))
-                found, more = witnesses[-1].verified, _evidence(witnesses[-1])
-            else:
-                found, more = verify_ledger(path, keys), ""
-            typer.echo(f"holds   {path}: {_describe(found)}{more}")
-        except FederationError as error:
-            broken.append((path, error))
-            typer.echo(f"BROKEN  {path}: {error}")
-    if broken:
-        path, first = broken[0]
-        what = "ledgers" if not witnesses and isinstance(first, LedgerError) else "files"
-        raise LedgerError(f"{len(broken)} of {len(files)} {what} do not hold: {path}: {first}", hint=first.hint)
-    problems = cross_check(witnesses, [read_study(folder) for folder in study or []])
-    for problem in problems:
-        typer.echo(f"DIFFERS {problem}")
+    result = audit(
+        [*files, *(study or [])],
+        root=_key(root),
+        keys={found for path in key or [] if (found := _key(path))},
+        partial=partial,
+        progress=terminal.progress(),
+    )
+    for record in result.hospitals:
+        typer.echo(_describe(record, result))
+    for finding in result.findings:
+        typer.echo(f"{finding.severity.upper():8} {finding.place}: {finding.what} [{finding.code}]")
+    if json_file is not None:
+        _write_json(json_file, summary(result))
+    problems = [finding for finding in result.findings if finding.severity != "note"]
     if problems:
-        raise EvidenceError(
-            f"{problems[0]} (and {len(problems) - 1} more)", hint="Ask both sides; one of them changed."
-        )
-    if witnesses:
-        typer.echo(f"agree   {len(witnesses)} bundles and {len(study or [])} study folders")
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise EvidenceError(f"not verified: {problems[0].place}: {problems[0].what}{more}", hint=problems[0].meaning)
+    typer.echo(
+        f"verified {len(result.hospitals)} hospitals, {sum(len(record.lines) for record in result.hospitals)} entries, "
+        f"{len(result.attempts)} attempts; everything holds and agrees"
+    )
 
 
 @app.command()
 def budget(
     ledgers: Ledgers,
     key: Keys = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write all figures to this file.")] = None,
+    json_file: Json = None,
 ) -> None:
     """Verify the ledgers, then compute epsilon again from the recorded mechanisms with an independent accountant."""
     from auditor.recompute import report_budget
     from auditor.verify import verify_ledger
-    from shared_models.errors import ConfigError
     from shared_models.identity import read_public
     from shared_models.privacy.ledger import stream_ledger
 
@@ -92,11 +102,7 @@ def budget(
         reports.append(report_budget(stream_ledger(path)))
         typer.echo("\n".join(_lines(reports[-1])))
     if json_file is not None:
-        text = json.dumps({"ledgers": [report.model_dump(mode="json") for report in reports]}, indent=2)
-        try:
-            json_file.write_text(text + "\n", encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"{json_file} cannot be written: {error.strerror}", hint="Choose another file.") from None
+        _write_json(json_file, {"ledgers": [report.model_dump(mode="json") for report in reports]})
 
 
 @app.command()
@@ -123,24 +129,52 @@ def log(
         )
 
 
-def _describe(verified: "Verified") -> str:
-    key = "a given key" if verified.key_was_given else "the key it names itself; give --key to be sure whose it is"
-    rotations = f", after {verified.rotations} rotation(s)" if verified.rotations else ""
-    head = (
-        "no entry missing at the end"
-        if verified.head_was_checked
-        else "no head file: entries may be missing at the end"
-    )
+def summary(found: "Audit") -> dict[str, Any]:
+    """An audit in JSON: the verdict, every finding, and what each hospital's patients paid."""
+    return {
+        "verified": found.passed,
+        "root": found.root,
+        "entries": sum(len(record.lines) for record in found.hospitals),
+        "attempts": len(found.attempts),
+        "hospitals": {
+            record.hospital: {
+                "source": str(record.source),
+                "entries": len(record.lines),
+                "receipts": record.receipts,
+                "keys": [key._asdict() for key in record.keys],
+                "budget": record.budget.model_dump(mode="json") if record.budget else None,
+                "claims": [claim.model_dump(mode="json") for claim in record.claims],
+            }
+            for record in found.hospitals
+        },
+        "findings": [finding.model_dump(mode="json", exclude_none=True) for finding in found.findings],
+    }
+
+
+def _key(path: Path | None) -> bytes | None:
+    from shared_models.identity import read_public
+
+    return read_public(path) if path else None
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    from shared_models.errors import ConfigError
+
+    try:
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}", hint="Choose another file.") from None
+
+
+def _describe(record: "HospitalRecord", found: "Audit") -> str:
+    key = record.keys[-1].fingerprint
+    rotations = f", after {len(record.keys) - 1} rotation(s)" if len(record.keys) > 1 else ""
+    charges = sum(line.kind == "charge" for line in record.lines)
+    word = "holds" if all(f.party != record.hospital or f.severity == "note" for f in found.findings) else "READ"
     return (
-        f"{verified.hospital}, population {verified.population}, {verified.entries} entries, "
-        f"{verified.charges} charges; signed by {key} ({verified.key[:19]}…{rotations}); {head}"
+        f"{word:8} {record.source}: {record.hospital}, population {record.population}, {len(record.lines)} entries, "
+        f"{charges} charges, {record.receipts} receipts; key {key[:19]}…{rotations}"
     )
-
-
-def _evidence(witness: "Witness") -> str:
-    bundle = witness.bundle
-    other = f", {witness.unchecked} of them under another roster: not checked" if witness.unchecked else ""
-    return f"; {len(bundle.receipts)} receipts, {len(bundle.transcripts)} transcripts{other}"
 
 
 def _lines(report: "BudgetReport") -> list[str]:

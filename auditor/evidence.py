@@ -1,24 +1,32 @@
-"""Does the evidence of several parties agree? Hospitals' bundles with each other, and with the coordinator's receipts.
+"""What one party shows: a hospital's bundle or ledger, and what a coordinator kept of a study. Each checked by itself.
 
-Each bundle is checked by itself first: manifest, chain, rules, receipts against charges, transcripts. Then side by
-side: a ledger that was cut or rewritten lacks what its hospital signed for, and a list that was shown to one is not the
-list that was shown to another.
+Everything is read a line at a time, and only what is compared later is kept: twenty hospitals' thousand rounds fit into
+memory. Hospitals that took part in one attempt hold the same transcript, so each different one is verified once.
 """
 
+import hashlib
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from sys import intern
+from typing import NamedTuple, TypeVar
 
 from pydantic import ValidationError
 
-from auditor.verify import Verified, check_entries
-from shared_models.config import Frozen, Name
+from auditor.findings import COORDINATOR, Finding
+from auditor.record import AttemptRecord, HospitalRecord, Key, Line, Turn
+from auditor.verify import MOST_FINDINGS, Rules, Verified, check_entries
+from shared_models.config import Frozen, Name, explain
 from shared_models.errors import EvidenceError, FederationError, ForeignReceiptError, UnsupportedEvidenceError
+from shared_models.identity import fingerprint
 from shared_models.privacy.entries import Entry
-from shared_models.privacy.evidence import Bundle, unpack
+from shared_models.privacy.evidence import Bundle, parse_line, split_lines
+from shared_models.privacy.head import head_path
+from shared_models.privacy.ledger import snapshot
+from shared_models.privacy.mechanisms import GaussianRelease, PoissonGaussian
 from shared_models.receipts import SignedReceipt
 from shared_models.secagg.key_agreement import Roster
 from shared_models.secagg.protocol import Transcript
@@ -26,9 +34,11 @@ from shared_models.secagg.transcripts import verify_transcript
 from shared_models.versions import refuse_version
 
 _TYPES = {"poisson-gaussian": "Update", "gaussian-release": "ReleasedStatistics"}
+MOST_ENTRIES = 500_000  # of one ledger; what is kept of each takes half a kilobyte
+MOST_LINES = 500_000  # of any other part
 
 Kept = TypeVar("Kept", bound=Frozen)
-Attempt = tuple[str, str, int, int]  # study, purpose, round, attempt
+Item = TypeVar("Item")
 
 
 class Receipted(Frozen):
@@ -47,18 +57,58 @@ class Summed(Frozen):
     weight: float | None = None
 
 
-@dataclass(frozen=True)
-class Witness:
-    """A bundle that holds by itself.
+class View(NamedTuple):
+    """What one party holds of an attempt, as far as it is compared with others.
 
     Attributes:
-        keys: All public keys of its hospital, oldest first.
-        unchecked: Transcripts made under another roster than the one in the bundle.
+        announced: Digest of the announcement.
+        roster: Digest of the roster that it was made under.
+        context: Digest of announcement and U1; None where it did not get to U1.
+        commitments: Digest that each member of U2 committed to.
+        problem: Why the transcript does not hold by itself; None if it does, or nobody knows its roster.
     """
 
-    bundle: Bundle
+    turn: Turn
+    announced: str
+    roster: str
+    invited: tuple[str, ...]
+    cohort: tuple[str, ...]
+    uploaders: tuple[str, ...]
+    context: str | None
+    commitments: Mapping[str, str]
+    problem: str | None
+
+
+class Upload(NamedTuple):
+    """A receipt, as far as it is compared with others."""
+
+    hospital: str
+    digest: str
+    context: str
+    type: str
+    study: str
+    round: int
+    attempt: int
+
+
+@dataclass(frozen=True)
+class Witness:
+    """A hospital's evidence that holds by itself, or breaks rules that it was not forged to break.
+
+    Attributes:
+        keys: All public keys of its ledger, oldest first.
+        identities: Whom it knows by which key.
+        shown: What coordinators showed it: attempt, and digest over everybody's receipts.
+        unchecked: Transcripts made under a roster that nobody showed.
+    """
+
+    record: HospitalRecord
     verified: Verified
     keys: tuple[bytes, ...]
+    identities: Mapping[str, bytes]
+    views: tuple[View, ...]
+    uploads: tuple[Upload, ...]
+    shown: tuple[tuple[Turn, str], ...]
     unchecked: int
 
     @property
@@ -69,75 +119,260 @@ class Witness:
 
 @dataclass(frozen=True)
 class StudyFolder:
-    """What a coordinator kept of one study: receipts and transcripts, in the order in which it kept them."""
+    """What a coordinator kept of one study: receipts and transcripts, in the order in which it kept them.
+
+    Attributes:
+        uploads: Each with the receipt itself, whose signature can only be checked beside a roster or a ledger.
+        sums: Each attempt, with what the coordinator alone knows of it.
+    """
 
     path: Path
-    receipts: tuple[Receipted, ...]
-    transcripts: tuple[Transcript, ...]
+    uploads: tuple[tuple[Upload, SignedReceipt], ...]
+    views: tuple[View, ...]
+    sums: tuple[AttemptRecord, ...]
 
 
-def verify_bundle(path: Path, keys: Collection[bytes] = ()) -> Witness:
+class Transcripts:
+    """Reads transcripts, and verifies each different one once.
+
+    Args:
+        rosters: By digest; transcripts under another one are not verified.
+    """
+
+    def __init__(self, rosters: Mapping[str, Roster]) -> None:
+        self._rosters = rosters
+        self._known: dict[bytes, View] = {}
+        self._names: dict[tuple[str, ...], tuple[str, ...]] = {}
+
+    def read(self, line: bytes, where: str) -> View:
+        """What a line of ``transcripts.jsonl`` says.
+
+        Raises:
+            EvidenceError: It is no transcript.
+        """
+        digest = hashlib.sha256(line).digest()
+        if digest not in self._known:
+            self._known[digest] = self.view(parse_line(line, Transcript, where))
+        return self._known[digest]
+
+    def view(self, transcript: Transcript) -> View:
+        """What is compared of a transcript."""
+        announcement, context = transcript.announcement, transcript.context
+        return View(
+            turn=_turn(transcript),
+            announced=announcement.context0.hex(),
+            roster=intern(announcement.roster_digest),
+            invited=self._one(announcement.invited),
+            cohort=self._one(tuple(member.hospital for member in transcript.cohort)),
+            uploaders=self._one(transcript.uploaders),
+            context=context.hex() if context else None,
+            commitments={intern(signed.dealer): signed.digest.hex() for signed in transcript.commitments},
+            problem=self._problem(transcript),
+        )
+
+    def knows(self, view: View) -> bool:
+        """Whether a view's transcript was verified: its roster is known."""
+        return view.roster in self._rosters
+
+    def _one(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        return self._names.setdefault(names, names)
+
+    def _problem(self, transcript: Transcript) -> str | None:
+        roster = self._rosters.get(transcript.announcement.roster_digest)
+        try:
+            if roster is not None:
+                verify_transcript(transcript, roster=roster)
+        except FederationError as error:
+            return str(error)
+        return None
+
+
+def read_bundle(bundle: Bundle, keys: Collection[bytes], transcripts: Transcripts) -> tuple[Witness, list[Finding]]:
     """Verify one bundle by itself.
 
     Guarantees:
-        * It is as its hospital packed it, and its ledger holds as ``verify_ledger`` says.
-        * Every receipt is signed by a key of this ledger, for a charge that is in it, once, in order, with the chain
-          head and the number of charges of that moment.
-        * Every transcript under the bundle's roster holds by itself.
+        * Its chain holds, and its manifest is signed by the ledger's newest key.
+        * Found is: every rule of the budget that is broken; every receipt that is not signed by a key of this ledger,
+          for a charge that is in it, once, in order, with the chain head and the number of charges of that moment;
+          every transcript that does not hold by itself.
+
+    Args:
+        bundle: As ``open_bundle`` opened it.
+        keys: Public keys that the auditor trusts, as for ``verify_ledger``.
+        transcripts: What all parties' transcripts are read by.
 
     Raises:
-        EvidenceError, LedgerError: What does not hold.
+        EvidenceError, LedgerError: It cannot be read, or the chain does not hold.
     """
-    bundle = unpack(path)
-    verified, chain_keys = check_entries(bundle.entries, bundle.head, keys)
-    if bundle.manifest.public_key != chain_keys[-1].hex() or bundle.manifest.hospital != verified.hospital:
+    reading = _Reading()
+    verified, chain_keys = check_entries(bundle.entries(), bundle.head, keys, reading.follow)
+    manifest = bundle.manifest
+    if manifest.public_key != chain_keys[-1].hex() or manifest.hospital != verified.hospital:
         raise EvidenceError(
             f"the bundle is signed by another key, or for another hospital, than {verified.hospital}'s ledger",
             hint="Whoever packed it is not who keeps this ledger.",
         )
-    _refuse(next(_receipt_problems(bundle, chain_keys), None))
-    if list(_out_of_order(bundle.transcripts)):
-        raise EvidenceError("the transcripts are out of order, or one is there twice", hint="They were changed.")
-    ours = [
-        transcript for transcript in bundle.transcripts if transcript.announcement.roster_digest == bundle.roster.digest
-    ]
-    for transcript in ours:
-        try:
-            verify_transcript(transcript, roster=bundle.roster)
-        except FederationError as error:
-            raise EvidenceError(f"the transcript of {_named(transcript)}: {error}", hint=error.hint) from None
-    return Witness(bundle, verified, tuple(chain_keys), len(bundle.transcripts) - len(ours))
+    findings = reading.findings()
+    uploads = tuple(_read_receipts(bundle, reading, chain_keys, findings))
+    views = tuple(_few(transcripts.read(line, "a transcript") for line in bundle.lines("transcripts.jsonl")))
+    if list(out_of_order(views)):
+        findings.append(
+            Finding(code="out-of-order", party=verified.hospital, what="transcripts are out of order, or there twice")
+        )
+    findings += [about(view, "bad-transcript", verified.hospital, view.problem) for view in views if view.problem]
+    record = replace(
+        reading.record(bundle.path, verified, chain_keys),
+        packed=manifest.time,
+        plans={plan.study: plan for plan in bundle.plans},
+        claims=bundle.claims,
+        software_digest=manifest.software_digest,
+        egress_digest=manifest.egress_digest,
+        receipts=len(uploads),
+    )
+    witness = Witness(
+        record=record,
+        verified=verified,
+        keys=tuple(chain_keys),
+        identities=bundle.roster.identities,
+        views=views,
+        uploads=uploads,
+        shown=tuple(_read_shown(bundle)),
+        unchecked=sum(not transcripts.knows(view) for view in views),
+    )
+    return witness, findings
 
 
-def _refuse(problem: str | None) -> None:
-    if problem is not None:
-        raise EvidenceError(problem, hint="The evidence was changed, or its hospital did not follow the protocol.")
+def read_ledger_file(path: Path, keys: Collection[bytes]) -> tuple[HospitalRecord, Verified, list[Finding]]:
+    """Verify a ledger as it lies at a hospital, with its head file where there is one.
+
+    Raises:
+        LedgerError: It cannot be read, or the chain does not hold.
+    """
+    reading = _Reading()
+    with snapshot(path, head_path(path)) as (head, entries):
+        verified, chain_keys = check_entries(entries, head, keys, reading.follow)
+    return reading.record(path, verified, chain_keys), verified, reading.findings()
 
 
-def _receipt_problems(bundle: Bundle, keys: Sequence[bytes]) -> Iterator[str]:
-    places = {entry.hash: entry for entry in bundle.entries}
-    charges: defaultdict[str, list[int]] = defaultdict(list)
-    for entry in bundle.entries:
+class _Reading:
+    """Follows a ledger's entries, and keeps what is needed of them."""
+
+    def __init__(self) -> None:
+        self.rules, self.lines, self.places = Rules(), list[Line](), dict[str, int]()
+        self.charges: defaultdict[str, list[int]] = defaultdict(list)
+        self._first: Entry | None = None
+        self._rotations: list[int] = []
+        self._mechanisms: dict[PoissonGaussian | GaussianRelease, PoissonGaussian | GaussianRelease] = {}
+
+    def follow(self, entry: Entry) -> None:
+        if len(self.lines) >= MOST_ENTRIES:
+            raise EvidenceError(
+                f"the ledger has more than {MOST_ENTRIES} entries", hint="Verify it as a file: it is read in pieces."
+            )
+        self.rules.follow(entry)
+        self._first = self._first or entry
         if entry.kind == "charge":
-            charges[entry.study or ""].append(entry.seq)
+            self.charges[entry.study or ""].append(entry.seq)
+        if entry.kind == "key-rotated":
+            self._rotations.append(entry.seq)
+        self.places[entry.hash] = entry.seq
+        mechanism = entry.mechanism and self._mechanisms.setdefault(entry.mechanism, entry.mechanism)
+        self.lines.append(
+            Line(
+                seq=entry.seq,
+                time=entry.time,
+                kind=intern(entry.kind),
+                hash=entry.hash,
+                study=_interned(entry.study),
+                round=entry.round,
+                attempt=entry.attempt,
+                plan_digest=_interned(entry.plan_digest),
+                software_digest=_interned(entry.software_digest),
+                mechanism=mechanism,
+                limit=entry.limit,
+                reservation=entry.reservation,
+                approved_by=entry.approved_by,
+                approval=entry.approval,
+                digest=entry.evidence_digest,
+            )
+        )
+
+    def findings(self) -> list[Finding]:
+        return list(self.rules.findings)
+
+    def record(self, path: Path, verified: Verified, keys: Sequence[bytes]) -> HospitalRecord:
+        if self._first is None or self._first.budget is None:
+            raise EvidenceError("the ledger opens no budget", hint="It is empty, or not a hospital's.")
+        return HospitalRecord(
+            source=path,
+            hospital=verified.hospital,
+            population=verified.population,
+            terms=self._first.budget,
+            packed=None,
+            lines=tuple(self.lines),
+            keys=tuple(Key(fingerprint(key), seq) for key, seq in zip(keys, [1, *self._rotations], strict=True)),
+        )
+
+
+def _interned(text: str | None) -> str | None:
+    return None if text is None else intern(text)
+
+
+def _few(items: Iterator[Item]) -> Iterator[Item]:
+    """At most ``MOST_LINES`` of them.
+
+    Raises:
+        EvidenceError: There are more.
+    """
+    yield from islice(items, MOST_LINES)
+    if next(items, None) is not None:
+        raise EvidenceError(f"a part has more than {MOST_LINES} lines", hint="No study makes so many.")
+
+
+def _read_receipts(
+    bundle: Bundle, reading: _Reading, keys: Sequence[bytes], findings: list[Finding]
+) -> Iterator[Upload]:
     last = 0
-    for number, kept in enumerate(bundle.receipts, start=1):
-        where = f"receipt {number} (study {kept.study}, round {kept.round}, attempt {kept.attempt})"
-        charge, head = places.get(kept.receipt.entry_hash), places.get(kept.receipt.chain_head)
-        if not _signed_by_any(kept, keys):
-            yield f"{where} is not signed by this hospital"
-        elif charge is None or head is None:
-            yield f"{where}: the ledger lacks what it was signed for: it was rolled back, or rewritten"
-        elif not _pays(charge, kept) or head.seq < charge.seq:
-            yield f"{where} was signed for another computation than ledger entry {charge.seq} paid for"
-        elif charge.seq <= last:
-            yield f"{where} stands in the wrong place, or its charge was used before"
-        elif bisect_right(charges[kept.study], head.seq) != kept.receipt.charges:
-            yield f"{where} counts {kept.receipt.charges} charges; the ledger had another number then"
-        last = charge.seq if charge else last
+    for number, kept in enumerate(_few(bundle.receipts()), start=1):
+        place = reading.places.get(kept.receipt.entry_hash)
+        charge = reading.lines[place - 1] if place else None
+        problem = _receipt_problem(kept, charge, reading, keys, last)
+        if problem and len(findings) < MOST_FINDINGS:
+            code, what = problem
+            findings.append(
+                Finding(
+                    code=code,
+                    party=bundle.manifest.hospital,
+                    what=f"receipt {number} {what}",
+                    study=kept.study,
+                    round=kept.round,
+                    attempt=kept.attempt,
+                    entry=place,
+                )
+            )
+        last = place or last
+        yield _upload(bundle.manifest.hospital, kept)
 
 
-def _signed_by_any(kept: SignedReceipt, keys: Sequence[bytes]) -> bool:
+def _receipt_problem(
+    kept: SignedReceipt, charge: Line | None, reading: _Reading, keys: Sequence[bytes], last: int
+) -> tuple[str, str] | None:
+    head = reading.places.get(kept.receipt.chain_head)
+    if not signed_by_any(kept, keys):
+        return "foreign-receipt", "is not signed by this hospital"
+    if charge is None or head is None:
+        return "rolled-back", "was signed for something that the ledger lacks: it was rolled back, or rewritten"
+    if not _pays(charge, kept) or head < charge.seq:
+        return "receipt-differs", f"was signed for another computation than ledger entry {charge.seq} paid for"
+    if charge.seq <= last:
+        return "out-of-order", "stands in the wrong place, or its charge was used before"
+    if bisect_right(reading.charges[kept.study], head) != kept.receipt.charges:
+        return "receipt-differs", f"counts {kept.receipt.charges} charges; the ledger had another number then"
+    return None
+
+
+def signed_by_any(kept: SignedReceipt, keys: Collection[bytes]) -> bool:
+    """Whether one of these keys signed a receipt."""
     return any(_signed_by(kept, key) for key in keys)
 
 
@@ -149,7 +384,7 @@ def _signed_by(kept: SignedReceipt, key: bytes) -> bool:
     return True
 
 
-def _pays(charge: Entry, kept: SignedReceipt) -> bool:
+def _pays(charge: Line, kept: SignedReceipt) -> bool:
     mechanism = charge.mechanism
     return (
         charge.kind == "charge"
@@ -160,20 +395,58 @@ def _pays(charge: Entry, kept: SignedReceipt) -> bool:
     )
 
 
-def read_study(folder: Path) -> StudyFolder:
-    """Read what a coordinator kept of a study.
+def _upload(hospital: str, kept: SignedReceipt) -> Upload:
+    return Upload(
+        hospital=intern(hospital),
+        digest=kept.digest,
+        context=kept.context,
+        type=kept.type,
+        study=intern(kept.study),
+        round=kept.round,
+        attempt=kept.attempt,
+    )
+
+
+def _read_shown(bundle: Bundle) -> Iterator[tuple[Turn, str]]:
+    for shown in _few(bundle.shown()):
+        if shown.purpose and shown.round and shown.attempt:
+            yield Turn(intern(shown.study), shown.purpose, shown.round, shown.attempt), shown.everybody
+
+
+def read_study(folder: Path, transcripts: Transcripts) -> StudyFolder:
+    """Read what a coordinator kept of a study; whether it agrees with anything is not asked here.
 
     Raises:
         EvidenceError: A file is missing or damaged.
     """
-    receipts = [_parse(line, Receipted, folder) for line in _lines(folder / "receipts.jsonl")]
-    transcripts = [_parse(line, Summed, folder).transcript for line in _lines(folder / "sums.jsonl")]
-    return StudyFolder(folder, tuple(receipts), tuple(transcripts))
+    uploads = []
+    for line in _few(_study_lines(folder / "receipts.jsonl")):
+        kept = _parse(line, Receipted, folder)
+        uploads.append((_upload(kept.hospital, kept.upload), kept.upload))
+    views, sums = [], []
+    for line in _few(_study_lines(folder / "sums.jsonl")):
+        summed = _parse(line, Summed, folder)
+        view = transcripts.view(summed.transcript)
+        views.append(view)
+        sums.append(
+            AttemptRecord(
+                turn=view.turn,
+                invited=view.invited,
+                cohort=view.cohort,
+                uploaders=view.uploaders,
+                known_to=frozenset({COORDINATOR}),
+                null_coordinates=tuple(summed.null_coordinates or ()),
+                weight=summed.weight,
+                complaint=str(summed.complaint) if summed.complaint else None,
+            )
+        )
+    return StudyFolder(folder, tuple(uploads), tuple(views), tuple(sums))
 
 
-def _lines(path: Path) -> list[bytes]:
+def _study_lines(path: Path) -> Iterator[bytes]:
     try:
-        return path.read_bytes().splitlines()
+        with path.open("rb") as file:
+            yield from split_lines(file, str(path))
     except OSError as error:
         raise EvidenceError(f"{path} cannot be read: {error.strerror}", hint="Give the folder of a study.") from None
 
@@ -184,189 +457,30 @@ def _parse(line: bytes, kind: type[Kept], folder: Path) -> Kept:
     except ValidationError as error:
         refuse_version(error, f"a line in {folder}", UnsupportedEvidenceError)
         raise EvidenceError(
-            f"{folder} holds a line that is no evidence: {line[:60]!r}", hint="It was changed."
+            f"{folder} holds a line that is no evidence: {explain(error)[:200]}", hint="It was changed."
         ) from None
+    except (ValueError, RecursionError):
+        raise EvidenceError(f"{folder} holds a line that is no evidence", hint="It was changed.") from None
 
 
-def cross_check(witnesses: Sequence[Witness], studies: Sequence[StudyFolder]) -> list[str]:
-    """Compare everything that several parties hold of the same thing.
-
-    Guarantees:
-        * Every receipt that a coordinator holds of a bundled hospital is in its bundle, in the same order, and so paid
-          for in its ledger; every upload that a signed list of uploaders names has its receipt on both sides.
-        * Every receipt of a hospital whose bundle is not here is signed by the key that the others' roster has of it,
-          and there is one for each of its uploads in the coordinator's signed lists.
-        * Of one attempt nobody was told another announcement, U1 or U3, and of one moment no other digest over all
-          receipts, than anybody else whose evidence is here.
-
-    Returns:
-        What does not agree, in words; empty if everything does.
-    """
-    problems = [*_doubles(witnesses), *_rosters(witnesses), *_forks(witnesses, studies), *_digests(witnesses)]
-    rosters = {witness.bundle.roster.digest: witness.bundle.roster for witness in witnesses}
-    for study in studies:
-        problems += [*_order(study), *_unsound(study, rosters)]
-        problems += [found for witness in witnesses for found in _both_sides(witness, study)]
-        problems += _absent(study, rosters, {witness.hospital for witness in witnesses})
-    problems += [found for witness in witnesses for found in _uploads(witness, witnesses, studies)]
-    return list(dict.fromkeys(problems))
+def about(view: View | Upload, code: str, party: str, what: str | None) -> Finding:
+    """A finding about an attempt, or an upload in one."""
+    turn = view.turn if isinstance(view, View) else view
+    where = f"{turn.purpose}: " if isinstance(turn, Turn) else ""
+    return Finding(
+        code=code, party=party, what=f"{where}{what}", study=turn.study, round=turn.round, attempt=turn.attempt
+    )
 
 
-def _doubles(witnesses: Sequence[Witness]) -> Iterator[str]:
-    names = [witness.hospital for witness in witnesses]
-    for name in sorted({name for name in names if names.count(name) > 1}):
-        yield f"there are two bundles of {name}"
+def _turn(transcript: Transcript) -> Turn:
+    announced = transcript.announcement
+    return Turn(intern(announced.study), announced.purpose, announced.round, announced.attempt)
 
 
-def _rosters(witnesses: Sequence[Witness]) -> Iterator[str]:
-    """A ledger signed by a key that other hospitals do not know its hospital by is a forgery of the whole chain."""
-    for witness in witnesses:
-        for other in witnesses:
-            known = other.bundle.roster.identities.get(witness.hospital)
-            if known is not None and known not in witness.keys:
-                yield f"{witness.hospital}'s ledger has another key than {other.hospital} knows it by"
-
-
-def _forks(witnesses: Sequence[Witness], studies: Sequence[StudyFolder]) -> Iterator[str]:
-    seen: defaultdict[Attempt, list[tuple[str, Transcript]]] = defaultdict(list)
-    for who, transcript in _all(witnesses, studies):
-        seen[_attempt(transcript)].append((who, transcript))
-    for views in seen.values():
-        (first, reference), *others = views
-        for who, transcript in others:
-            what = _fork(reference, transcript)
-            if what:
-                yield f"{_named(transcript)}: {first} and {who} hold different {what}"
-
-
-def _fork(one: Transcript, other: Transcript) -> str | None:
-    if one.announcement != other.announcement:
-        return "announcements"
-    if one.cohort and other.cohort and one.context != other.context:
-        return "cohorts (U1)"
-    digests = {signed.dealer: signed.digest for signed in one.commitments}
-    if any(digests.get(signed.dealer, signed.digest) != signed.digest for signed in other.commitments):
-        return "commitments (U2)"
-    if one.uploaders and other.uploaders and one.uploaders != other.uploaders:
-        return "lists of uploaders (U3)"
-    return None
-
-
-def _digests(witnesses: Sequence[Witness]) -> Iterator[str]:
-    told: dict[Attempt, tuple[str, str]] = {}
-    for witness in witnesses:
-        for shown in witness.bundle.shown:
-            if shown.purpose and shown.round and shown.attempt:
-                when = (shown.study, shown.purpose, shown.round, shown.attempt)
-                who, digest = told.setdefault(when, (witness.hospital, shown.everybody))
-                if digest != shown.everybody:
-                    yield (
-                        f"study {when[0]}, {when[1]}, round {when[2]}, attempt {when[3]}: {who} and {witness.hospital} "
-                        "were shown different digests over all receipts"
-                    )
-
-
-def _out_of_order(transcripts: Sequence[Transcript]) -> Iterator[str]:
+def out_of_order(views: Sequence[View]) -> Iterator[str]:
     """Studies whose attempts do not follow each other as attempts do."""
     attempts: defaultdict[str, list[tuple[int, bool, int]]] = defaultdict(list)
-    for kept in transcripts:
-        study, purpose, number, attempt = _attempt(kept)
+    for view in views:
+        study, purpose, number, attempt = view.turn
         attempts[study].append((number, purpose == "evaluate", attempt))
     return (study for study, found in attempts.items() if found != sorted(set(found)))
-
-
-def _order(study: StudyFolder) -> Iterator[str]:
-    """A coordinator keeps things as they happen."""
-    if list(_out_of_order(study.transcripts)):
-        yield f"{study.path / 'sums.jsonl'} is out of order, or has an attempt twice"
-    contexts = [kept.context.hex() for kept in study.transcripts if kept.context]
-    places = [
-        (contexts.index(kept.upload.context) if kept.upload.context in contexts else -1, kept.hospital)
-        for kept in study.receipts
-    ]
-    if any(place < 0 for place, _ in places):
-        yield f"{study.path}: a receipt belongs to no sum that the coordinator kept"
-    if places != sorted(set(places)):
-        yield f"{study.path / 'receipts.jsonl'} is out of order, or has a receipt twice"
-
-
-def _unsound(study: StudyFolder, rosters: Mapping[str, Roster]) -> Iterator[str]:
-    for kept in study.transcripts:
-        roster = rosters.get(kept.announcement.roster_digest)
-        try:
-            if roster is not None:
-                verify_transcript(kept, roster=roster)
-        except FederationError as error:
-            yield f"{_named(kept)}: the coordinator's transcript: {error}"
-
-
-def _both_sides(witness: Witness, study: StudyFolder) -> Iterator[str]:
-    name = witness.hospital
-    own = [kept.digest for kept in witness.bundle.receipts]
-    held = [kept.upload for kept in study.receipts if kept.hospital == name]
-    for kept in held:
-        where = f"study {kept.study}, {kept.type}, round {kept.round}, attempt {kept.attempt}"
-        if not _signed_by_any(kept, witness.keys):
-            yield f"{where}: the coordinator holds a receipt that {name} did not sign"
-        elif kept.digest not in own:
-            yield f"{where}: the coordinator holds a receipt that {name}'s evidence lacks: it was cut, or rolled back"
-
-
-def _absent(study: StudyFolder, rosters: Mapping[str, Roster], present: Collection[str]) -> Iterator[str]:
-    """Receipts of hospitals whose bundles are not here, as far as their signatures and the signed lists reach."""
-    sums = {kept.context.hex(): kept for kept in study.transcripts if kept.context}
-    held = {(kept.hospital, kept.upload.context) for kept in study.receipts}
-    for kept in study.receipts:
-        transcript = sums.get(kept.upload.context)
-        roster = rosters.get(transcript.announcement.roster_digest) if transcript else None
-        if transcript is None or roster is None or kept.hospital in present:
-            continue
-        key = roster.identities.get(kept.hospital)
-        if key is None or not _signed_by(kept.upload, key):
-            yield f"{_named(transcript)}: the coordinator holds a receipt that {kept.hospital} did not sign"
-        elif (kept.upload.study, kept.upload.round, kept.upload.attempt) != _turn(transcript):
-            yield f"{_named(transcript)}: the receipt of {kept.hospital} is for another attempt"
-    for context, transcript in sums.items():
-        for name in sorted(set(transcript.uploaders) - set(present)):
-            if (name, context) not in held:
-                yield f"{_named(transcript)}: {name} uploaded, and the coordinator's receipts lack it"
-
-
-def _turn(transcript: Transcript) -> tuple[str, int, int]:
-    announced = transcript.announcement
-    return announced.study, announced.round, announced.attempt
-
-
-def _uploads(witness: Witness, witnesses: Sequence[Witness], studies: Sequence[StudyFolder]) -> Iterator[str]:
-    """Every upload in a signed list was paid for, and its receipt and its sum are on both sides."""
-    name = witness.hospital
-    own = {kept.context for kept in witness.bundle.receipts}
-    for who, transcript in _all(witnesses, studies):
-        if name in transcript.uploaders and transcript.context and transcript.context.hex() not in own:
-            yield f"{_named(transcript)}: {who} holds that {name} uploaded, and its own evidence lacks the receipt"
-    for study in studies:
-        held = {kept.upload.context for kept in study.receipts if kept.hospital == name}
-        summed = {kept.context for kept in study.transcripts}
-        names = {kept.announcement.study for kept in study.transcripts} | {kept.upload.study for kept in study.receipts}
-        for transcript in witness.bundle.transcripts:
-            if transcript.announcement.study not in names or not transcript.uploaders:
-                continue  # what ended before the list of uploaders was signed, nobody need have kept
-            if transcript.context not in summed:
-                yield f"{_named(transcript)}: {name} took part, and the coordinator's sums lack it"
-            elif name in transcript.uploaders and (transcript.context or b"").hex() not in held:
-                yield f"{_named(transcript)}: {name} uploaded, and the coordinator's receipts lack it"
-
-
-def _all(witnesses: Sequence[Witness], studies: Sequence[StudyFolder]) -> Iterator[tuple[str, Transcript]]:
-    yield from (("the coordinator", transcript) for study in studies for transcript in study.transcripts)
-    yield from ((witness.hospital, transcript) for witness in witnesses for transcript in witness.bundle.transcripts)
-
-
-def _attempt(transcript: Transcript) -> Attempt:
-    announced = transcript.announcement
-    return announced.study, announced.purpose, announced.round, announced.attempt
-
-
-def _named(transcript: Transcript) -> str:
-    study, purpose, number, attempt = _attempt(transcript)
-    return f"study {study}, {purpose}, round {number}, attempt {attempt}"

@@ -30,7 +30,154 @@ class Meaning(NamedTuple):
     meaning: str
 
 
-CODES: dict[str, Meaning] = {}
+_FORGED = "Somebody changed this evidence after it was made. Ask both sides for fresh copies, and find out who did it."
+_RULES = (
+    "The entries are genuine: the hospital itself broke a rule that protects its patients. Training there should stop "
+    "until it is explained."
+)
+_COORDINATOR = "The coordinator told hospitals different things, or did not keep what it must keep. Ask its operators."
+
+CODES: dict[str, Meaning] = {
+    # What can be read
+    "no-evidence": Meaning("critical", "No evidence", "The file is not what an audit can read. Check the path."),
+    "newer-format": Meaning(
+        "critical", "Newer format", "A later release of Konsil wrote it. Audit it with that release, or a later one."
+    ),
+    "bundle-broken": Meaning(
+        "critical", "Bundle does not hold", f"The bundle is not as a hospital packed and signed it. {_FORGED}"
+    ),
+    "ledger-broken": Meaning(
+        "critical",
+        "Ledger does not hold",
+        f"The chain of signed entries is broken, or is another hospital's: what was spent cannot be shown. {_FORGED}",
+    ),
+    "study-broken": Meaning("critical", "Coordinator's evidence is damaged", f"It cannot be read. {_COORDINATOR}"),
+    "log-broken": Meaning(
+        "critical", "Audit log does not hold", "A line of the coordinator's log was changed, removed, added or cut off."
+    ),
+    "older-bundle": Meaning(
+        "note", "Older bundle", "It holds less than a bundle of today. Ask the hospital to export it again."
+    ),
+    "no-head": Meaning(
+        "note",
+        "No head file",
+        "Whether entries are missing at the end can only be told from others' evidence. A bundle brings its own.",
+    ),
+    "not-recomputed": Meaning("critical", "Not recomputed", "What was spent could not be computed from the entries."),
+    "not-checked": Meaning(
+        "warning",
+        "Signatures not checked",
+        "The list of members that these sums were made under is not here. Ask the hospitals for bundles of today.",
+    ),
+    # Whose it is
+    "no-root": Meaning(
+        "note",
+        "Keys not pinned",
+        "Without the consortium's root key nobody but the hospitals themselves says whose keys are whose. Give --root.",
+    ),
+    "roster-unsigned": Meaning(
+        "critical", "List of members not signed", "The consortium's root key did not sign the list that was used there."
+    ),
+    "roster-fork": Meaning(
+        "critical", "Two lists of members", "The root key signed two different lists of one version. Ask who holds it."
+    ),
+    "not-a-member": Meaning(
+        "critical", "Not a member", "The consortium never admitted this hospital, as far as the lists here say."
+    ),
+    "foreign-key": Meaning(
+        "critical", "Another key", f"The ledger is not signed by the key that this hospital is known by. {_FORGED}"
+    ),
+    "another-ledger": Meaning(
+        "critical", "Another ledger", "The hospital was enrolled with another ledger: a budget was begun anew."
+    ),
+    "public-size-differs": Meaning(
+        "warning", "Public size differs", "The consortium was told another number of patients than the budget counts."
+    ),
+    "revoked": Meaning("note", "Revoked", "The hospital is no member any more; what it did before still counts."),
+    "two-bundles": Meaning(
+        "warning", "Two bundles of one hospital", "Give the newer one only; compare the two with konsil-audit diff."
+    ),
+    "bundle-missing": Meaning(
+        "warning",
+        "A hospital is missing",
+        "It took part, and its ledger was not shown: what its patients paid is not known. Ask for its bundle, or say "
+        "--partial if it is not to be audited.",
+    ),
+    "not-here": Meaning("note", "A hospital is not here", "It took part; its own evidence was not part of this audit."),
+    # The rules of the budget
+    "budget-not-opened": Meaning("critical", "No budget", f"The first entry opens no budget. {_RULES}"),
+    "delta-too-large": Meaning(
+        "critical", "Delta too large", f"Delta must be at most a tenth of one over the number of patients. {_RULES}"
+    ),
+    "foreign-population": Meaning("critical", "Foreign population", f"An entry is about other patients. {_RULES}"),
+    "approved-twice": Meaning("critical", "Approved twice", f"A study set its costs aside two times. {_RULES}"),
+    "study-over-limit": Meaning("critical", "Study over its limit", f"It may cost more than its plan says. {_RULES}"),
+    "budget-exceeded": Meaning(
+        "critical", "Budget exceeded", f"All studies together may cost more than patients were promised. {_RULES}"
+    ),
+    "not-approved": Meaning("critical", "Not approved", f"Nobody approved the study. {_RULES}"),
+    "another-plan": Meaning("critical", "Another plan", f"What was run is not the plan that was approved. {_RULES}"),
+    "after-the-end": Meaning("critical", "After the end", f"A study went on after it was ended. {_RULES}"),
+    "reserved-twice": Meaning("critical", "Reserved twice", f"A study set its costs aside two times. {_RULES}"),
+    "other-software": Meaning(
+        "critical", "Other software", f"A study was computed by software that nobody approved it for. {_RULES}"
+    ),
+    "charged-before": Meaning("critical", "Charged before", f"A round was charged out of order, or twice. {_RULES}"),
+    "over-reservation": Meaning("critical", "Over the reservation", f"More was spent than was set aside. {_RULES}"),
+    "not-paid": Meaning("critical", "Not paid for", f"Something was computed or released without a charge. {_RULES}"),
+    "release-price": Meaning("critical", "Release at another price", f"Less was paid than the release costs. {_RULES}"),
+    "used-twice": Meaning("critical", "Charge used twice", f"One charge paid for two computations. {_RULES}"),
+    # Approvals and plans
+    "plan-missing": Meaning(
+        "warning", "Plan missing", "Without the plan nobody can say whether the study was run as it was approved."
+    ),
+    "plan-differs": Meaning("critical", "Plan differs", f"The plan shown is not the one that was approved. {_FORGED}"),
+    "plan-unknown": Meaning("warning", "Unknown plan", "A plan is shown that the ledger does not know. Ask for why."),
+    "price-differs": Meaning(
+        "critical", "Price differs", f"The approval set aside another price than the plan's. {_RULES}"
+    ),
+    "approval-missing": Meaning(
+        "warning", "Approval missing", "The ledger names a steward's signature, and what was signed is not shown."
+    ),
+    "forged-approval": Meaning("critical", "Forged approval", f"The steward did not sign what is shown. {_FORGED}"),
+    # Side by side
+    "foreign-receipt": Meaning("critical", "Foreign receipt", f"A receipt is not signed by its hospital. {_FORGED}"),
+    "receipt-differs": Meaning(
+        "critical", "Receipt differs", f"A receipt says something else than the ledger. {_FORGED}"
+    ),
+    "rolled-back": Meaning(
+        "critical",
+        "Rolled back",
+        "The ledger lacks what its hospital once signed for: it was cut, rewritten, or an old copy took its place. "
+        "What was spent since then is hidden.",
+    ),
+    "missing-receipt": Meaning("critical", "Missing receipt", "An update left, and the receipt for it is not shown."),
+    "missing-sum": Meaning(
+        "critical", "Missing sum", f"A sum was made that the coordinator does not show. {_COORDINATOR}"
+    ),
+    "bad-transcript": Meaning(
+        "critical", "Bad transcript", f"The record of an encrypted sum does not hold by itself. {_FORGED}"
+    ),
+    "out-of-order": Meaning(
+        "critical", "Out of order", f"Things do not stand in the order in which they happen. {_FORGED}"
+    ),
+    "fork": Meaning(
+        "critical",
+        "Fork",
+        "Two parties hold different accounts of one sum: with such a trick a single update could be singled out. "
+        f"{_COORDINATOR}",
+    ),
+    "digests-differ": Meaning("critical", "Digests differ", _COORDINATOR),
+    "clock": Meaning("warning", "Clock ahead", "An entry is later than the bundle that holds it. Look at that clock."),
+    "clocks-apart": Meaning(
+        "note", "Clocks apart", "Hospitals charged for the same attempt long after each other; a clock may be wrong."
+    ),
+    "software-differs": Meaning(
+        "note",
+        "Different software",
+        "Hospitals ran different versions. Each approved its own; look whether that was meant.",
+    ),
+}
 
 
 class Finding(Frozen):

@@ -4,8 +4,9 @@ dp-accounting (Google) computes the filter's figure, RDP and PLD. The hospital u
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable
-from typing import Literal
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from typing import Literal, Protocol
 
 from dp_accounting import dp_event, privacy_accountant
 from dp_accounting.pld import pld_privacy_accountant
@@ -13,7 +14,7 @@ from dp_accounting.rdp import rdp_privacy_accountant
 
 from shared_models.config import Frozen
 from shared_models.errors import LedgerError
-from shared_models.privacy.entries import BudgetTerms, Entry
+from shared_models.privacy.entries import BudgetTerms, Entry, Reserved, StudyLimit
 from shared_models.privacy.mechanisms import GaussianRelease, PoissonGaussian
 
 PLD_INTERVAL = 1e-3  # width of a cell of the privacy loss distribution, rounded up: an upper bound
@@ -22,6 +23,22 @@ _ADD_OR_REMOVE_ONE = privacy_accountant.NeighboringRelation.ADD_OR_REMOVE_ONE
 _RDP_ORDERS = [order for order in rdp_privacy_accountant.DEFAULT_RDP_ORDERS if order >= 2 and order == int(order)]
 
 _Mechanism = PoissonGaussian | GaussianRelease
+_Steps = tuple[tuple[float, float, int], ...]  # sample rate, noise multiplier, times
+
+
+class Fact(Protocol):
+    """What a price depends on, of a ledger entry."""
+
+    @property
+    def kind(self) -> str: ...  # noqa: D102 - as in ``Entry``, these five
+    @property
+    def study(self) -> str | None: ...  # noqa: D102
+    @property
+    def limit(self) -> StudyLimit | None: ...  # noqa: D102
+    @property
+    def reservation(self) -> tuple[Reserved, ...] | None: ...  # noqa: D102
+    @property
+    def mechanism(self) -> _Mechanism | None: ...  # noqa: D102
 
 
 class Figures(Frozen):
@@ -69,17 +86,14 @@ class BudgetReport(Frozen):
     studies: tuple[StudyReport, ...]
 
 
-def recompute(mechanisms: Iterable[_Mechanism], *, delta: float, order: int) -> Figures:
-    """What mechanisms cost, at one delta."""
-    counts = Counter(mechanisms)
-    event = _event(counts)
-    rdp = rdp_privacy_accountant.RdpAccountant(_RDP_ORDERS, _ADD_OR_REMOVE_ONE).compose(event)
-    pld = pld_privacy_accountant.PLDAccountant(_ADD_OR_REMOVE_ONE, value_discretization_interval=PLD_INTERVAL)
+def recompute(counts: Counter[_Mechanism], *, delta: float, order: int) -> Figures:
+    """What mechanisms cost, at one delta; ``counts`` says how often each was charged."""
+    steps = _steps(counts)
     return Figures(
         charges=counts.total(),
-        epsilon_filter=_filter(event, delta=delta, order=order) if counts else 0.0,
-        epsilon_pld=float(pld.compose(event).get_epsilon(delta)) if counts else 0.0,
-        epsilon_rdp=float(rdp.get_epsilon(delta)) if counts else 0.0,
+        epsilon_filter=_filter(steps, delta, order),
+        epsilon_pld=_pld(steps, delta),
+        epsilon_rdp=_rdp(steps, delta),
         delta=delta,
         order=order,
     )
@@ -95,24 +109,33 @@ def report_budget(entries: Iterable[Entry]) -> BudgetReport:
     opening = next(rest, None)
     if opening is None or opening.budget is None or opening.population is None:
         raise LedgerError("the ledger opens no budget", hint="It is empty, or not a hospital's.")
-    terms, books = opening.budget, _Books()
-    for entry in rest:
-        books.follow(entry)
+    return report_facts(opening.hospital, opening.population, opening.budget, rest)
+
+
+def report_facts(hospital: str, population: str, terms: BudgetTerms, facts: Iterable[Fact]) -> BudgetReport:
+    """What a ledger's entries, or what was kept of them, add up to.
+
+    Raises:
+        LedgerError: They charge what was never approved.
+    """
+    books = _Books()
+    for fact in facts:
+        books.follow(fact)
     if not set(books.charged) <= set(books.approvals):
         raise LedgerError("charges of a study that was never approved", hint="Run: konsil-audit verify")
     spent = sum(books.charged.values(), Counter[_Mechanism]())
     return BudgetReport(
-        hospital=opening.hospital,
-        population=opening.population,
+        hospital=hospital,
+        population=population,
         budget=terms,
-        spent=recompute(spent.elements(), delta=terms.delta, order=terms.order),
-        left=terms.epsilon - filter_epsilon((spent + books.left()).elements(), delta=terms.delta, order=terms.order),
+        spent=recompute(spent, delta=terms.delta, order=terms.order),
+        left=terms.epsilon - filter_epsilon(spent + books.left(), delta=terms.delta, order=terms.order),
         studies=tuple(
             StudyReport(
                 study=study or "",
                 open=study not in books.closed,
                 limit_epsilon=approval.limit.epsilon,
-                spent=recompute(books.charged[study].elements(), delta=approval.limit.delta, order=terms.order),
+                spent=recompute(books.charged[study], delta=approval.limit.delta, order=terms.order),
             )
             for study, approval in books.approvals.items()
             if approval.limit is not None
@@ -124,11 +147,11 @@ class _Books:
     """What entries add up to; memory grows with the number of studies only."""
 
     def __init__(self) -> None:
-        self.approvals: dict[str | None, Entry] = {}
+        self.approvals: dict[str | None, Fact] = {}
         self.charged: defaultdict[str | None, Counter[_Mechanism]] = defaultdict(Counter)
         self.closed: set[str | None] = set()
 
-    def follow(self, entry: Entry) -> None:
+    def follow(self, entry: Fact) -> None:
         if entry.kind == "plan-approved":
             self.approvals[entry.study] = entry
         elif entry.kind == "study-closed":
@@ -145,28 +168,50 @@ class _Books:
         return left
 
 
-def filter_epsilon(mechanisms: Iterable[_Mechanism], *, delta: float, order: int) -> float:
-    """The Rényi filter's figure at one order, independently of ``shared_models``; 0 for no mechanisms."""
-    counts = Counter(mechanisms)
-    return _filter(_event(counts), delta=delta, order=order) if counts else 0.0
+def filter_epsilon(counts: Mapping[_Mechanism, int], *, delta: float, order: int) -> float:
+    """The Rényi filter's figure at one order, independently of ``shared_models``; 0 for no mechanisms.
+
+    Args:
+        counts: How often each mechanism was charged.
+        delta: What the figure holds at.
+        order: Of the divergence.
+    """
+    return _filter(_steps(counts), delta, order)
 
 
-def _filter(event: dp_event.DpEvent, *, delta: float, order: int) -> float:
-    accountant = rdp_privacy_accountant.RdpAccountant([order], _ADD_OR_REMOVE_ONE).compose(event)
-    return float(accountant.get_epsilon(delta))
+# Hospitals of one study charge the same steps, and each figure takes up to a second.
+@lru_cache(maxsize=1024)
+def _filter(steps: _Steps, delta: float, order: int) -> float:
+    accountant = rdp_privacy_accountant.RdpAccountant([order], _ADD_OR_REMOVE_ONE).compose(_event(steps))
+    return float(accountant.get_epsilon(delta)) if steps else 0.0
 
 
-def _event(counts: Counter[_Mechanism]) -> dp_event.DpEvent:
-    """The recorded mechanisms in dp-accounting's words, equal ones grouped."""
+@lru_cache(maxsize=1024)
+def _rdp(steps: _Steps, delta: float) -> float:
+    accountant = rdp_privacy_accountant.RdpAccountant(_RDP_ORDERS, _ADD_OR_REMOVE_ONE).compose(_event(steps))
+    return float(accountant.get_epsilon(delta)) if steps else 0.0
+
+
+@lru_cache(maxsize=1024)
+def _pld(steps: _Steps, delta: float) -> float:
+    accountant = pld_privacy_accountant.PLDAccountant(_ADD_OR_REMOVE_ONE, value_discretization_interval=PLD_INTERVAL)
+    return float(accountant.compose(_event(steps)).get_epsilon(delta)) if steps else 0.0
+
+
+def _steps(counts: Mapping[_Mechanism, int]) -> _Steps:
+    """Sample rate, noise multiplier and number of steps, equal ones grouped: all that a price depends on."""
     steps: Counter[tuple[float, float]] = Counter()
     for mechanism, times in counts.items():
         if isinstance(mechanism, PoissonGaussian):
             steps[mechanism.sample_rate, mechanism.noise_multiplier] += mechanism.steps * times
         else:
             steps[1.0, mechanism.noise_multiplier] += mechanism.releases * times
-    return dp_event.ComposedDpEvent(
-        [dp_event.SelfComposedDpEvent(_step(q, sigma), times) for (q, sigma), times in sorted(steps.items())]
-    )
+    return tuple((q, sigma, times) for (q, sigma), times in sorted(steps.items()) if times)
+
+
+def _event(steps: _Steps) -> dp_event.DpEvent:
+    """Steps in dp-accounting's words."""
+    return dp_event.ComposedDpEvent([dp_event.SelfComposedDpEvent(_step(q, sigma), times) for q, sigma, times in steps])
 
 
 def _step(sample_rate: float, noise_multiplier: float) -> dp_event.DpEvent:

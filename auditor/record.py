@@ -8,7 +8,7 @@ from typing import NamedTuple
 from auditor.findings import Finding, passed
 from auditor.recompute import BudgetReport
 from shared_models.plan import StudyPlan
-from shared_models.privacy.entries import BudgetTerms, StudyLimit
+from shared_models.privacy.entries import BudgetTerms, Reserved, StudyLimit
 from shared_models.privacy.evidence import Claim
 from shared_models.privacy.mechanisms import GaussianRelease, PoissonGaussian
 
@@ -19,7 +19,9 @@ class Line(NamedTuple):
     Attributes:
         mechanism: Of a charge or a release; equal ones are one object.
         approved_by: Of an approval: ``steward`` or ``standing-rule``.
-        digest: Of a conformance entry or checkpoint: what it stands for.
+        reservation: Of an approval: what it set aside.
+        approval: Of an approval by the steward: the steward's own signature.
+        digest: Of a checkpoint: what it stands for.
     """
 
     seq: int
@@ -33,7 +35,9 @@ class Line(NamedTuple):
     software_digest: str | None = None
     mechanism: PoissonGaussian | GaussianRelease | None = None
     limit: StudyLimit | None = None
+    reservation: tuple[Reserved, ...] | None = None
     approved_by: str | None = None
+    approval: str | None = None
     digest: str | None = None
 
 

@@ -4,10 +4,11 @@ The rules of the budget are checked by code of the auditor's own, not by the hos
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from auditor.findings import Finding
 from auditor.recompute import filter_epsilon
 from shared_models.config import Frozen
 from shared_models.errors import LedgerError
@@ -19,7 +20,10 @@ from shared_models.privacy.mechanisms import GaussianRelease, PoissonGaussian
 
 _TOLERANCE = 1e-9  # two implementations of one formula, in floating point
 
+MOST_FINDINGS = 1000  # of one kind of check; whoever has so many has to begin anew anyway
+
 _Mechanism = PoissonGaussian | GaussianRelease
+_Problem = tuple[str, str]  # code and sentence
 
 
 class Verified(Frozen):
@@ -60,18 +64,27 @@ def verify_ledger(path: Path, keys: Collection[bytes] = ()) -> Verified:
         LedgerError: What does not hold.
     """
     with snapshot(path, head_path(path)) as (head, entries):
-        return check_entries(entries, head, keys)[0]
+        rules = Rules()
+        verified, _ = check_entries(entries, head, keys, rules.follow)
+    if rules.broken:
+        first, more = rules.findings[0], f" (and {rules.broken - 1} more)" if rules.broken > 1 else ""
+        raise LedgerError(
+            f"ledger entry {first.entry}: {first.what}{more}",
+            hint="The entries are genuine; the hospital broke its own rules.",
+        )
+    return verified
 
 
 def check_entries(
-    entries: Iterable[Entry], head: Head | None, keys: Collection[bytes] = ()
+    entries: Iterable[Entry], head: Head | None, keys: Collection[bytes], follow: Callable[[Entry], None]
 ) -> tuple[Verified, list[bytes]]:
-    """Verify a ledger's entries, wherever they were read.
+    """Verify the chain of a ledger, wherever its entries were read.
 
     Args:
         entries: Oldest first; read once.
         head: What the head file says; None if there is none.
         keys: As for ``verify_ledger``.
+        follow: Is given each entry, once it is known to follow.
 
     Returns:
         What was verified, and all public keys of the chain, oldest first.
@@ -79,22 +92,20 @@ def check_entries(
     Raises:
         LedgerError: What does not hold.
     """
-    chain, rules = Chain(), Rules()
+    chain, charges = Chain(), 0
     for entry in following(entries, chain):
-        rules.follow(entry)
+        charges += entry.kind == "charge"
+        follow(entry)
     if chain.first is None:
         raise LedgerError("the ledger has no entries", hint="No budget was opened, or everything was cut off.")
     _refuse_foreign(chain, chain.first, keys)
     if head is not None:
         verify_head(head, chain)
-    if rules.broken:
-        more = f" (and {rules.broken - 1} more)" if rules.broken > 1 else ""
-        raise LedgerError(f"{rules.problem}{more}", hint="The entries are genuine; the hospital broke its own rules.")
     verified = Verified(
         hospital=chain.first.hospital,
         population=chain.first.population or "",
         entries=chain.seq,
-        charges=rules.charges,
+        charges=charges,
         key=fingerprint(chain.keys[-1]),
         rotations=len(chain.keys) - 1,
         key_was_given=bool(keys),
@@ -118,7 +129,8 @@ class _Study:
     digest: str
     reserved: Counter[_Mechanism]
     charged: Counter[_Mechanism] = field(default_factory=Counter)
-    newest: dict[str, tuple[int, int]] = field(default_factory=dict)
+    newest: dict[str, Entry] = field(default_factory=dict)  # the last charge of each kind of mechanism
+    done: set[str] = field(default_factory=set)  # kinds whose last charge is known to have been used
     software: str | None = None  # that it was approved for again; None as long as it was approved once
     closed: bool = False
 
@@ -128,96 +140,145 @@ class Rules:
 
     Attributes:
         broken: How many times genuine entries broke a rule.
-        problem: The first of them, with the entry's number.
-        charges: How many charges there were.
+        findings: The first of them, at most ``MOST_FINDINGS``.
     """
 
     def __init__(self) -> None:
-        self.broken, self.problem, self.charges = 0, "", 0
+        self.broken, self.findings = 0, list[Finding]()
         self._opening: Entry | None = None
         self._studies: dict[str | None, _Study] = {}
 
     def follow(self, entry: Entry) -> None:
         """Take the next entry in."""
-        for problem in self._problems(entry):
-            self.problem = self.problem or problem
+        for code, what in self._problems(entry):
             self.broken += 1
+            if len(self.findings) < MOST_FINDINGS:
+                self.findings.append(finding_at(entry, code, what))
 
-    def _problems(self, entry: Entry) -> Iterator[str]:
+    def _problems(self, entry: Entry) -> Iterator[_Problem]:
         if self._opening is None:
             self._opening = entry
             yield from _open(entry)
             return
         if entry.population not in {None, self._opening.population}:
-            yield f"ledger entry {entry.seq}: it belongs to population {entry.population}"
+            yield "foreign-population", f"it belongs to population {entry.population}"
         if entry.kind == "plan-approved":
             yield from _approve(entry, self._studies, self._opening)
         elif entry.kind == "plan-reapproved":
             yield from _approve_again(entry, self._studies)
         elif entry.kind == "charge":
-            self.charges += 1
             yield from _charge(entry, self._studies)
-        elif entry.kind == "study-closed" and entry.study in self._studies:
-            self._studies[entry.study].closed = True
+        elif entry.kind in {"round-done", "release"}:
+            yield from _use(entry, self._studies)
+        elif entry.kind == "study-closed":
+            yield from _close(entry, self._studies)
 
 
-def _open(opening: Entry) -> Iterator[str]:
+def finding_at(entry: Entry, code: str, what: str) -> Finding:
+    """A finding about one ledger entry."""
+    return Finding(
+        code=code,
+        party=entry.hospital,
+        what=what,
+        study=entry.study,
+        round=entry.round,
+        attempt=entry.attempt,
+        entry=entry.seq,
+    )
+
+
+def _open(opening: Entry) -> Iterator[_Problem]:
     terms = opening.budget
     if terms is None:
-        yield "ledger entry 1: it opens no budget"
+        yield "budget-not-opened", "it opens no budget"
     elif not terms.delta * 10 * terms.public_size <= 1 + _TOLERANCE:
-        yield f"ledger entry 1: delta {terms.delta:g} is above 1 / (10 * {terms.public_size})"
+        yield "delta-too-large", f"delta {terms.delta:g} is above 1 / (10 * {terms.public_size})"
 
 
-def _approve(entry: Entry, studies: dict[str | None, _Study], opening: Entry) -> Iterator[str]:
+def _approve(entry: Entry, studies: dict[str | None, _Study], opening: Entry) -> Iterator[_Problem]:
     """Study and population limits can only be crossed here: a charge takes from what an approval set aside."""
     terms, limit = opening.budget, entry.limit
     if terms is None or limit is None:
         return
     if entry.study in studies:
-        yield f"ledger entry {entry.seq}: it approves study {entry.study} a second time"
+        yield "approved-twice", f"it approves study {entry.study} a second time"
         return
     reserved = Counter({r.mechanism: r.charges for r in entry.reservation or ()})
     studies[entry.study] = _Study(entry.plan_digest or "", reserved)
-    own = filter_epsilon(reserved.elements(), delta=limit.delta, order=terms.order)
+    own = filter_epsilon(reserved, delta=limit.delta, order=terms.order)
     if not own <= limit.epsilon + _TOLERANCE:
-        yield f"ledger entry {entry.seq}: study {entry.study} costs epsilon {own:.4g}, promised {limit.epsilon:g}"
-    committed = [m for s in studies.values() for m in (s.charged if s.closed else s.reserved).elements()]
+        yield "study-over-limit", f"study {entry.study} costs epsilon {own:.4g}, promised {limit.epsilon:g}"
+    committed = sum((s.charged if s.closed else s.reserved for s in studies.values()), Counter[_Mechanism]())
     total = filter_epsilon(committed, delta=terms.delta, order=terms.order)
     if not total <= terms.epsilon + _TOLERANCE:
-        yield f"ledger entry {entry.seq}: epsilon {total:.4g} is spent or reserved, of a budget of {terms.epsilon:g}"
+        yield "budget-exceeded", f"epsilon {total:.4g} is spent or reserved, of a budget of {terms.epsilon:g}"
 
 
-def _approve_again(entry: Entry, studies: dict[str | None, _Study]) -> Iterator[str]:
+def _approve_again(entry: Entry, studies: dict[str | None, _Study]) -> Iterator[_Problem]:
     """The same plan for other software: it reserves nothing, and from here on no other software is charged for."""
-    study, where = studies.get(entry.study), f"ledger entry {entry.seq}"
+    study = studies.get(entry.study)
     if study is None:
-        yield f"{where}: it approves study {entry.study} again, which was not approved"
+        yield "not-approved", f"it approves study {entry.study} again, which was not approved"
         return
     if entry.plan_digest != study.digest:
-        yield f"{where}: it approves another plan of study {entry.study} than was approved"
+        yield "another-plan", f"it approves another plan of study {entry.study} than was approved"
     if study.closed:
-        yield f"{where}: it approves study {entry.study} again after its end"
+        yield "after-the-end", f"it approves study {entry.study} again after its end"
     if entry.reservation is not None or entry.limit is not None:
-        yield f"{where}: it reserves study {entry.study} a second time"
+        yield "reserved-twice", f"it reserves study {entry.study} a second time"
     study.software = entry.software_digest
 
 
-def _charge(entry: Entry, studies: dict[str | None, _Study]) -> Iterator[str]:
-    study, mechanism, where = studies.get(entry.study), entry.mechanism, f"ledger entry {entry.seq}"
+def _charge(entry: Entry, studies: dict[str | None, _Study]) -> Iterator[_Problem]:
+    study, mechanism = studies.get(entry.study), entry.mechanism
     if study is None or mechanism is None:
-        yield f"{where}: it charges study {entry.study}, which was not approved"
+        yield "not-approved", f"it charges study {entry.study}, which was not approved"
         return
     if entry.plan_digest != study.digest:
-        yield f"{where}: it charges study {entry.study} for another plan than was approved"
+        yield "another-plan", f"it charges study {entry.study} for another plan than was approved"
     if study.closed:
-        yield f"{where}: it charges study {entry.study} after its end"
+        yield "after-the-end", f"it charges study {entry.study} after its end"
     if study.software is not None and entry.software_digest != study.software:
-        yield f"{where}: it charges study {entry.study} by other software than was approved"
-    turn = (entry.round or 0, entry.attempt or 0)
-    if not turn > study.newest.get(mechanism.kind, (0, 0)):
-        yield f"{where}: round {turn[0]}, attempt {turn[1]} of study {entry.study} was charged before"
-    study.newest[mechanism.kind] = turn
+        yield "other-software", f"it charges study {entry.study} by other software than was approved"
+    last = study.newest.get(mechanism.kind)
+    if last is not None and not _turn(entry) > _turn(last):
+        number, attempt = _turn(entry)
+        yield "charged-before", f"round {number}, attempt {attempt} of study {entry.study} was charged before"
+    study.newest[mechanism.kind] = entry
+    study.done.discard(mechanism.kind)
     study.charged[mechanism] += 1
     if study.charged[mechanism] > study.reserved[mechanism]:
-        yield f"{where}: it charges study {entry.study} for more than was reserved"
+        yield "over-reservation", f"it charges study {entry.study} for more than was reserved"
+
+
+def _use(entry: Entry, studies: dict[str | None, _Study]) -> Iterator[_Problem]:
+    """Training that was done and statistics that were released: of the newest charge, once, and at its price."""
+    study = studies.get(entry.study)
+    kind = "gaussian-release" if entry.kind == "release" else "poisson-gaussian"
+    paid = study.newest.get(kind) if study else None
+    if study is None or paid is None or _turn(paid) != _turn(entry):
+        yield "not-paid", f"round {entry.round}, attempt {entry.attempt} was not charged before"
+        return
+    if entry.plan_digest != study.digest:
+        yield "another-plan", f"it belongs to another plan of study {entry.study} than was approved"
+    if entry.kind == "release" and entry.mechanism != paid.mechanism:
+        yield "release-price", f"the release was another mechanism than ledger entry {paid.seq} paid for"
+    if kind in study.done:
+        yield "used-twice", f"the charge of ledger entry {paid.seq} was used before"
+    study.done.add(kind)
+
+
+def _close(entry: Entry, studies: dict[str | None, _Study]) -> Iterator[_Problem]:
+    study = studies.get(entry.study)
+    if study is None:
+        yield "not-approved", f"it ends study {entry.study}, which was not approved"
+        return
+    if study.closed:
+        yield "after-the-end", f"it ends study {entry.study} a second time"
+    if entry.plan_digest != study.digest:
+        yield "another-plan", f"it ends another plan of study {entry.study} than was approved"
+    study.closed = True
+
+
+def _turn(entry: Entry) -> tuple[int, int]:
+    return entry.round or 0, entry.attempt or 0

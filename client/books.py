@@ -1,6 +1,7 @@
 """The hospital's books: its ledger and the budget over it, opened together; and what they say, for people and peers."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,11 @@ from typing import Any
 from client.anchor import Anchors
 from client.budget import Budget
 from client.settings import Settings
+from shared_models.errors import ConfigError
 from shared_models.identity import load_key, public_bytes
 from shared_models.messages import PrivacyStatement
 from shared_models.privacy.accounting import reported_epsilon
+from shared_models.privacy.evidence import Claim
 from shared_models.privacy.ledger import Entry, Ledger, verified
 from shared_models.privacy.mechanisms import NEIGHBOURING, UNIT
 
@@ -110,6 +113,33 @@ def read_budget(settings: Settings) -> Budget:
         LedgerError: There is no ledger yet, it cannot be read, or its chain is broken.
     """
     return Budget(_ReadOnly(settings.state / LEDGER, public_bytes(load_key(settings.keys.identity))))
+
+
+def claims(settings: Settings) -> list[Claim]:
+    """What every study, and all of them together, cost one patient by this hospital's own accountant.
+
+    A figure that is not finite is not claimed: the budget's filter would not have let it happen.
+
+    Raises:
+        LedgerError: There is no ledger yet, it cannot be read, or its chain is broken.
+    """
+    budget = read_budget(settings)
+    made = []
+    for study, delta in [*budget.studies().items(), (None, budget.terms.delta)]:
+        spent = budget.spent(study)
+        with suppress(ConfigError):
+            reported = reported_epsilon(spent, delta)
+            made.append(
+                Claim(
+                    study=study,
+                    charges=len(spent),
+                    epsilon=reported.epsilon,
+                    epsilon_filter=budget.filter_spent(study),
+                    delta=delta,
+                    accountant=reported.accountant,
+                )
+            )
+    return made
 
 
 def report(settings: Settings) -> dict[str, Any]:

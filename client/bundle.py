@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from client.anchor import ANCHORS
-from client.books import LEDGER, report
+from client.books import LEDGER, claims, report
+from client.consent import Consents
 from client.egress import EGRESS
 from client.evidence import EvidenceFile, evidence_files, read_evidence
-from client.membership import read_roster
+from client.membership import accepted, read_roster
 from client.settings import Settings
 from shared_models.identity import load_key, public_bytes
 from shared_models.privacy.entries import Chain, Entry, following, verify_head
@@ -90,6 +91,10 @@ def export(settings: Settings, path: Path) -> Manifest:
         transcripts=[Transcript.model_validate_json(json.dumps(line)) for line in read_evidence(state / TRANSCRIPTS)],
         shown=[Shown.model_validate(line) for line in read_evidence(state / ANCHORS)],
         roster=read_roster(settings),
+        claims=claims(settings),
+        plans=Consents(state).plans(),
+        approvals=Consents(state).approvals(),
+        rosters=accepted(settings),
     )
     now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     return pack(

@@ -6,7 +6,7 @@ daemon runs. The daemon looks at the answer when the coordinator proposes the st
     STUDY.json           waits: the plan, its digest, when it came
     STUDY.approval.json  the steward's signed approval; kept for good
     STUDY.approval.SOFTWARE.json  an older one, of the time before the software was changed; kept for good
-    STUDY.plan.json      the plan that was approved by the steward; kept for good
+    STUDY.plan.json      the plan that was approved; kept for good
     STUDY.refused.json   the steward's no; kept for good, because a name is used once
 """
 
@@ -92,7 +92,7 @@ class Consents:
 
     Guarantees:
         * A coordinator can make it hold ``MOST_WAITING`` files of ``LARGEST_PLAN_BYTES``, and no more; each further
-          file is an answer that the steward gave.
+          file is an answer that the steward gave, or a study that the budget approved.
         * No record is read for any of it.
 
     Args:
@@ -216,11 +216,27 @@ class Consents:
         self._file(study, "approval.json").unlink(missing_ok=True)
         self._file(study, "json").unlink(missing_ok=True)
 
-    def settle(self, study: str) -> None:
-        """The ledger holds the approval: what the steward approved is kept, and waits no more."""
-        waited = self._file(study, "json")
-        if waited.exists():
-            waited.replace(self._file(study, "plan.json"))
+    def settle(self, plan: StudyPlan) -> None:
+        """The ledger holds the approval: the plan is kept for auditors, and waits no more."""
+        waited = self._read(plan.study, "json", Proposed)
+        if waited is not None and waited.plan_digest == plan.digest():
+            self._file(plan.study, "json").replace(self._file(plan.study, "plan.json"))
+            return
+        if not self._file(plan.study, "plan.json").exists():
+            kept = Proposed(study=plan.study, plan_digest=plan.digest(), time=_now(), plan=plan)
+            self._write(self._file(plan.study, "plan.json"), kept)
+        self._file(plan.study, "json").unlink(missing_ok=True)
+
+    def plans(self) -> list[StudyPlan]:
+        """Those that were approved here, oldest first."""
+        found = (self._read(name, "plan.json", Proposed) for name in self._names(".plan.json"))
+        return [kept.plan for kept in sorted((p for p in found if p is not None), key=lambda p: (p.time, p.study))]
+
+    def approvals(self) -> list[Approval]:
+        """The steward's, also those for software of before; oldest first."""
+        paths = self._folder.glob("*.approval*.json")
+        found = [Approval.model_validate_json(path.read_bytes()) for path in paths]
+        return sorted(found, key=lambda approval: (approval.time, approval.study))
 
     def _names(self, ending: str) -> Iterator[str]:
         """Studies that have a file of this ending; a name holds no dot, so that no ending hides in another."""

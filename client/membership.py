@@ -16,6 +16,7 @@ from shared_models.roster import Member, Pin, SignedRoster, members_now, verify_
 from shared_models.secagg.key_agreement import Roster
 
 PIN = "roster-pin.json"
+ROSTERS = "rosters"  # every one that was accepted
 
 
 class Membership:
@@ -137,6 +138,7 @@ def accept(settings: Settings, content: bytes, root: bytes) -> SignedRoster:
     pinned = read_pin(settings.state)
     signed = verify_roster(content, root, pinned=pinned)
     if pinned is None or signed.version > pinned.version:
+        _keep(settings.state, signed, content)
         _write_pin(settings.state, Pin(signed.version, signed.digest))
     return signed
 
@@ -159,6 +161,17 @@ def read_pin(state: Path) -> Pin | None:
         ) from None
 
 
+def accepted(settings: Settings) -> list[SignedRoster]:
+    """Every roster that was accepted here, oldest first: whom this hospital took its peers for, and when.
+
+    Raises:
+        RosterError: One cannot be read any more.
+    """
+    root = read_public(settings.keys.root)
+    kept = [verify_roster(_content(path), root) for path in (settings.state / ROSTERS).glob("*.json")]
+    return sorted(kept, key=lambda roster: roster.version)
+
+
 def genesis(settings: Settings) -> str:
     """Hash of the first entry of this hospital's ledger.
 
@@ -170,12 +183,20 @@ def genesis(settings: Settings) -> str:
     raise GenesisError("this hospital's ledger is empty", hint="Run konsil-hospital init in an empty folder.")
 
 
+def _keep(state: Path, signed: SignedRoster, content: bytes) -> None:
+    _write(state / ROSTERS / f"{signed.version}.json", content)
+
+
 def _write_pin(state: Path, pin: Pin) -> None:
+    _write(state / PIN, json.dumps(asdict(pin)).encode())
+
+
+def _write(path: Path, content: bytes) -> None:
     try:
-        state.mkdir(parents=True, exist_ok=True, mode=0o700)
-        replace_file(state / PIN, json.dumps(asdict(pin)).encode())
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        replace_file(path, content)
     except OSError as error:
-        raise RosterError(f"{state / PIN} cannot be written: {error.strerror}", hint="Check the disk.") from None
+        raise RosterError(f"{path} cannot be written: {error.strerror}", hint="Check the disk.") from None
 
 
 def _content(path: Path) -> bytes:

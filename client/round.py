@@ -231,7 +231,7 @@ class Hospital:
             )
         else:
             study = self._prepare(plan)
-        self._consents.settle(plan.study)
+        self._consents.settle(plan)
         study = self._studies.setdefault(plan.study, study)  # proposed again, it keeps its patients until stage 1
         log.info("study %s approved: plan %s", plan.study, study.digest)
         return Enrolment(

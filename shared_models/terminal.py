@@ -21,3 +21,14 @@ def run(app: Callable[[], None]) -> None:
         print("error: interrupted", file=sys.stderr)  # noqa: T201 - the last words of a command
         print("hint: nothing is lost; what was charged stays charged.", file=sys.stderr)  # noqa: T201 - the last words
         sys.exit(130)
+
+
+def progress() -> Callable[[str], None]:
+    """What tells whoever watches what is being done: one line on standard error, written over each time."""
+    if not sys.stderr.isatty():
+        return lambda _: None
+
+    def say(what: str) -> None:
+        print(f"\r\033[K{what[:100]}", end="\r", file=sys.stderr, flush=True)  # noqa: T201 - for whoever watches
+
+    return say

@@ -50,9 +50,9 @@ def refuse_version(error: ValidationError, what: str, kind: type[UnsupportedVers
     for problem in error.errors(include_url=False):
         place = problem["loc"][-1] if problem["loc"] else ""
         if problem["type"] == "literal_error" and place in _KEYS and _is_version(problem["input"]):
-            read = problem["ctx"]["expected"].strip("'")
-            if _name(problem["input"]) == _name(read):  # else it is something else altogether
-                _refuse(what, str(place), problem["input"], read, kind)
+            read = re.findall("[^' ]+", problem["ctx"]["expected"].replace(" or ", " "))
+            if _name(problem["input"]) == _name(read[-1]):  # else it is something else altogether
+                _refuse(what, str(place), problem["input"], " and ".join(read), kind)
 
 
 def refuse_entry(body: bytes, kinds: frozenset[str], what: str) -> None:

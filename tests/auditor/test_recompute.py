@@ -1,5 +1,6 @@
 """The auditor's figures, against published ones and against the hospital's."""
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ def steps(q: float, sigma: float, count: int) -> PoissonGaussian:
 
 def test_the_golden_figure() -> None:
     """Rate .05, 400 steps, sigma 1, delta 1e-5: 6.70 by PLD; RDP and the filter above it, in this order."""
-    figures = recompute([steps(0.05, 1.0, 400)], delta=1e-5, order=4)
+    figures = recompute(Counter([steps(0.05, 1.0, 400)]), delta=1e-5, order=4)
 
     assert figures.epsilon_pld == pytest.approx(6.70, abs=0.02)
     assert figures.epsilon_pld < figures.epsilon_rdp <= figures.epsilon_filter
@@ -35,15 +36,15 @@ def test_two_implementations_of_the_filter_agree(order: int) -> None:
     spent += [steps(0.05, 2.0, 30), GaussianRelease(noise_multiplier=30.0, clip=1.0)]
     rho = ours.total_divergence(spent, order)
 
-    assert filter_epsilon(spent, delta=1e-4, order=order) == pytest.approx(
+    assert filter_epsilon(Counter(spent), delta=1e-4, order=order) == pytest.approx(
         ours.filter_epsilon(rho, order=order, delta=1e-4), rel=1e-9
     )
 
 
 def test_charges_one_by_one_cost_what_the_whole_costs() -> None:
     """Equal ones are grouped; their clip and batch do not enter the price."""
-    whole = recompute([steps(0.05, 1.0, 400)], delta=1e-5, order=4)
-    parts = recompute([steps(0.05, 1.0, 40)] * 10, delta=1e-5, order=4)
+    whole = recompute(Counter([steps(0.05, 1.0, 400)]), delta=1e-5, order=4)
+    parts = recompute(Counter([steps(0.05, 1.0, 40)] * 10), delta=1e-5, order=4)
 
     assert parts.model_dump(exclude={"charges"}) == whole.model_dump(exclude={"charges"})
     assert parts.charges == 10
@@ -51,7 +52,7 @@ def test_charges_one_by_one_cost_what_the_whole_costs() -> None:
 
 def test_nothing_spent_costs_nothing() -> None:
     """By any accountant."""
-    figures = recompute([], delta=1e-5, order=4)
+    figures = recompute(Counter(), delta=1e-5, order=4)
 
     assert (figures.epsilon_filter, figures.epsilon_pld, figures.epsilon_rdp) == (0, 0, 0)
 

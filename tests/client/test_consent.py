@@ -138,7 +138,7 @@ def test_an_approval_by_this_key_for_this_plan_is_a_yes(consents: Consents, tmp_
 
     assert propose(consents, plan()) == Consent("steward", approval.signature)
 
-    consents.settle("a-study")
+    consents.settle(plan())
     assert consents.waiting() == []
     assert sorted(path.name for path in (tmp_path / STUDIES).iterdir()) == [
         "a-study.approval.json",

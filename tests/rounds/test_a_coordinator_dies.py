@@ -17,7 +17,7 @@ import pytest
 import tomli_w
 from sqlalchemy import create_engine, text
 
-from auditor.evidence import cross_check, read_study, verify_bundle
+from auditor.audit import audit
 from client.books import LEDGER
 from client.bundle import export
 from client.keys import split_key
@@ -26,6 +26,7 @@ from server.demo import free_port, lay_out
 from server.examples import write_example
 from server.journal import read_events
 from shared_models.config import read_toml
+from shared_models.identity import read_public
 from shared_models.privacy.ledger import Entry, read_ledger
 from tests.federation import changed
 from tests.kill import KILLED, Lives, points
@@ -134,12 +135,11 @@ class Stage:
         for life in self.lives.begun:
             life.kill()
             life.join()
-        witnesses = []
-        for name in NAMES:
-            bundle = self.folder / f"{name}.bundle"
+        bundles = [self.folder / f"{name}.bundle" for name in NAMES]
+        for name, bundle in zip(NAMES, bundles, strict=True):
             export(read_settings(self.settings(name)), bundle)
-            witnesses.append(verify_bundle(bundle))
-        assert cross_check(witnesses, [read_study(self.folder / "study")]) == []
+        found = audit([*bundles, self.folder / "study"], root=read_public(self.folder / "coordinator" / "root.pub"))
+        assert [finding for finding in found.findings if finding.severity != "note"] == []
 
 
 def _lay_out(folder: Path, *, rounds: int, evaluate: bool, **changes: Any) -> None:

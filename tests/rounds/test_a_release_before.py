@@ -20,8 +20,9 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from pydantic import BaseModel
 from safetensors.torch import save_file
 
-from auditor.evidence import cross_check, read_study, verify_bundle
-from auditor.verify import check_entries
+from auditor.audit import audit
+from auditor.evidence import Transcripts, read_study
+from auditor.verify import Rules, check_entries
 from client.budget import Budget
 from client.consent import Consents, Proposed, Refused
 from server.aggregate import Attempt
@@ -60,6 +61,7 @@ from shared_models.model_file import read_model
 from shared_models.plan import StudyPlan, TrainingPlan, parse_plan
 from shared_models.privacy.entries import KINDS as ENTRY_KINDS
 from shared_models.privacy.entries import canonical_json, parse_entry
+from shared_models.privacy.evidence import open_bundle
 from shared_models.privacy.ledger import Ledger
 from shared_models.privacy.mechanisms import release_mechanism, training_mechanism
 from shared_models.receipts import Anchor
@@ -251,7 +253,7 @@ def test_its_ledger_holds_with_an_entry_of_every_kind() -> None:
     """Chain, signatures and the budget's rules, by today's auditor; each entry's bytes are what they were."""
     entries = [parse_entry(e["body"].encode(), bytes.fromhex(e["signature"])) for e in HOSPITAL["ledger"]]
 
-    verified, keys = check_entries(entries, None, [IDENTITIES[ASKED]])
+    verified, keys = check_entries(entries, None, [IDENTITIES[ASKED]], Rules().follow)
 
     assert (verified.charges, verified.rotations, keys[0]) == (2, 1, IDENTITIES[ASKED])
     assert [entry.canonical.decode() for entry in entries] == [e["body"] for e in HOSPITAL["ledger"]]
@@ -263,10 +265,12 @@ def test_its_evidence_holds_and_agrees_with_its_coordinators(tmp_path: Path) -> 
     for name in ("receipts.jsonl", "sums.jsonl"):
         (tmp_path / name).write_text(COORDINATOR[name], encoding="utf-8")
 
-    witness = verify_bundle(tmp_path / "evidence", [IDENTITIES[ASKED]])
+    found = audit([tmp_path / "evidence", tmp_path], keys=[IDENTITIES[ASKED]], partial=True)
 
-    assert (witness.hospital, len(witness.bundle.receipts), len(witness.bundle.transcripts)) == (ASKED, 2, 2)
-    assert cross_check([witness], [read_study(tmp_path)]) == []
+    assert [(record.hospital, record.receipts) for record in found.hospitals] == [(ASKED, 2)]
+    assert len(found.attempts) == 2
+    assert found.passed, found.findings
+    assert "older-bundle" in {finding.code for finding in found.findings}
 
 
 def test_its_other_files_are_read(tmp_path: Path) -> None:
@@ -458,14 +462,14 @@ def test_evidence_of_another_format_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "old").write_bytes(base64.b64decode(HOSPITAL["evidence"]))
     with zipfile.ZipFile(tmp_path / "old") as old, zipfile.ZipFile(tmp_path / "new", "w") as new:
         for name in old.namelist():
-            new.writestr(name, old.read(name).replace(b"konsil-evidence/1", b"konsil-evidence/2"))
-    with pytest.raises(UnsupportedEvidenceError, match="is of format konsil-evidence/2"):
-        verify_bundle(tmp_path / "new")
+            new.writestr(name, old.read(name).replace(b"konsil-evidence/1", b"konsil-evidence/3"))
+    with pytest.raises(UnsupportedEvidenceError, match="is of format konsil-evidence/3"):
+        open_bundle(tmp_path / "new")
     (tmp_path / "sums.jsonl").write_text("", encoding="utf-8")
     receipts = COORDINATOR["receipts.jsonl"].replace('"version":1', '"version":2')
     (tmp_path / "receipts.jsonl").write_text(receipts, encoding="utf-8")
     with pytest.raises(UnsupportedEvidenceError, match="is of version 2"):
-        read_study(tmp_path)
+        read_study(tmp_path, Transcripts({}))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,249 @@
+"""One audit: read everything that was shown, check each party by itself, then all of them side by side."""
+
+import hashlib
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
+from itertools import chain
+from pathlib import Path
+
+from auditor.approvals import check_approvals
+from auditor.cross_check import attempts, cross_check, participants
+from auditor.evidence import StudyFolder, Transcripts, Witness, read_bundle, read_ledger_file, read_study
+from auditor.findings import COORDINATOR, Finding
+from auditor.recompute import report_facts
+from auditor.record import Audit, HospitalRecord
+from auditor.rosters import Rosters, check_members, read_rosters
+from auditor.verify import Verified
+from shared_models.audit_log import read_export, verify_export
+from shared_models.errors import FederationError, UnsupportedVersionError
+from shared_models.identity import fingerprint
+from shared_models.privacy.evidence import Bundle, open_bundle
+
+_SEVERITIES = ("critical", "warning", "note")
+_CLOCK = timedelta(minutes=5)  # a ledger bears a clock that is set back by so much
+
+Progress = Callable[[str], None]
+
+
+@dataclass
+class _Sources:
+    """Files by what they are."""
+
+    bundles: list[Path] = field(default_factory=list)
+    ledgers: list[Path] = field(default_factory=list)
+    studies: list[Path] = field(default_factory=list)
+    logs: list[Path] = field(default_factory=list)
+
+
+@dataclass
+class _Case:
+    """What is known so far."""
+
+    findings: list[Finding] = field(default_factory=list)
+    witnesses: list[Witness] = field(default_factory=list)
+    records: list[HospitalRecord] = field(default_factory=list)
+    studies: list[StudyFolder] = field(default_factory=list)
+
+    def broken(self, path: Path, error: FederationError, code: str) -> None:
+        """Note that a file does not hold."""
+        newer = isinstance(error, UnsupportedVersionError)
+        what = str(error) if str(path) in str(error) else f"{path}: {error}"
+        self.findings.append(Finding(code="newer-format" if newer else code, party=path.name, what=what))
+
+
+def audit(
+    sources: Sequence[Path],
+    *,
+    root: bytes | None = None,
+    keys: Collection[bytes] = (),
+    partial: bool = False,
+    progress: Progress = lambda _: None,
+) -> Audit:
+    """Verify evidence, whoever it is from, and compute again what it cost.
+
+    Guarantees:
+        * Every file is looked at, whatever was wrong with those before; nothing raises because of what is in a file.
+        * ``Audit.passed`` only if every chain, signature, charge, receipt and transcript holds, everybody's evidence
+          agrees, and everybody who took part is there.
+        * No network; memory grows with the number of entries and attempts, about a kilobyte each, and is bounded.
+
+    Args:
+        sources: Evidence bundles, ledger files, study folders of the coordinator, exports of its audit log; or folders
+            that hold such.
+        root: The consortium's root public key. Without it nobody but the hospitals themselves says whose is a key.
+        keys: Public keys of hospitals, as they came from elsewhere; each ledger must have one of them.
+        partial: Hospitals that took part and are not here are a note only.
+        progress: Is told what is being read.
+    """
+    files, case = _Sources(), _Case()
+    for path in sources:
+        _sort(path, files, case)
+    bundles = list(_opened(files.bundles, case))
+    rosters = read_rosters(bundles, root)
+    case.findings += rosters.findings
+    transcripts = Transcripts(rosters.by_digest)
+    for bundle in bundles:
+        progress(f"{bundle.manifest.hospital}: {bundle.path}")
+        _read_hospital(bundle, keys, transcripts, case)
+    for path in files.ledgers:
+        progress(str(path))
+        _read_ledger(path, keys, case)
+    for path in files.studies:
+        progress(str(path))
+        try:
+            case.studies.append(read_study(path, transcripts))
+        except FederationError as error:
+            case.broken(path, error, "study-broken")
+    for path in files.logs:
+        progress(str(path))
+        try:
+            verify_export(read_export(path))
+        except FederationError as error:
+            case.broken(path, error, "log-broken")
+    progress("comparing")
+    case.findings += cross_check(case.witnesses, case.studies, rosters.by_digest)
+    case.findings += check_members(case.witnesses, rosters)
+    case.findings += _absent(case, partial=partial)
+    case.findings += _unpinned(root, keys)
+    return Audit(
+        hospitals=tuple(sorted(case.records, key=lambda record: record.hospital)),
+        attempts=attempts(case.witnesses, case.studies),
+        findings=tuple(sorted(dict.fromkeys(case.findings), key=_rank)),
+        root=fingerprint(root) if root else None,
+        members=_members(rosters),
+        sources=tuple(chain(files.bundles, files.ledgers, files.studies, files.logs)),
+    )
+
+
+def _rank(finding: Finding) -> tuple[int, str, str, int, int]:
+    return (
+        _SEVERITIES.index(finding.severity),
+        finding.party,
+        finding.study or "",
+        finding.round or 0,
+        finding.entry or 0,
+    )
+
+
+def _sort(path: Path, files: _Sources, case: _Case) -> None:
+    """Tell what a file is by how it begins."""
+    if path.is_dir():
+        if (path / "receipts.jsonl").exists() or (path / "sums.jsonl").exists():
+            files.studies.append(path)
+            return
+        inside = [child for child in sorted(path.rglob("*")) if _is_evidence(child)]
+        for child in inside:
+            _sort(child, files, case)
+        if not inside:
+            what = f"{path} holds no evidence"
+            case.findings.append(Finding(code="no-evidence", party=path.name, what=what))
+        return
+    try:
+        with path.open("rb") as file:
+            start = file.read(16)
+    except OSError as error:
+        what = f"{path} cannot be read: {error.strerror}"
+        case.findings.append(Finding(code="no-evidence", party=path.name, what=what))
+        return
+    if start.startswith(b"PK"):
+        files.bundles.append(path)
+    elif start.startswith(b"SQLite format 3\0"):
+        files.ledgers.append(path)
+    elif start.startswith(b"{"):
+        files.logs.append(path)
+    else:
+        what = f"{path} is neither a bundle nor a ledger, a study's folder or an audit log"
+        case.findings.append(Finding(code="no-evidence", party=path.name, what=what))
+
+
+def _is_evidence(path: Path) -> bool:
+    """Whether something in a folder of folders is worth a look; what else lies there is passed over."""
+    if path.is_dir():
+        return (path / "receipts.jsonl").exists() or (path / "sums.jsonl").exists()
+    return path.suffix in {".zip", ".evidence", ".sqlite"} or path.name == "audit-log.jsonl"
+
+
+def _opened(paths: Sequence[Path], case: _Case) -> Iterator[Bundle]:
+    for path in paths:
+        try:
+            yield open_bundle(path)
+        except FederationError as error:
+            case.broken(path, error, "bundle-broken")
+
+
+def _read_hospital(bundle: Bundle, keys: Collection[bytes], transcripts: Transcripts, case: _Case) -> None:
+    try:
+        witness, found = read_bundle(bundle, keys, transcripts)
+    except FederationError as error:
+        case.broken(bundle.path, error, "ledger-broken")
+        return
+    record = witness.record
+    case.witnesses.append(witness)
+    case.findings += found
+    if bundle.manifest.format == "konsil-evidence/1":
+        what = "the bundle is of an older format: plans, approvals and signed rosters are not in it"
+        case.findings.append(Finding(code="older-bundle", party=record.hospital, what=what))
+    else:
+        case.findings += check_approvals(record, bundle.approvals, witness.keys)
+    case.findings += _clock(record)
+    if witness.unchecked:
+        what = f"{witness.unchecked} transcripts were made under a roster that nobody shows: not checked"
+        case.findings.append(Finding(code="not-checked", party=record.hospital, what=what))
+    _take(record, witness.verified, case)
+
+
+def _read_ledger(path: Path, keys: Collection[bytes], case: _Case) -> None:
+    try:
+        record, verified, found = read_ledger_file(path, keys)
+    except FederationError as error:
+        case.broken(path, error, "ledger-broken")
+        return
+    case.findings += found
+    _take(record, verified, case)
+
+
+def _take(record: HospitalRecord, verified: Verified, case: _Case) -> None:
+    if not verified.head_was_checked:
+        what = "there is no head file: entries may be missing at the end"
+        case.findings.append(Finding(code="no-head", party=record.hospital, what=what))
+    try:
+        record = replace(record, budget=report_facts(record.hospital, record.population, record.terms, record.lines))
+    except FederationError as error:
+        case.findings.append(Finding(code="not-recomputed", party=record.hospital, what=str(error)))
+    case.records.append(record)
+
+
+def _clock(record: HospitalRecord) -> Iterator[Finding]:
+    last = record.lines[-1]
+    if record.packed and datetime.fromisoformat(last.time) > datetime.fromisoformat(record.packed) + _CLOCK:
+        what = f"its newest entry is of {last.time}, after the bundle was packed, {record.packed}"
+        yield Finding(code="clock", party=record.hospital, what=what, entry=last.seq)
+
+
+def _absent(case: _Case, *, partial: bool) -> Iterator[Finding]:
+    """Whose updates are in a sum, and whose ledger nobody shows."""
+    here = {record.hospital for record in case.records}
+    for name in sorted(participants(case.witnesses, case.studies) - here):
+        code = "not-here" if partial else "bundle-missing"
+        yield Finding(code=code, party=name, what=f"{name} took part, and its evidence is not here")
+
+
+def _unpinned(root: bytes | None, keys: Collection[bytes]) -> Iterator[Finding]:
+    if root is None:
+        what = "no root key was given: " + ("hospitals' keys were" if keys else "every key is taken at its own word")
+        yield Finding(code="no-root", party=COORDINATOR, what=what)
+
+
+def _members(rosters: Rosters) -> dict[str, str]:
+    members = rosters.newest.members if rosters.newest else ()
+    return {member.name: fingerprint(bytes.fromhex(member.identity)) for member in members}
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
