@@ -7,7 +7,7 @@ with the same hash. Bundles and ledgers are audited before they are compared; a 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -32,11 +32,11 @@ class Seen(NamedTuple):
 
 
 class Spent(Frozen):
-    """What something had cost by then, at its own delta, by the filter and by PLD; None where it was not computed."""
+    """What something had cost by then, at its own delta, by the filter and by PLD."""
 
     charges: int
-    epsilon_filter: float | None
-    epsilon_pld: float | None
+    epsilon_filter: float
+    epsilon_pld: float
 
 
 class History(NamedTuple):
@@ -218,6 +218,15 @@ class _Report(_Read):
     entries: dict[str, list[_Entry]]
 
 
+def is_report(path: Path) -> bool:
+    """Whether a file is JSON, rather than a bundle or a ledger; one that cannot be read is not."""
+    try:
+        with path.open("rb") as file:
+            return file.read(1) == b"{"
+    except OSError:
+        return False
+
+
 def read_report(path: Path) -> list[History]:
     """The ledgers in a report's JSON, as ``konsil-audit report --json`` wrote it.
 
@@ -268,8 +277,3 @@ def _read_history(report: _Report, hospital: _Hospital) -> History:
 
 def _spent(figures: _Figures) -> Spent:
     return Spent(charges=figures.charges, epsilon_filter=figures.epsilon_filter, epsilon_pld=figures.epsilon_pld)
-
-
-def as_json(comparison: Comparison) -> dict[str, Any]:
-    """Everything, for tools."""
-    return comparison.model_dump(mode="json")

@@ -14,6 +14,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from pydantic import BaseModel
+
 from auditor.edges import Edge, sharp_edges
 from auditor.findings import COORDINATOR, Finding
 from auditor.recompute import Figures, filter_epsilon
@@ -537,8 +539,8 @@ def recipe(mechanism: PoissonGaussian | GaussianRelease) -> Hashable:
 
 def _sources(path: Path) -> Iterator[Source]:
     """A file with its digest; of a study's folder, the two files that are evidence."""
-    files = [path / name for name in ("receipts.jsonl", "sums.jsonl")] if path.is_dir() else [path]
-    for file in files:
+    inside = (path / name for name in ("receipts.jsonl", "sums.jsonl"))
+    for file in filter(Path.exists, inside) if path.is_dir() else [path]:
         try:
             with file.open("rb") as opened:
                 digest = hashlib.file_digest(opened, "sha256").hexdigest()
@@ -601,10 +603,13 @@ def write_json(path: Path, report: Report, audit: Audit) -> None:
 def line_fields(line: Line) -> dict[str, object]:
     """An entry as JSON; what it does not have is left out."""
     fields = {name: value for name, value in line._asdict().items() if value is not None}
-    for name in ("mechanism", "limit"):
-        if name in fields:
-            fields[name] = fields[name].model_dump(mode="json")
-    return fields
+    return {name: _plain(value) for name, value in fields.items()}
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    return [_plain(one) for one in value] if isinstance(value, tuple) else value
 
 
 def write(path: Path, text: str) -> None:
