@@ -42,7 +42,14 @@ def as_markdown(paper: Paper, statement: Statement) -> str:
 
 def _shortened(traces: Sequence[Trace], most: int = _MOST_SOURCES) -> Iterator[str]:
     """The sources in words; of very many, the first and how many more: the JSON has all."""
-    yield from (str(trace) for trace in traces[:most])
+    entries: dict[int, list[str]] = {}
+    for trace in traces[:most]:
+        if trace.entry is not None:
+            entries.setdefault(trace.entry, []).append(trace.party)
+    for entry, parties in entries.items():
+        several = f"ledger entry {entry} of {', '.join(parties)}"
+        yield f"{parties[0]}, ledger entry {entry}" if len(parties) == 1 else several
+    yield from (str(trace) for trace in traces[:most] if trace.entry is None)
     if len(traces) > most:
         yield f"and {len(traces) - most} more"
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from auditor.findings import Finding
 from auditor.record import Audit
 from auditor.report import MOST_ROUNDS, Hospital, Point, Report, Span, Study, UsedMechanism, anchors_of, recipe, spans
 from shared_models.curves import MOST_SERIES, Chart, chart
@@ -19,6 +20,7 @@ from shared_models.privacy.mechanisms import GaussianRelease, PoissonGaussian
 
 WEB = Path(__file__).parent / "web"
 MOST_ROWS = 12  # of one hospital, in the table behind a picture of several
+MOST_PLACES = 20  # of findings of one kind
 MOST_LINKS = 40  # to entries, in one cell
 FREQUENT = frozenset({"charge", "round-done", "release", "checkpoint"})  # kinds that a long ledger has many of
 MOST_ENTRIES = 250  # a longer ledger is shown by the entries that something refers to; the JSON has all
@@ -118,12 +120,22 @@ def render_report(report: Report, audit: Audit) -> str:
             label=_labels(report),
             describe=describe,
             anchors={hospital.hospital: hospital.anchor for hospital in reversed(report.hospitals)},
+            findings=_by_kind(report.findings),
+            most_places=MOST_PLACES,
             ledgers=ledgers,
             there=there,
             most_rounds=MOST_ROUNDS,
             most_links=MOST_LINKS,
         )
     )
+
+
+def _by_kind(findings: Sequence[Finding]) -> list[list[Finding]]:
+    """Findings of one kind together, the worst kinds first."""
+    kinds: dict[str, list[Finding]] = {}
+    for finding in findings:
+        kinds.setdefault(finding.code, []).append(finding)
+    return list(kinds.values())
 
 
 def _labels(report: Report) -> Callable[[PoissonGaussian | GaussianRelease], str]:

@@ -307,7 +307,9 @@ def _claims(facts: _Facts) -> Item:
         label="Accountant of the hospitals",
         value="; ".join(f"{name}: epsilon {epsilon(claim.epsilon)} by {claim.accountant}" for name, claim, _ in stated)
         or None,
-        traces=tuple(Trace(party=name, entry=last) for name, _, last in stated),
+        traces=tuple(
+            Trace(party=name, what=f"claims in its bundle, up to ledger entry {last}") for name, _, last in stated
+        ),
         hint="" if stated else "The evidence carries no statement by the hospitals.",
     )
 
@@ -345,7 +347,7 @@ def _deployment(facts: _Facts) -> Iterator[Item]:
         label="Released besides the model",
         value="; ".join(f"{name}: {len(entries)} releases of statistics" for name, entries in releases)
         or "nothing: no ledger has an entry of a release",
-        traces=tuple(Trace(party=name, entry=entries[0]) for name, entries in releases) or _approvals(facts),
+        traces=tuple(Trace(party=name, entry=entries[0]) for name, entries in releases) or _all_entries(facts),
     )
     plan = study.plan
     yield Item(
@@ -362,7 +364,7 @@ def _deployment(facts: _Facts) -> Iterator[Item]:
     yield Item(
         label="Tests of the implementation",
         value=f"{len(tested)} hospitals recorded a conformance test" if tested else "none is recorded in the ledgers",
-        traces=tuple(tested) or _openings(facts),
+        traces=tuple(tested) or _all_entries(facts),
     )
     yield Item(label="Data security and access control", hint="Who can reach records, keys and models, and how.")
     yield Item(label="Exposure by data collection", hint="How the records came to the hospital, and who else has them.")
@@ -584,6 +586,14 @@ def _grouped(facts: _Facts, label: str, value: Callable[[HospitalRecord], str]) 
 
 def _approvals(facts: _Facts) -> tuple[Trace, ...]:
     return tuple(Trace(party=part.anchor, entry=part.approved) for _, part in facts.records)
+
+
+def _all_entries(facts: _Facts) -> tuple[Trace, ...]:
+    """For what was looked for everywhere and is not there."""
+    return tuple(
+        Trace(party=part.anchor, what=f"none of ledger entries 1 to {len(record.lines)}")
+        for record, part in facts.records
+    )
 
 
 def _openings(facts: _Facts) -> tuple[Trace, ...]:
