@@ -207,9 +207,9 @@ def _moment(time: str) -> str:
 
 
 def _burn_down(hospital: Hospital) -> Picture | None:
-    """What is left of a hospital's budget, over its charges."""
+    """What is left of a hospital's budget, over its charges; one charge makes no picture."""
     points, budget = hospital.curve, hospital.terms.epsilon
-    if not points:
+    if len(points) < 2:
         return None
     drawn = chart(
         f"Budget of {hospital.hospital}",
@@ -237,17 +237,18 @@ def _burn_down(hospital: Hospital) -> Picture | None:
 
 
 def _over_rounds(study: Study) -> Picture | None:
-    """Epsilon of one study at every hospital, over its rounds."""
+    """Epsilon of one study at every hospital, over its rounds; one round makes no picture."""
     series = {part.anchor: [(float(point.round), point.spent) for point in part.curve] for part in study.hospitals}
     there = {name: points for name, points in series.items() if points}
-    if not there:
+    last = max((point.round for part in study.hospitals for point in part.curve), default=0)
+    if last < 2:
         return None
     limits = {part.limit for part in study.hospitals}
     highest = max(limits)
     drawn = chart(
         f"Epsilon of study {study.study}",
         there,
-        last=max(point.round for part in study.hospitals for point in part.curve),
+        last=last,
         limit=(f"limit {highest:g}", highest) if len(limits) == 1 else (f"highest limit {highest:g}", highest),
     )
     ends = "; ".join(
@@ -271,8 +272,8 @@ def _fewer(points: Sequence[Point]) -> Sequence[Point]:
 
 
 def _sums(study: Study) -> Picture | None:
-    """How many hospitals were in the sum of each round."""
-    if not study.summed:
+    """How many hospitals were in the sum of each round; one round makes no picture."""
+    if len(study.summed) < 2:
         return None
     points = [(float(number), float(hospitals)) for number, hospitals in study.summed]
     most = len(study.attendance)

@@ -41,8 +41,8 @@ class Writer:
     def study(self, name: str, rounds: int, *, releases_every: int = 0, size: int = 1000, vain: int = 0) -> None:
         """Approve a study, run it, and end it; the first ``vain`` rounds need two attempts."""
         mechanism, about = training(size), {"study": name, "plan_digest": "ab" * 32}
-        reservation = (Reserved(mechanism=mechanism, charges=rounds + vain),)
-        if releases_every:
+        reservation: tuple[Reserved, ...] = (Reserved(mechanism=mechanism, charges=rounds + vain),)
+        if releases_every and rounds >= releases_every:
             reservation += (Reserved(mechanism=RELEASE, charges=rounds // releases_every),)
         limit = StudyLimit(epsilon=TERMS.epsilon, delta=TERMS.delta)
         self.add(
