@@ -21,7 +21,7 @@ from shared_models.privacy.mechanisms import GaussianRelease, PoissonGaussian
 WEB = Path(__file__).parent / "web"
 MOST_ROWS = 12  # of one hospital, in the table behind a picture of several
 MOST_PLACES = 20  # of findings of one kind
-MOST_LINKS = 40  # to entries, in one cell
+MOST_LINKS = 12  # to entries, in one cell
 FREQUENT = frozenset({"charge", "round-done", "release", "checkpoint"})  # kinds that a long ledger has many of
 MOST_ENTRIES = 250  # a longer ledger is shown by the entries that something refers to; the JSON has all
 _HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]")

@@ -30,7 +30,7 @@ from shared_models.privacy.mechanisms import GaussianRelease, Mechanism, Poisson
 from shared_models.versions import RELEASE
 
 FORMAT: Literal["konsil-report/1"] = "konsil-report/1"
-MOST_POINTS = 40  # of a curve, and rows of the table behind it
+MOST_POINTS = 24  # of a curve, and rows of the table behind it
 MOST_ROUNDS = 100  # incomplete rounds that are listed for people; the JSON has all of them
 
 _Counts = Counter[PoissonGaussian | GaussianRelease]
