@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from auditor.cli_report import register
 from shared_models import terminal
 
 if TYPE_CHECKING:
@@ -193,6 +194,9 @@ def _figures(figures: "Figures") -> str:
         f"the schedule as executed, valid if it was fixed in advance; delta {figures.delta:g}, per {figures.unit}, "
         f"{figures.neighbouring}, {figures.accountant}"
     )
+
+
+register(app)
 
 
 def main() -> None:

@@ -239,3 +239,56 @@ class Finding(Frozen):
 def passed(findings: Iterable[Finding]) -> bool:
     """Whether everything holds: there may be notes, and nothing else."""
     return all(finding.severity == "note" for finding in findings)
+
+
+# What hospitals claim, beside what is computed again (claims.py), and two bundles of one hospital (diff.py)
+
+CODES |= {
+    "claim-too-low": Meaning(
+        "critical",
+        "A hospital states less than it spent",
+        "The hospital says that its studies cost a patient less than its own ledger shows. Do not quote its figure; "
+        "use the one in this report, and ask the hospital how it came to its own.",
+    ),
+    "claim-too-high": Meaning(
+        "warning",
+        "A hospital states more than it spent",
+        "The hospital says that its studies cost a patient more than its ledger shows. Patients are not harmed by "
+        "that, but one of the two is wrong: ask which software computed the figure.",
+    ),
+    "claim-filter-differs": Meaning(
+        "critical",
+        "The hospital's limit computes something else",
+        "The figure by which the hospital stops at its budget is not the one that follows from its ledger. Its limit "
+        "may have let too much pass, or too little. Stop further studies there until this is explained.",
+    ),
+    "claim-of-another-ledger": Meaning(
+        "critical",
+        "A hospital's figures are not about this ledger",
+        "The figures that came with the evidence count other charges, other studies, or another delta than the ledger "
+        "has. Ask the hospital for a fresh bundle; if that differs as well, its books are wrong.",
+    ),
+    "claim-missing": Meaning(
+        "note",
+        "A hospital states no figures of its own",
+        "The evidence is a bare ledger, or a bundle of an older release, which carries no statement. All figures in "
+        "this report are the auditor's own; nothing could be compared.",
+    ),
+    "history-forked": Meaning(
+        "critical",
+        "A hospital has shown two histories",
+        "The newer evidence has another entry where the older one had one already. A ledger can only grow; one of the "
+        "two was made up, or an old backup was used again. What was spent in the part that is gone is not counted.",
+    ),
+    "history-rolled-back": Meaning(
+        "critical",
+        "A hospital's ledger has become shorter",
+        "Entries that the older evidence showed are missing from the newer one. Spending that was recorded once is no "
+        "longer counted. Ask the hospital which copy of its ledger it uses.",
+    ),
+    "history-missing": Meaning(
+        "warning",
+        "A hospital is missing from the newer evidence",
+        "The older evidence had a ledger of this hospital, and the newer has none. Ask for it.",
+    ),
+}

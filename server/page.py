@@ -29,13 +29,13 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from server import logs
-from server.curves import Chart, Points, chart
 from server.follow import Follow
 from server.metrics import exposition
 from server.settings import PageSettings, Settings
 from server.standing import Standing, clock, first_metrics
 from server.studies import Studies, StudyStatus
 from server.tls import load_tls
+from shared_models.curves import Chart, Points, chart
 from shared_models.errors import ConfigError, FederationError, IdentityError, UnknownStudyError
 
 log = logging.getLogger("konsil.page")

@@ -1,4 +1,4 @@
-"""Curves over rounds, laid out here and drawn by the page's templates as SVG: no script and no other host is needed."""
+"""Curves, laid out here and drawn by templates as SVG: for the coordinator's page and the auditor's report."""
 
 import math
 from collections.abc import Mapping, Sequence
