@@ -487,8 +487,8 @@ def _verdict(audited: Mapping[str, Any]) -> str:
         return f"The auditor found {len(problems)} problems, the first: {problems[0]['title']}: {problems[0]['what']}."
     highest = max(audited["epsilon_recomputed"].values(), default=0.0)
     return (
-        f"The auditor verified {audited['entries']} ledger entries and every sum with the consortium's root key alone, and "
-        f"computed\nepsilon again by another accountant: at most {highest:.3f} (PLD, dp-accounting)."
+        f"The auditor, with nothing but the consortium's root key, verified {audited['entries']} ledger entries and "
+        f"every sum,\nand computed epsilon again by another accountant: at most {highest:.3f} (PLD, dp-accounting)."
     )
 
 
