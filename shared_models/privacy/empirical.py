@@ -72,11 +72,12 @@ def noise_repetition(noise: NDArray[np.float64]) -> Repetition:
     """Whether rows of independent standard normal noise share anything.
 
     Two tests, each at half the level: the most correlated pair (exact, by the Beta distribution of a squared
-    correlation, times the number of pairs), and the length of the rows' sum (exact, chi-squared), which grows where a
-    small share of every row is the same. Pairs further apart than 1,000 rows are left to the second.
+    correlation, times the number of pairs), and the length of the rows' sum beside the rows' own (exact, by the F
+    distribution), which grows where a small share of every row is the same. Pairs further apart than 1,000 rows are
+    left to the second.
 
     Args:
-        noise: Shape ``(rows, d)``, each entry divided by its claimed standard deviation.
+        noise: Shape ``(rows, d)``, of one variance, whichever it is.
     """
     lengths = np.linalg.norm(noise, axis=1)
     rows = noise[lengths > 0]
@@ -91,7 +92,9 @@ def noise_repetition(noise: NDArray[np.float64]) -> Repetition:
         largest = max(largest, float(cosines.max(initial=0.0)))
     squared = min(largest, 1.0) ** 2
     pair = pairs * stats.beta.sf(squared, 0.5, (d - 1) / 2)
-    total = stats.chi2.sf(float((rows.sum(axis=0) ** 2).sum()) / len(rows), d)
+    along = float((rows.sum(axis=0) ** 2).sum()) / len(rows)
+    across = (float((rows**2).sum()) - along) / (len(rows) - 1)
+    total = stats.f.sf(along / across, d, d * (len(rows) - 1)) if across > 0 else 0.0
     return Repetition(largest, float(min(1.0, 2 * min(pair, total))))
 
 

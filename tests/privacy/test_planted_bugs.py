@@ -1,5 +1,6 @@
 """Privacy bugs, planted in the code that runs: each is found within one study, and named."""
 
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -89,8 +90,8 @@ class ShuffledLoader(PoissonLoader):
 
     def draw(self) -> NDArray[np.int64]:
         """The next batch."""
-        size = round(self._patients * self._sample_rate)
-        if len(self._left) < size:
+        size = math.ceil(self._patients * self._sample_rate)
+        if not len(self._left):
             self._left = np.argsort(self._random.uniform(self._patients))
         batch, self._left = self._left[:size], self._left[size:]
         return np.sort(batch)
