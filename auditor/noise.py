@@ -59,7 +59,7 @@ class NoiseReport(NamedTuple):
     Attributes:
         attempts: Opened sums that were tested.
         unchecked: Opened sums whose noise is not known.
-        ratio: Observed over claimed standard deviation, over all of them; NaN where none was tested.
+        ratio: Observed over claimed standard deviation, over all of them; None where none was tested.
         ratio_found: The largest ratio below 1 that is found with probability 0.99, where all hospitals fall short.
         share_found: The same where a single hospital does, the one that adds least: 0 means that not even a hospital
             without noise would surely be found.
@@ -70,7 +70,7 @@ class NoiseReport(NamedTuple):
     study: str
     attempts: int
     unchecked: int
-    ratio: float
+    ratio: float | None
     ratio_found: float
     share_found: float
     false_alarm: float
@@ -175,7 +175,7 @@ def _report(study: str, opened: Sequence[AttemptRecord], known: _Known) -> Noise
         what = f"the noise in {unchecked} of {len(opened)} sums could not be checked"
         findings.append(Finding(code="noise-unchecked", party=COORDINATOR, what=what, study=study))
     coordinates = sum(found.noise.size for found in tested)
-    ratio = math.sqrt(sum(found.statistic for found in tested) / coordinates) if tested else math.nan
+    ratio = math.sqrt(sum(found.statistic for found in tested) / coordinates) if tested else None
     least = smallest_ratio_found(coordinates, false_alarm=FALSE_ALARM / 8) if tested else 0.0
     # A hospital that falls short to a ratio r moves the sum's variance by its share times (1 - r^2).
     share = float(np.mean([found.least_share for found in tested])) if tested else 1.0
