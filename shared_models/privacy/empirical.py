@@ -5,7 +5,7 @@ divides a false-alarm rate by the number of tests (Bonferroni) has that rate. Ar
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +15,7 @@ from scipy import optimize, special, stats  # type: ignore[import-untyped]  # sc
 CONFIDENCE = 0.95  # of every lower bound on epsilon
 DETECTED = 0.99  # how often what is called the smallest deviation that is found is found
 _ROWS_AT_ONCE = 1000  # of noise that is compared in pairs; bounds memory
-_SEARCH = 60  # halvings of an interval: below float64's precision
+_SEARCH = 32  # halvings of an interval of 50: to 1e-8
 
 
 class Spread(NamedTuple):
@@ -210,11 +210,13 @@ def best_number_of_guesses(
     """
     m = len(runs[0][0])
     choices = sorted({2 * max(1, round(m * share / 2)) for share in (1.0, 0.5, 0.2, 0.1, 0.05, 0.02)})
-    means = {
-        made: float(np.mean([one_run_bound(guess(s, i, made=made), delta=delta) for s, i in runs])) for made in choices
-    }
-    best = max(choices, key=lambda made: (means[made], made))
-    return best, means[best]
+
+    def bounds(made: int, corrects: Iterable[int]) -> list[float]:
+        return [one_run_bound(Guesses(m, made, correct), delta=delta) for correct in corrects]
+
+    correct = {made: [guess(*run, made=made).correct for run in runs] for made in choices}
+    best = max(choices, key=lambda made: (bounds(made, [round(float(np.mean(correct[made])))]), made))
+    return best, float(np.mean(bounds(best, correct[best])))
 
 
 def rates_bound(

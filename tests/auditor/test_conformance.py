@@ -29,7 +29,7 @@ CANARIES = CanaryAudit(
 )
 
 
-def tested(ledger: Ledger, *checks: Check, **change: Any) -> None:
+def recorded(ledger: Ledger, *checks: Check, **change: Any) -> None:
     """An entry of kind ``conformance``."""
     found = Conformance(
         rounds=25,
@@ -51,7 +51,7 @@ def found(folder: Path, *results: tuple[Check, ...], **change: Any) -> list[tupl
         charged(ledger, 1, software_digest=SOFTWARE)
         charged(ledger, 2, software_digest=SOFTWARE)
         for checks in results:
-            tested(ledger, *checks, **change)
+            recorded(ledger, *checks, **change)
         findings = check_conformance("north", ledger.stream())
     assert {finding.party for finding in findings} <= {"north"}
     return [(finding.code, finding.severity, finding.entry) for finding in findings]

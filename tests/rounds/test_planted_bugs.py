@@ -52,9 +52,9 @@ def at_the_liar(patch: Patch, plant: Callable[[Patch], None], station: str = "tr
     patch.setattr(Hospital, station, planted)
 
 
-def study(folder: Path) -> tuple[Federation, list[str]]:
+def study(folder: Path, *, rounds: int = ROUNDS) -> tuple[Federation, list[str]]:
     """Run a study. Returns the federation, and what an auditor is given: bundles, folder, plan."""
-    federation = make_federation(folder, hospitals=4, rounds=ROUNDS, training={"steps": 2})
+    federation = make_federation(folder, hospitals=4, rounds=rounds, training={"steps": 2})
     sums = federation.run()
     restart_hospitals()
     bundles = []
@@ -113,6 +113,16 @@ def test_an_honest_study_passes(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert report["attempts"] == ROUNDS
     assert abs(report["ratio"] - 1) < 5 / (2 * ROUNDS * NULL_COORDINATES) ** 0.5
     assert f"of the charged standard deviation in {ROUNDS} sums" in capsys.readouterr().out
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_a_hundred_honest_studies_raise_no_alarm(tmp_path: Path) -> None:
+    """Neither the noise in their sums nor their evidence; the probability of any alarm of noise is below 1e-4."""
+    for number in range(100):
+        federation, evidence = study(tmp_path / str(number), rounds=3)
+        attack(evidence, tmp_path / "found.json")
+        assert problems(federation, evidence) == []
 
 
 @pytest.mark.parametrize(("plant", "code"), IN_THE_SUMS.items(), ids=lambda it: getattr(it, "__name__", it))
