@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -562,7 +562,7 @@ def spans(lines: Sequence[Line], wanted: Iterable[int], *, most: int) -> list[Sp
 
     Args:
         lines: All entries, oldest first.
-        wanted: Entries that something refers to; these are always shown.
+        wanted: Entries that something refers to; these are always shown, and so is a gap of one or two between them.
         most: A ledger of up to so many entries is shown whole.
     """
     if len(lines) <= most:
@@ -571,8 +571,11 @@ def spans(lines: Sequence[Line], wanted: Iterable[int], *, most: int) -> list[Sp
     places = sorted(
         {place for seq in wanted if (place := bisect_right(numbers, seq) - 1) >= 0 and numbers[place] == seq}
     )
-    found, after = [], 0
-    for place in places:
+    near = {
+        other for one, two in pairwise([-1, *places, len(lines)]) if two - one <= 3 for other in range(one + 1, two)
+    }
+    found, after = list[Span](), 0
+    for place in sorted({*places, *near}):
         if place > after:
             found.append(Span(lines[after:place], shown=False))
         found.append(Span(lines[place : place + 1], shown=True))

@@ -221,7 +221,8 @@ def test_spans_cover_a_ledger_exactly() -> None:
     cut = spans(writer.lines, wanted, most=MOST_ENTRIES)
 
     assert [line for span in cut for line in span.lines] == writer.lines
-    assert {line.seq for span in cut if span.shown for line in span.lines} == wanted - {9999}
+    shown = {line.seq for span in cut if span.shown for line in span.lines}
+    assert shown == {1, 2, 300, 301, 602, 603}  # a gap of one is no gap
     assert spans(writer.lines, wanted, most=1000) == [Span(writer.lines, shown=True)]
     assert spans([], wanted, most=10) == []
 
