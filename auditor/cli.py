@@ -20,7 +20,6 @@ app = typer.Typer(
     add_completion=False,
 )
 
-Ledgers = Annotated[list[Path], typer.Argument(metavar="LEDGER...", help="Ledger files (ledger.sqlite).")]
 Evidence = Annotated[
     list[Path],
     typer.Argument(
@@ -58,26 +57,14 @@ def verify(
 
     Every file is looked at, whatever was wrong with those before. The exit status is 0 only if all hold and agree.
     """
-    from auditor.audit import audit
-    from shared_models.errors import EvidenceError
-
-    result = audit(
-        [*files, *(study or [])],
-        root=_key(root),
-        keys={found for path in key or [] if (found := _key(path))},
-        partial=partial,
-        progress=terminal.progress(),
-    )
+    result = _audit([*files, *(study or [])], root, key, partial=partial)
     for record in result.hospitals:
         typer.echo(_describe(record, result))
     for finding in result.findings:
         typer.echo(f"{finding.severity.upper():8} {finding.place}: {finding.what} [{finding.code}]")
     if json_file is not None:
         _write_json(json_file, summary(result))
-    problems = [finding for finding in result.findings if finding.severity != "note"]
-    if problems:
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise EvidenceError(f"not verified: {problems[0].place}: {problems[0].what}{more}", hint=problems[0].meaning)
+    _refuse_unverified(result)
     typer.echo(
         f"verified {len(result.hospitals)} hospitals, {sum(len(record.lines) for record in result.hospitals)} entries, "
         f"{len(result.attempts)} attempts; everything holds and agrees"
@@ -85,23 +72,13 @@ def verify(
 
 
 @app.command()
-def budget(
-    ledgers: Ledgers,
-    key: Keys = None,
-    json_file: Json = None,
-) -> None:
-    """Verify the ledgers, then compute epsilon again from the recorded mechanisms with an independent accountant."""
-    from auditor.recompute import report_budget
-    from auditor.verify import verify_ledger
-    from shared_models.identity import read_public
-    from shared_models.privacy.ledger import stream_ledger
-
-    keys = {read_public(path) for path in key or []}
-    reports = []
-    for path in ledgers:
-        verify_ledger(path, keys)
-        reports.append(report_budget(stream_ledger(path)))
-        typer.echo("\n".join(_lines(reports[-1])))
+def budget(files: Evidence, root: Root = None, key: Keys = None, json_file: Json = None) -> None:
+    """Verify the evidence, then compute epsilon again from the recorded mechanisms with an independent accountant."""
+    result = _audit(files, root, key, partial=True)
+    _refuse_unverified(result)
+    reports = [record.budget for record in result.hospitals if record.budget is not None]
+    for report in reports:
+        typer.echo("\n".join(_lines(report)))
     if json_file is not None:
         _write_json(json_file, {"ledgers": [report.model_dump(mode="json") for report in reports]})
 
@@ -130,6 +107,29 @@ def log(
         )
 
 
+def _audit(files: list[Path], root: Path | None, keys: list[Path] | None, *, partial: bool) -> "Audit":
+    from auditor.audit import audit
+    from shared_models.identity import read_public
+
+    return audit(
+        files,
+        root=read_public(root) if root else None,
+        keys={read_public(path) for path in keys or []},
+        partial=partial,
+        progress=terminal.progress(),
+    )
+
+
+def _refuse_unverified(result: "Audit") -> None:
+    """Nothing is computed from evidence that does not hold, and no exit status says that it does."""
+    from shared_models.errors import EvidenceError
+
+    problems = [finding for finding in result.findings if finding.severity != "note"]
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise EvidenceError(f"not verified: {problems[0].place}: {problems[0].what}{more}", hint=problems[0].meaning)
+
+
 def summary(found: "Audit") -> dict[str, Any]:
     """An audit in JSON: the verdict, every finding, and what each hospital's patients paid."""
     return {
@@ -150,12 +150,6 @@ def summary(found: "Audit") -> dict[str, Any]:
         },
         "findings": [finding.model_dump(mode="json", exclude_none=True) for finding in found.findings],
     }
-
-
-def _key(path: Path | None) -> bytes | None:
-    from shared_models.identity import read_public
-
-    return read_public(path) if path else None
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -22,7 +22,6 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from server.card import read_statements, write_card
 from server.examples import Example, check_study, read_example
 from server.journal import read_events
 from server.pki import Authority, create_hospital_keys, publish_tls_key
@@ -314,6 +313,9 @@ def _named(baselines: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 
 def _finish_card(folder: Path, plan: StudyPlan, example: Example, metrics: Mapping[str, Mapping[str, float]]) -> Path:
     """Write the card again, now with what the demo measured."""
+    # It brings torch and Flower, 130 MB that nobody needs while the hospitals run.
+    from server.card import read_statements, write_card  # noqa: PLC0415
+
     public_sizes, statements = read_statements(folder)
     return write_card(folder, plan, public_sizes, statements, metrics=metrics, about_data=example.split)
 

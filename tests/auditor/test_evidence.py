@@ -32,7 +32,7 @@ from tests.federation import Federation, make_federation, restart_hospitals
 
 LIAR = "hospital-1"
 TWO = (LIAR, "hospital-2")
-SOAK = pytest.param(range(500), marks=[pytest.mark.soak, pytest.mark.timeout(3600)])  # 1,000 changes with both sides
+SOAK = pytest.param(range(1000), marks=[pytest.mark.soak, pytest.mark.timeout(3600)])
 
 
 @dataclass
