@@ -13,7 +13,7 @@ from auditor.audit import audit
 from auditor.claims import with_claims
 from auditor.findings import CODES, Finding
 from auditor.recompute import recompute
-from auditor.record import Audit
+from auditor.record import Audit, Key
 from auditor.render import MOST_ENTRIES, odds, render_report
 from auditor.report import MOST_POINTS, Span, make_report, spans, verdict, write_json
 from shared_models.identity import read_public
@@ -303,3 +303,34 @@ def test_findings_of_one_kind_are_told_together(real: Audit) -> None:
     assert "figure 19" in text
     assert "figure 20" not in text
     assert "and 980 more of the same kind" in text
+
+
+def test_keys_are_told_with_what_the_consortium_says() -> None:
+    """A rotated key, the one that replaced it, one that nobody vouches for, and a member without evidence."""
+    found = large(3, 5)
+    rotated = replace(found.hospitals[0], keys=(Key("old", 1), Key("new", 7)))
+    records = (rotated, *found.hospitals[1:])
+    members = {"hospital-1": "new", "hospital-2": "another", "hospital-9": "absent"}
+
+    report = make_report(replace(found, hospitals=records, members=members), now=NOW)
+    text = page(replace(found, hospitals=records, members=members)).text
+
+    keys = [(key.fingerprint, key.first, key.vouched) for key in report.hospitals[0].keys]
+    assert keys == [("old", 1, False), ("new", 8, True)]
+    assert report.hospitals[1].keys[0].vouched is False
+    assert report.hospitals[2].keys[0].vouched is None
+    assert "no: it was exchanged" in text
+    assert "absentno ledger hereyes" in text
+
+
+def test_a_charge_without_a_result_is_counted() -> None:
+    """Two attempts for each of two rounds: two charges came to nothing, and are paid for."""
+    writer = Writer("north")
+    writer.add("budget-opened")
+    writer.study("heart", 6, releases_every=3, vain=2)
+
+    (study,) = make_report(replace(large(1, 1), hospitals=(hospital("north", writer),)), now=NOW).studies
+
+    (part,) = study.hospitals
+    assert part.computed is not None
+    assert (part.computed.charges, part.vain, len(part.releases)) == (6 + 2 + 2, 2, 2)
