@@ -114,6 +114,9 @@ def diff(
     new: Annotated[Path, typer.Argument(help="The newer one.")],
     root: Root = None,
     key: Keys = None,
+    partial: Annotated[
+        bool, typer.Option("--partial", help="Not every hospital of the older evidence is to be in the newer.")
+    ] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write everything to this file.")] = None,
 ) -> None:
     """What came to a hospital's ledger, and whether the newer evidence goes on from the older.
@@ -126,7 +129,7 @@ def diff(
     from shared_models.errors import EvidenceError
 
     before, after = (_histories(path, root, key) for path in (old, new))
-    found = compare(before, after)
+    found = compare(before, after, partial=partial)
     for difference in found.differences:
         typer.echo("\n".join(_lines(difference)))
     for finding in found.findings:

@@ -298,9 +298,11 @@ def verdict(audit: Audit) -> str:
         questions = _are(len(warnings), "open question")
         return f"The records hold together, but somebody has to explain something: there {questions}."
     names = len({record.hospital for record in audit.hospitals})
+    start = "Everything that was checked holds"
+    if audit.root is None:
+        start = "Without the consortium's root key, everything that could be checked holds"
     return (
-        f"Everything that was checked holds: what {_hospitals(names)} recorded is whole and signed, and stays within "
-        "what patients were promised."
+        f"{start}: what {_hospitals(names)} recorded is whole and signed, and stays within what patients were promised."
     )
 
 

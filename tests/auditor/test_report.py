@@ -277,11 +277,17 @@ VERDICTS: list[tuple[list[str], str]] = [
 @pytest.mark.parametrize(("codes", "sentence"), VERDICTS)
 def test_the_verdict_is_the_worst_of_what_was_found(codes: list[str], sentence: str) -> None:
     """One sentence; and only notes let an audit pass."""
-    found = large(2, 5, findings=[Finding(code=code, party="hospital-1", what="it is so") for code in codes])
+    given = [Finding(code=code, party="hospital-1", what="it is so") for code in codes]
+    found = replace(large(2, 5, findings=given), root="the root")
 
     assert sentence in verdict(found)
     assert found.passed == ("checked holds:" in verdict(found))
     assert sentence in page(found).text
+
+
+def test_the_verdict_says_that_nobody_vouched_for_the_keys() -> None:
+    """Whoever reads one sentence only must not miss that."""
+    assert "Without the consortium's root key, everything that could be checked holds" in verdict(large(2, 5))
 
 
 @pytest.mark.parametrize(
