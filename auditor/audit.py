@@ -8,9 +8,12 @@ from itertools import chain
 from pathlib import Path
 
 from auditor.approvals import check_approvals
+from auditor.claims import compare_claims
+from auditor.conformance import check_conformance
 from auditor.cross_check import attempts, cross_check, participants
 from auditor.evidence import StudyFolder, Transcripts, Witness, read_bundle, read_ledger_file, read_study
 from auditor.findings import COORDINATOR, Finding
+from auditor.noise import check_noise
 from auditor.recompute import report_facts
 from auditor.record import Audit, HospitalRecord
 from auditor.rosters import Rosters, check_members, read_rosters
@@ -65,7 +68,8 @@ def audit(
     Guarantees:
         * Every file is looked at, whatever was wrong with those before; nothing raises because of what is in a file.
         * ``Audit.passed`` only if every chain, signature, charge, receipt and transcript holds, everybody's evidence
-          agrees, and everybody who took part is there.
+          agrees, hospitals' claims are what their ledgers add up to, the noise in decoded sums is what was charged, no
+          trainer failed its hospital's own test, and everybody who took part is there.
         * No network; memory grows with the number of entries and attempts, about a kilobyte each, and is bounded.
 
     Args:
@@ -104,11 +108,13 @@ def audit(
     progress("comparing")
     case.findings += cross_check(case.witnesses, case.studies, rosters.by_digest)
     case.findings += check_members(case.witnesses, rosters)
+    held = attempts(case.witnesses, case.studies)
+    case.findings += check_noise(held, case.records)
     case.findings += _absent(case, partial=partial)
     case.findings += _unpinned(root, keys)
     return Audit(
         hospitals=tuple(sorted(case.records, key=lambda record: record.hospital)),
-        attempts=attempts(case.witnesses, case.studies),
+        attempts=held,
         findings=tuple(sorted(dict.fromkeys(case.findings), key=_rank)),
         root=fingerprint(root) if root else None,
         members=_members(rosters),
@@ -204,6 +210,7 @@ def _read_ledger(path: Path, keys: Collection[bytes], case: _Case) -> None:
 
 
 def _take(record: HospitalRecord, verified: Verified, case: _Case) -> None:
+    case.findings += check_conformance(record.hospital, record.lines)
     if not verified.head_was_checked:
         what = "there is no head file: entries may be missing at the end"
         case.findings.append(Finding(code="no-head", party=record.hospital, what=what))
@@ -211,6 +218,7 @@ def _take(record: HospitalRecord, verified: Verified, case: _Case) -> None:
         record = replace(record, budget=report_facts(record.hospital, record.population, record.terms, record.lines))
     except FederationError as error:
         case.findings.append(Finding(code="not-recomputed", party=record.hospital, what=str(error)))
+    case.findings += compare_claims(record) if record.packed else []
     case.records.append(record)
 
 

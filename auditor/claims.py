@@ -5,19 +5,16 @@ implementations stand side by side for every figure, and a disagreement beyond w
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
-from typing import get_args
 
-from auditor.findings import Finding, Severity
+from auditor.findings import Finding
 from auditor.recompute import Figures
-from auditor.record import Audit, HospitalRecord
+from auditor.record import HospitalRecord
 from shared_models.privacy.evidence import Claim
 
 # PRV (Opacus) answers with the upper end of an interval of half-width 0.01; PLD rounds every cell of its distribution
 # up. Together 0.02 apart at most, and a thousandth of a large epsilon for what thousands of rounded cells add up to.
 # Measured on 39 runs up to epsilon 25 and 20,000 steps: 0.004 to 0.011.
 TIGHT_TOLERANCE, TIGHT_SLACK = 0.02, 1e-3
-SEVERITIES = get_args(Severity)  # the worst first
 FILTER_TOLERANCE = 1e-6  # relative: two implementations of one formula
 FILTER_FLOOR = 1e-9  # beside an epsilon of next to nothing
 
@@ -69,12 +66,6 @@ def _compare(hospital: HospitalRecord, claim: Claim, figures: Figures | None) ->
     elif not claim.epsilon <= high + tolerance(high):
         other = "PLD" if by_prv(claim) else "RDP"
         yield _found(hospital, claim, "claim-too-high", f"{stated}; {other} gives {high:.4f}")
-
-
-def with_claims(audit: Audit) -> Audit:
-    """The audit with whatever ``compare_claims`` finds beside what it has found already, the worst first."""
-    found = dict.fromkeys([*audit.findings, *(new for record in audit.hospitals for new in compare_claims(record))])
-    return replace(audit, findings=tuple(sorted(found, key=lambda one: SEVERITIES.index(one.severity))))
 
 
 def by_prv(claim: Claim) -> bool:

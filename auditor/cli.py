@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from auditor.cli_report import register
+from auditor import cli_attack, cli_report
 from shared_models import terminal
 
 if TYPE_CHECKING:
@@ -196,7 +196,8 @@ def _figures(figures: "Figures") -> str:
     )
 
 
-register(app)
+cli_report.register(app)
+cli_attack.add_to(app)
 
 
 def main() -> None:

@@ -144,17 +144,14 @@ def diff(
 
 def _audit(evidence: list[Path], root: Path | None, keys: list[Path] | None, *, partial: bool) -> "Audit":
     from auditor.audit import audit
-    from auditor.claims import with_claims
     from shared_models.identity import read_public
 
-    return with_claims(
-        audit(
-            evidence,
-            root=read_public(root) if root else None,
-            keys={read_public(path) for path in keys or []},
-            partial=partial,
-            progress=terminal.progress(),
-        )
+    return audit(
+        evidence,
+        root=read_public(root) if root else None,
+        keys={read_public(path) for path in keys or []},
+        partial=partial,
+        progress=terminal.progress(),
     )
 
 

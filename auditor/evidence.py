@@ -294,6 +294,7 @@ class _Reading:
                 approved_by=entry.approved_by,
                 approval=entry.approval,
                 digest=entry.evidence_digest,
+                conformance=entry.conformance,
             )
         )
 

@@ -177,6 +177,102 @@ CODES: dict[str, Meaning] = {
         "Different software",
         "Hospitals ran different versions. Each approved its own; look whether that was meant.",
     ),
+    # Papers, claims and comparisons
+    "claim-too-low": Meaning(
+        "critical",
+        "A hospital states less than it spent",
+        "The hospital says that its studies cost a patient less than its own ledger shows. Do not quote its figure; "
+        "use the one in this report, and ask the hospital how it came to its own.",
+    ),
+    "claim-too-high": Meaning(
+        "warning",
+        "A hospital states more than it spent",
+        "The hospital says that its studies cost a patient more than its ledger shows. Patients are not harmed by "
+        "that, but one of the two is wrong: ask which software computed the figure.",
+    ),
+    "claim-filter-differs": Meaning(
+        "critical",
+        "The hospital's limit computes something else",
+        "The figure by which the hospital stops at its budget is not the one that follows from its ledger. Its limit "
+        "may have let too much pass, or too little. Stop further studies there until this is explained.",
+    ),
+    "claim-of-another-ledger": Meaning(
+        "critical",
+        "A hospital's figures are not about this ledger",
+        "The figures that came with the evidence count other charges, other studies, or another delta than the ledger "
+        "has. Ask the hospital for a fresh bundle; if that differs as well, its books are wrong.",
+    ),
+    "claim-missing": Meaning(
+        "note",
+        "A hospital states no figures of its own",
+        "The evidence is a bare ledger, or a bundle of an older release, which carries no statement. All figures in "
+        "this report are the auditor's own; nothing could be compared.",
+    ),
+    "history-forked": Meaning(
+        "critical",
+        "A hospital has shown two histories",
+        "The newer evidence has another entry where the older one had one already. A ledger can only grow; one of the "
+        "two was made up, or an old backup was used again. What was spent in the part that is gone is not counted.",
+    ),
+    "history-rolled-back": Meaning(
+        "critical",
+        "A hospital's ledger has become shorter",
+        "Entries that the older evidence showed are missing from the newer one. Spending that was recorded once is no "
+        "longer counted. Ask the hospital which copy of its ledger it uses.",
+    ),
+    "history-missing": Meaning(
+        "warning",
+        "A hospital is missing from the newer evidence",
+        "The older evidence had a ledger of this hospital, and the newer has none. Ask for it.",
+    ),
+    # Was the noise added?
+    "noise-too-small": Meaning(
+        "critical",
+        "Less noise than was charged",
+        "The sums that hospitals uploaded hold less random noise than their ledgers claim, so patients are less "
+        "protected than the epsilon says. Stop the study, do not release its models, and have every hospital that "
+        "took part run: konsil-hospital conformance.",
+    ),
+    "noise-too-large": Meaning(
+        "warning",
+        "More noise than was charged",
+        "The sums hold more random noise than the ledgers claim. Patients are protected, but something is not as "
+        "planned: a hospital computes otherwise than its plan says, or several add the same noise, which would "
+        "cancel none of it for whoever knows one of them. Have the hospitals run: konsil-hospital conformance.",
+    ),
+    "noise-repeated": Meaning(
+        "critical",
+        "The same noise in several rounds",
+        "Noise that comes back can be subtracted: whoever compares two rounds sees what patients contributed. A "
+        "hospital's random generator repeats itself. Stop the study, and have every hospital that took part run: "
+        "konsil-hospital conformance.",
+    ),
+    "noise-unchecked": Meaning(
+        "note",
+        "Noise that could not be checked",
+        "For some sums it is not known how much noise they should hold, because the plan, or the evidence of a "
+        "hospital that took part, is not here. Ask for the bundles of all hospitals that took part.",
+    ),
+    # Do trainers do what they claim?
+    "conformance-failed": Meaning(
+        "critical",
+        "The trainer failed its own test",
+        "The hospital tested the software that trains on its patients, and it did not do what the ledger claims: "
+        "patients may have been protected less than the epsilon says. Stop its studies, and do not release what "
+        "they trained until the cause is known.",
+    ),
+    "conformance-warning": Meaning(
+        "warning",
+        "The trainer adds more noise, or learns less, than claimed",
+        "The hospital tested the software that trains on its patients. Patients are protected, but it does not do "
+        "exactly what the ledger claims. Ask the hospital why.",
+    ),
+    "conformance-missing": Meaning(
+        "note",
+        "The trainer was not tested",
+        "The hospital has charged a study and has no successful test of its trainer for this plan and software. "
+        "Ask it to run: konsil-hospital conformance.",
+    ),
 }
 
 
@@ -239,56 +335,3 @@ class Finding(Frozen):
 def passed(findings: Iterable[Finding]) -> bool:
     """Whether everything holds: there may be notes, and nothing else."""
     return all(finding.severity == "note" for finding in findings)
-
-
-# What hospitals claim, beside what is computed again (claims.py), and two bundles of one hospital (diff.py)
-
-CODES |= {
-    "claim-too-low": Meaning(
-        "critical",
-        "A hospital states less than it spent",
-        "The hospital says that its studies cost a patient less than its own ledger shows. Do not quote its figure; "
-        "use the one in this report, and ask the hospital how it came to its own.",
-    ),
-    "claim-too-high": Meaning(
-        "warning",
-        "A hospital states more than it spent",
-        "The hospital says that its studies cost a patient more than its ledger shows. Patients are not harmed by "
-        "that, but one of the two is wrong: ask which software computed the figure.",
-    ),
-    "claim-filter-differs": Meaning(
-        "critical",
-        "The hospital's limit computes something else",
-        "The figure by which the hospital stops at its budget is not the one that follows from its ledger. Its limit "
-        "may have let too much pass, or too little. Stop further studies there until this is explained.",
-    ),
-    "claim-of-another-ledger": Meaning(
-        "critical",
-        "A hospital's figures are not about this ledger",
-        "The figures that came with the evidence count other charges, other studies, or another delta than the ledger "
-        "has. Ask the hospital for a fresh bundle; if that differs as well, its books are wrong.",
-    ),
-    "claim-missing": Meaning(
-        "note",
-        "A hospital states no figures of its own",
-        "The evidence is a bare ledger, or a bundle of an older release, which carries no statement. All figures in "
-        "this report are the auditor's own; nothing could be compared.",
-    ),
-    "history-forked": Meaning(
-        "critical",
-        "A hospital has shown two histories",
-        "The newer evidence has another entry where the older one had one already. A ledger can only grow; one of the "
-        "two was made up, or an old backup was used again. What was spent in the part that is gone is not counted.",
-    ),
-    "history-rolled-back": Meaning(
-        "critical",
-        "A hospital's ledger has become shorter",
-        "Entries that the older evidence showed are missing from the newer one. Spending that was recorded once is no "
-        "longer counted. Ask the hospital which copy of its ledger it uses.",
-    ),
-    "history-missing": Meaning(
-        "warning",
-        "A hospital is missing from the newer evidence",
-        "The older evidence had a ledger of this hospital, and the newer has none. Ask for it.",
-    ),
-}

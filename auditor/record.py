@@ -8,6 +8,7 @@ from typing import NamedTuple
 from auditor.findings import Finding, passed
 from auditor.recompute import BudgetReport
 from shared_models.plan import StudyPlan
+from shared_models.privacy.conformance import Conformance
 from shared_models.privacy.entries import BudgetTerms, Reserved, StudyLimit
 from shared_models.privacy.evidence import Claim
 from shared_models.privacy.mechanisms import GaussianRelease, PoissonGaussian
@@ -22,6 +23,7 @@ class Line(NamedTuple):
         reservation: Of an approval: what it set aside.
         approval: Of an approval by the steward: the steward's own signature.
         digest: Of a checkpoint: what it stands for.
+        conformance: What the hospital found when it tested its own trainer.
     """
 
     seq: int
@@ -39,6 +41,7 @@ class Line(NamedTuple):
     approved_by: str | None = None
     approval: str | None = None
     digest: str | None = None
+    conformance: Conformance | None = None
 
 
 class Key(NamedTuple):

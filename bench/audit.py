@@ -26,11 +26,19 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from client.budget import Budget
 from shared_models.identity import fingerprint, public_bytes, sign, verify
 from shared_models.plan import StudyPlan, parse_plan
+from shared_models.privacy.accounting import reported_epsilon
 from shared_models.privacy.entries import Entry
 from shared_models.privacy.evidence import Claim, encode_parts, pack
 from shared_models.privacy.head import head_path, read_head
 from shared_models.privacy.ledger import Ledger, read_ledger
-from shared_models.privacy.mechanisms import best_order, calibrate_noise, study_mechanisms, training_mechanism
+from shared_models.privacy.mechanisms import (
+    best_order,
+    calibrate_noise,
+    filter_epsilon,
+    study_mechanisms,
+    total_divergence,
+    training_mechanism,
+)
 from shared_models.receipts import Receipt, SignedReceipt
 from shared_models.roster import Coordinator, Member, SignedRoster, UnsignedRoster, members_now, sign_roster
 from shared_models.secagg.key_agreement import Advertisement, Announcement, KeyPairs, advertise
@@ -259,8 +267,16 @@ def _pack(
     signed: SignedRoster,
     plan: StudyPlan,
 ) -> None:
+    charges = [entry.mechanism for entry in entries if entry.kind == "charge" and entry.mechanism is not None]
+    assert entries[0].budget is not None
+    reported, order = reported_epsilon(charges, plan.privacy.delta), entries[0].budget.order
     claim = Claim(
-        study=plan.study, charges=len(receipts), epsilon=0.1, epsilon_filter=0.1, delta=1e-4, accountant="none"
+        study=plan.study,
+        charges=len(charges),
+        epsilon=reported.epsilon,
+        epsilon_filter=filter_epsilon(total_divergence(charges, order), order=order, delta=reported.delta),
+        delta=reported.delta,
+        accountant=reported.accountant,
     )
     parts = encode_parts(
         entries=entries,

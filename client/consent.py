@@ -186,6 +186,10 @@ class Consents:
             raise ConfigError(f"no study {study} waits here", hint="See: konsil-hospital studies hospital.toml")
         return found
 
+    def proposed(self, study: str) -> Proposed | None:
+        """A study as it was proposed, whether it waits or was approved by the steward; None of any other."""
+        return self._read(study, "plan.json", Proposed) or self._read(study, "json", Proposed)
+
     def approved(self, study: str) -> Approval | None:
         """The steward's approval, as it lies on the disk; who uses it verifies it first."""
         return self._read(study, "approval.json", Approval)

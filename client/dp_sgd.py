@@ -360,7 +360,7 @@ def self_check(model: nn.Module, task: Task, *, clip: float, micro_batch: int = 
     with torch.no_grad():
         for parameter in trial.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
-    records = _made_up_records(task, generator)
+    records = made_up_records(task, generator)
     try:
         truth = _gradients_by_brute_force(trial, records, task)
         with PatientGradients(trial, records, task, device="cpu", micro_batch=micro_batch) as gradients:
@@ -409,7 +409,7 @@ def _gradients_by_brute_force(model: nn.Module, records: Records, task: Task) ->
     return means
 
 
-def _made_up_records(task: Task, generator: torch.Generator) -> Records:
+def made_up_records(task: Task, generator: torch.Generator) -> Records:
     """Seven records of four patients that fit the task: one patient with three records, one with two."""
     patients = np.array([0, 1, 1, 2, 3, 3, 3], dtype=np.int64)
     n = len(patients)

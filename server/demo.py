@@ -80,9 +80,11 @@ def run_demo(options: Options, console: Console) -> None:
         children.stop()
         baselines = compare(children, folder, example, console)
         final = _measure(children, folder / "study" / "model.safetensors", example.test)
+        audited = audit(children, folder, [hospital.name for hospital in example.hospitals], console)
     card = _finish_card(folder / "study", plan, example, {"federated, private": final, **_named(baselines)})
     report = _report(plan, progress, sums, final, baselines, folder, card, seconds=time.monotonic() - started)
     report["peak_memory_mb"] = round(memory.peak_mb, 1)
+    report["audit"] = audited
     _print_comparison(console, report, example)
     if options.json_file is not None:
         options.json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -273,6 +275,45 @@ def compare(children: Children, folder: Path, example: Example, console: Console
     return {"pooled": figures.pop("pooled"), "local": figures}
 
 
+def audit(children: Children, folder: Path, names: Iterable[str], console: Console) -> dict[str, Any]:
+    """Have every hospital pack its evidence, and an auditor judge all of it with nothing but the root key.
+
+    Returns:
+        Whether all of it holds, what was found, epsilon as the auditor computes it, and the report's path.
+
+    Raises:
+        FederationError: A hospital could not pack, or the auditor wrote no report.
+    """
+    out = folder / "audit"
+    out.mkdir()
+    bundles = {name: out / f"{name}.evidence" for name in names}
+    with console.status("Auditing what was just done …"):
+        for name, bundle in bundles.items():
+            settings = folder / "hospitals" / name / "hospital.toml"
+            children.start(f"export {name}", "konsil-hospital", "ledger", "export", str(settings), str(bundle))
+        for name in bundles:
+            children.wait(f"export {name}")
+            children.check(f"export {name}")
+        evidence = [*map(str, bundles.values()), str(folder / "study")]
+        files = ("--output", str(out / "report.html"), "--json", str(out / "report.json"))
+        root = ("--root", str(folder / "coordinator" / "root.pub"))
+        children.start("audit", "konsil-audit", "report", *evidence, *root, *files)
+        children.wait("audit")
+        if not (out / "report.json").exists():
+            children.check("audit")
+    found = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    return {
+        "verified": found["passed"],
+        "entries": sum(hospital["entries"] for hospital in found["hospitals"]),
+        "epsilon_recomputed": {
+            hospital["hospital"]: hospital["computed"] and hospital["computed"]["epsilon_pld"]
+            for hospital in found["hospitals"]
+        },
+        "findings": found["findings"],
+        "report": str(out / "report.html"),
+    }
+
+
 def _measure(children: Children, model: Path, test: Path) -> dict[str, float]:
     return dict(json.loads(children.run("final", "konsil-hospital", "evaluate", str(model), "--records", str(test))))
 
@@ -408,10 +449,13 @@ def _print_comparison(console: Console, report: Mapping[str, Any], example: Exam
         who_could_learn_what(report["secure_aggregation"]["hospitals"], report["secure_aggregation"]["threshold"]),
         *_dropped(report["secure_aggregation"]["dropped"]),
         "",
+        _verdict(report["audit"]),
+        "",
         f"Data: {example.split}.",
         "",
         f"model   {report['model']}",
         f"card    {report['card']}",
+        f"audit   {report['audit']['report']}",
         *(f"ledger  {path}" for path in report["ledgers"].values()),
         "",
         f"{report['rounds_completed']} rounds, {report['seconds']:.0f} s in all; all processes together took at most "
@@ -434,6 +478,18 @@ def _cells(figures: Mapping[str, float]) -> list[str]:
 def _say(console: Console, text: str) -> None:
     """Print plain text: wrapped at words on a terminal, line by line where a program may read it."""
     console.print(text, highlight=False, markup=False, soft_wrap=not console.is_terminal)
+
+
+def _verdict(audited: Mapping[str, Any]) -> str:
+    """What the auditor says, in a sentence or two."""
+    if not audited["verified"]:
+        problems = [finding for finding in audited["findings"] if finding["severity"] != "note"]
+        return f"The auditor found {len(problems)} problems, the first: {problems[0]['title']}: {problems[0]['what']}."
+    highest = max(audited["epsilon_recomputed"].values(), default=0.0)
+    return (
+        f"The auditor, with nothing but the consortium's root key, verified {audited['entries']} ledger entries and "
+        f"every sum,\nand computed epsilon again by another accountant: at most {highest:.3f} (PLD, dp-accounting)."
+    )
 
 
 def _table(title: str, first: str, others: Iterable[str]) -> Table:

@@ -85,6 +85,10 @@ class Children:
         self.check(name)
         return output
 
+    def wait(self, name: str) -> int:
+        """Wait for a child that was started, and return its exit status."""
+        return self._children[name].wait()
+
     def check(self, name: str) -> bool:
         """Whether a child is still running.
 

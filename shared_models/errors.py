@@ -241,6 +241,12 @@ class AuditError(FederationError):
     code = "audit"
 
 
+class ConformanceError(FederationError):
+    """Something was tested, and does not do what was claimed: a trainer, its noise, or a model before its release."""
+
+    code = "conformance"
+
+
 class NotEnrolledError(FederationError):
     """A round of a study that this hospital's process has not approved; the coordinator may propose it (again)."""
 

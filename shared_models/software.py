@@ -12,8 +12,12 @@ def software_digest() -> str:
     Two installations with equal digests agree on networks, encodings and accounting to the bit. It proves nothing
     about a peer that lies; it finds honest mistakes, and the ledger records what a hospital ran.
     """
+    return folder_digest(Path(__file__).parent)
+
+
+def folder_digest(folder: Path) -> str:
+    """The same over the source files of any folder."""
     digest = hashlib.sha256()
-    folder = Path(__file__).parent
     for file in sorted(folder.rglob("*.py")):
         content = file.read_bytes()
         digest.update(f"{file.relative_to(folder).as_posix()}\0{len(content)}\0".encode())

@@ -27,6 +27,7 @@ def run(script: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
 def test_there_are_benchmarks() -> None:
     """An empty folder would let every other claim here hold for nothing."""
     known = {
+        "attack.py",
         "demo.py",
         "heart_disease.py",
         "ledger.py",
@@ -61,6 +62,7 @@ def test_an_unknown_option_is_refused_before_anything_is_measured(script: Path, 
 @pytest.mark.parametrize(
     ("script", "option"),
     [
+        ("attack", "--runs"),
         ("demo", "--runs"),
         ("heart_disease", "--seeds"),
         ("ledger", "--entries"),

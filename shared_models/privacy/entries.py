@@ -17,6 +17,7 @@ from pydantic import AfterValidator, Field, model_validator
 from shared_models.config import ALWAYS_WRITTEN, Count, Evolving, Frozen, Name, Positive
 from shared_models.errors import IdentityError, LedgerError
 from shared_models.identity import fingerprint, verify
+from shared_models.privacy.conformance import Conformance
 from shared_models.privacy.head import Head, Statement
 from shared_models.privacy.mechanisms import LARGEST_ORDER, Mechanism
 
@@ -110,6 +111,7 @@ class Entry(Frozen):
         approved_by: Who agreed to a plan.
         approval: The steward's own signature under it.
         evidence_digest: What a checkpoint stands for.
+        conformance: What the hospital found when it tested its own trainer.
         new_public_key: The key that signs from the next entry on.
         new_key_signature: By that new key over ``possession``: nobody can hand a ledger to a key of somebody else.
         signature: Ed25519 by the hospital over the canonical JSON of all the other fields.
@@ -136,6 +138,7 @@ class Entry(Frozen):
     approved_by: Literal["steward", "standing-rule"] | None = None
     approval: Signature | None = None
     evidence_digest: Digest | None = None
+    conformance: Conformance | None = None
     new_public_key: Digest | None = None  # 32 raw bytes in hexadecimal
     new_key_signature: Signature | None = None
     signature: Signature

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from auditor.audit import audit
-from auditor.claims import with_claims
 from auditor.findings import CODES, Finding
 from auditor.recompute import recompute
 from auditor.record import Audit, Key
@@ -52,7 +51,7 @@ def page(found: Audit) -> Page:
 @pytest.fixture(scope="module")
 def real(told: Told) -> Audit:
     """Two real studies, audited."""
-    return with_claims(audit(told.everything, root=read_public(told.root)))
+    return audit(told.everything, root=read_public(told.root))
 
 
 def test_every_figure_is_computed_again(real: Audit) -> None:

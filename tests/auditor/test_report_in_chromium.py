@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from auditor.audit import audit
-from auditor.claims import with_claims
 from auditor.papers import as_html
 from auditor.record import Audit
 from auditor.render import render_report
@@ -33,7 +32,7 @@ def browser(tmp_path: Path) -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def real(told: Told) -> Audit:
     """Two real studies, audited."""
-    return with_claims(audit(told.everything, root=read_public(told.root)))
+    return audit(told.everything, root=read_public(told.root))
 
 
 def opened(browser: Browser, path: Path, text: str) -> str:

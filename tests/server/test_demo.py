@@ -73,6 +73,20 @@ def test_what_it_names_is_there(result: dict[str, Any]) -> None:
         assert len(charges) == result["hospitals"][name]["rounds"]
 
 
+def test_it_ends_with_an_audit_of_what_it_did(result: dict[str, Any]) -> None:
+    """Everything holds without a remark; another accountant agrees with the hospitals; the report is there."""
+    audited = result["audit"]
+
+    assert audited["verified"] is True
+    assert audited["findings"] == []
+    assert audited["entries"] == sum(len(read_ledger(Path(path))) for path in result["ledgers"].values())
+    assert set(audited["epsilon_recomputed"]) == set(result["hospitals"])
+    for name, epsilon in audited["epsilon_recomputed"].items():
+        assert epsilon == pytest.approx(result["hospitals"][name]["epsilon"], abs=0.02)
+    page = Path(audited["report"]).read_text(encoding="utf-8")
+    assert "Everything that was checked holds" in page
+
+
 @pytest.fixture
 def started(tmp_path: Path) -> Iterator["subprocess.Popen[str]"]:
     """A demo that has begun to train."""
