@@ -82,6 +82,7 @@ def environment() -> Environment:
         "odds": odds,
         "plain": plain,
         "breakable": breakable,
+        "chance": chance,
     }
     return web
 
@@ -197,6 +198,11 @@ def breakable(text: str) -> Markup:
 def plain(number: float) -> str:
     """A number as people write it."""
     return f"{number:,}" if isinstance(number, int) else f"{number:g}"
+
+
+def chance(probability: float) -> str:
+    """A small probability in words."""
+    return f"one in {1 / probability:,.0f}" if probability > 0 else "none"
 
 
 def _moment(time: str) -> str:

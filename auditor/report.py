@@ -18,12 +18,14 @@ from pydantic import BaseModel
 
 from auditor.edges import Edge, sharp_edges
 from auditor.findings import COORDINATOR, Finding
+from auditor.noise import noise_reports
 from auditor.recompute import Figures, filter_epsilon
 from auditor.record import Audit, HospitalRecord, Line
 from shared_models.config import Frozen
 from shared_models.durable import replace_file
 from shared_models.errors import ConfigError
 from shared_models.plan import StudyPlan
+from shared_models.privacy.conformance import Conformance
 from shared_models.privacy.entries import BudgetTerms
 from shared_models.privacy.evidence import Claim
 from shared_models.privacy.mechanisms import GaussianRelease, Mechanism, PoissonGaussian
@@ -215,6 +217,36 @@ class UsedMechanism(Frozen):
     uses: tuple[MechanismUse, ...]
 
 
+class NoiseTest(Frozen):
+    """The noise in one study's sums, beside what was charged for; see ``noise.NoiseReport``.
+
+    Attributes:
+        sums: How many were tested.
+        unchecked: How many could not be.
+        ratio: Observed over claimed standard deviation.
+        found: If all hospitals had added only so much of it, it would have been found (probability 0.99).
+        found_alone: The same for the one hospital that adds least; 0 if even no noise at all might have been missed.
+    """
+
+    study: str
+    sums: int
+    unchecked: int
+    ratio: float | None
+    found: float
+    found_alone: float
+    false_alarm: float
+
+
+class TrainerTest(Frozen):
+    """A hospital's test of its own trainer: an entry of kind ``conformance``."""
+
+    hospital: str
+    anchor: str
+    entry: int
+    study: str | None
+    result: Conformance
+
+
 class Source(Frozen):
     """A file that was read."""
 
@@ -237,6 +269,8 @@ class Report(Frozen):
     hospitals: tuple[Hospital, ...]
     studies: tuple[Study, ...]
     mechanisms: tuple[UsedMechanism, ...]
+    noise: tuple[NoiseTest, ...]
+    tests: tuple[TrainerTest, ...]
     edges: tuple[Edge, ...]
     sources: tuple[Source, ...]
 
@@ -253,6 +287,18 @@ def make_report(audit: Audit, *, now: datetime | None = None) -> Report:
     """
     anchors = anchors_of(audit.hospitals)
     hospitals = tuple(_hospital(record, anchors[id(record)], audit) for record in audit.hospitals)
+    noise = [
+        NoiseTest(
+            study=found.study,
+            sums=found.attempts,
+            unchecked=found.unchecked,
+            ratio=found.ratio,
+            found=found.ratio_found,
+            found_alone=found.share_found,
+            false_alarm=found.false_alarm,
+        )
+        for found in noise_reports(audit.attempts, audit.hospitals)
+    ]
     moment = (now or datetime.now(UTC)).isoformat(timespec="seconds").replace("+00:00", "Z")
     return Report(
         made_at=moment,
@@ -265,6 +311,8 @@ def make_report(audit: Audit, *, now: datetime | None = None) -> Report:
         hospitals=hospitals,
         studies=tuple(_studies(audit, anchors)),
         mechanisms=tuple(_mechanisms(audit, anchors)),
+        noise=tuple(noise),
+        tests=tuple(_tests(audit, anchors)),
         edges=tuple(sharp_edges(audit, anchors)),
         sources=tuple(source for path in audit.sources for source in _sources(path)),
     )
@@ -534,6 +582,19 @@ def recipe(mechanism: PoissonGaussian | GaussianRelease) -> Hashable:
     if isinstance(mechanism, GaussianRelease):
         return mechanism
     return mechanism.sample_rate, mechanism.noise_multiplier, mechanism.steps, mechanism.clip
+
+
+def _tests(audit: Audit, anchors: Mapping[int, str]) -> Iterator[TrainerTest]:
+    for record in audit.hospitals:
+        for line in record.lines:
+            if line.kind == "conformance" and line.conformance is not None:
+                yield TrainerTest(
+                    hospital=record.hospital,
+                    anchor=anchors[id(record)],
+                    entry=line.seq,
+                    study=line.study,
+                    result=line.conformance,
+                )
 
 
 # What was read, and what is written

@@ -10,7 +10,6 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Literal, NamedTuple
 
-from auditor.edges import sharp_edges
 from auditor.record import Audit, HospitalRecord
 from auditor.render import describe, epsilon, odds, plain
 from auditor.report import HospitalStudy, Report, Study, UsedMechanism, anchors_of, make_report, recipe
@@ -392,9 +391,8 @@ def _trust(facts: _Facts) -> Item:
 
 
 def _limits(facts: _Facts) -> Iterator[Item]:
-    anchors = anchors_of(facts.audit.hospitals)
     here = {part.anchor for _, part in facts.records}
-    for edge in sharp_edges(facts.audit, anchors):
+    for edge in facts.report.edges:
         rests = tuple(Trace(party=rests.anchor, entry=rests.entry) for rests in edge.rests if rests.anchor in here)
         yield Item(
             label=edge.topic,

@@ -11,11 +11,13 @@ import pytest
 
 from auditor.audit import audit
 from auditor.findings import CODES, Finding
+from auditor.noise import noise_reports
 from auditor.recompute import recompute
 from auditor.record import Audit, Key
 from auditor.render import MOST_ENTRIES, odds, render_report
 from auditor.report import MOST_POINTS, Span, make_report, spans, verdict, write_json
 from shared_models.identity import read_public
+from shared_models.privacy.conformance import CanaryAudit, Check, Conformance
 from shared_models.privacy.mechanisms import GaussianRelease, PoissonGaussian
 from tests.auditor.conftest import LOST, Told
 from tests.auditor.made_up import Writer, hospital, large
@@ -154,6 +156,50 @@ def test_the_json_holds_everything(real: Audit, tmp_path: Path) -> None:
             line.mechanism.model_dump(mode="json") for line in record.lines if line.kind == "charge" and line.mechanism
         ]
     assert read == json.loads(report.model_dump_json())
+
+
+def test_the_noise_and_the_trainers_tests_are_told(real: Audit) -> None:
+    """As the auditor measured it in every opened sum of training; and a hospital's own test with its entry."""
+    report = make_report(real, now=NOW)
+    (first, second) = report.noise
+    measured = noise_reports(real.attempts, real.hospitals)[0]
+
+    assert (first.study, first.sums, first.unchecked) == ("breast-cancer", 2, 0)
+    assert (second.study, second.sums) == ("lungs", 1)
+    assert first.ratio == measured.ratio
+    assert first.ratio == pytest.approx(1, abs=0.1)  # 2 sums of 1,024 coordinates: six standard errors of 1 / 64
+    assert report.tests == ()
+
+    check = Check(name="clipping", statistic=2.0, expected=1.0, verdict="failed")
+    canaries = CanaryAudit(
+        canaries=10,
+        guesses=5,
+        correct=5,
+        epsilon_lower=0.4,
+        confidence=0.95,
+        epsilon_claimed=0.8,
+        delta=1e-4,
+        epsilon_expected=0.3,
+        epsilon_most=1.0,
+    )
+    result = Conformance(
+        rounds=1,
+        steps=1,
+        checks=(check,),
+        canaries=canaries,
+        false_alarm=1e-6,
+        noise_ratio_found=0.9,
+        trainer_digest="ab" * 32,
+    )
+    writer = Writer("north")
+    writer.add("budget-opened")
+    writer.add("conformance", study="heart", plan_digest="ab" * 32, conformance=result)
+    tested = replace(real, hospitals=(hospital("north", writer),), attempts=())
+
+    (test,) = make_report(tested, now=NOW).tests
+    assert (test.entry, test.result) == (2, result)
+    assert "clipping: failed" in page(tested).text
+    assert "0.400 of 0.800" in page(tested).text
 
 
 # Hostile evidence
