@@ -52,6 +52,7 @@ def report(
     from auditor.render import render_report
     from auditor.report import make_report, write, write_json
 
+    _refuse_evidence([output, *([json_file] if json_file else [])], evidence)
     found = _audit(evidence, root, key, partial=partial)
     made = make_report(found)
     write(output, render_report(made, found))
@@ -83,6 +84,7 @@ def statement(
     from auditor.statement import make_statement
     from shared_models.errors import ConfigError
 
+    _refuse_evidence([output], evidence)
     found = _audit(evidence, root, key, partial=partial)
     made = make_statement(found, study)
     data = made.model_dump_json(indent=1) + "\n"
@@ -128,6 +130,7 @@ def diff(
     from auditor.report import write
     from shared_models.errors import EvidenceError
 
+    _refuse_evidence([json_file] if json_file else [], [old, new])
     before, after = (_histories(path, root, key) for path in (old, new))
     found = compare(before, after, partial=partial)
     for difference in found.differences:
@@ -140,6 +143,16 @@ def diff(
         first = found.findings[0]
         raise EvidenceError(f"{first.place}: {first.what}", hint=first.meaning)
     typer.echo(_goes_on(found))
+
+
+def _refuse_evidence(outputs: list[Path], evidence: list[Path]) -> None:
+    """An auditor never writes over what was shown, even by a slip of the keyboard."""
+    from shared_models.errors import ConfigError
+
+    shown = {path.resolve() for path in evidence}
+    for path in outputs:
+        if path.resolve() in shown:
+            raise ConfigError(f"{path} is evidence, and would be written over", hint="Choose another file with -o.")
 
 
 def _audit(evidence: list[Path], root: Path | None, keys: list[Path] | None, *, partial: bool) -> "Audit":

@@ -225,6 +225,16 @@ def test_what_others_wrote_stays_text(real: Audit) -> None:
     assert "\x1b" not in shown.text
 
 
+def test_a_text_of_a_megabyte_does_not_drown_the_page(real: Audit) -> None:
+    """A complaint in the coordinator's file has no length; the page shows its beginning."""
+    attempts = tuple(replace(attempt, complaint="a word " * 150_000) for attempt in real.attempts)
+
+    text = page(replace(real, attempts=attempts)).text
+
+    assert len(text) < 200_000
+    assert "a word a word" in text
+
+
 def test_nothing_can_be_loaded_or_run() -> None:
     """The policy allows the page's own style sheet and nothing else; there is no script and no address of a file."""
     shown = page(large(2, 10))
