@@ -52,6 +52,7 @@ def report(
     from auditor.render import render_report
     from auditor.report import make_report, write, write_json
 
+    _refuse_evidence([output, *([json_file] if json_file else [])], evidence)
     found = _audit(evidence, root, key, partial=partial)
     made = make_report(found)
     write(output, render_report(made, found))
@@ -83,6 +84,7 @@ def statement(
     from auditor.statement import make_statement
     from shared_models.errors import ConfigError
 
+    _refuse_evidence([output], evidence)
     found = _audit(evidence, root, key, partial=partial)
     made = make_statement(found, study)
     data = made.model_dump_json(indent=1) + "\n"
@@ -114,6 +116,9 @@ def diff(
     new: Annotated[Path, typer.Argument(help="The newer one.")],
     root: Root = None,
     key: Keys = None,
+    partial: Annotated[
+        bool, typer.Option("--partial", help="Not every hospital of the older evidence is to be in the newer.")
+    ] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write everything to this file.")] = None,
 ) -> None:
     """What came to a hospital's ledger, and whether the newer evidence goes on from the older.
@@ -125,8 +130,9 @@ def diff(
     from auditor.report import write
     from shared_models.errors import EvidenceError
 
+    _refuse_evidence([json_file] if json_file else [], [old, new])
     before, after = (_histories(path, root, key) for path in (old, new))
-    found = compare(before, after)
+    found = compare(before, after, partial=partial)
     for difference in found.differences:
         typer.echo("\n".join(_lines(difference)))
     for finding in found.findings:
@@ -137,6 +143,16 @@ def diff(
         first = found.findings[0]
         raise EvidenceError(f"{first.place}: {first.what}", hint=first.meaning)
     typer.echo(_goes_on(found))
+
+
+def _refuse_evidence(outputs: list[Path], evidence: list[Path]) -> None:
+    """An auditor never writes over what was shown, even by a slip of the keyboard."""
+    from shared_models.errors import ConfigError
+
+    shown = {path.resolve() for path in evidence}
+    for path in outputs:
+        if path.resolve() in shown:
+            raise ConfigError(f"{path} is evidence, and would be written over", hint="Choose another file with -o.")
 
 
 def _audit(evidence: list[Path], root: Path | None, keys: list[Path] | None, *, partial: bool) -> "Audit":

@@ -111,16 +111,23 @@ def _history(record: HospitalRecord) -> History:
     )
 
 
-def compare(older: Iterable[History], newer: Iterable[History]) -> Comparison:
+def compare(older: Iterable[History], newer: Iterable[History], *, partial: bool = False) -> Comparison:
     """Hold newer evidence against older.
 
     Guarantees:
         * An entry of the older evidence that the newer lacks, or has otherwise, is a finding with its number.
+
+    Args:
+        older: What was shown before.
+        newer: What is shown now.
+        partial: A ledger that only the older evidence has is no finding.
     """
     now = {(history.hospital, history.population): history for history in newer}
     differences, findings = [], []
     for before in older:
         after = now.get((before.hospital, before.population))
+        if after is None and partial:
+            continue
         if after is None:
             what = f"the newer evidence has no ledger of record set {before.population}"
             findings.append(Finding(code="history-missing", party=before.hospital, what=what))

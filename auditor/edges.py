@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Literal, NamedTuple
 
 from auditor.claims import TIGHT_TOLERANCE
+from auditor.noise import noise_reports
 from auditor.recompute import PLD_INTERVAL
 from auditor.record import Audit, HospitalRecord, Line
 from shared_models.config import Frozen
@@ -231,23 +232,25 @@ def _software(audit: Audit, anchors: Mapping[int, str]) -> Iterator[Edge]:
 
 
 def _recorded_only(audit: Audit, anchors: Mapping[int, str]) -> Iterator[Edge]:
-    noisy = sum(bool(attempt.null_coordinates) for attempt in audit.attempts)
     tests = [
         Rests(anchors[id(record)], line.seq)
         for record in audit.hospitals
         for line in [line for line in record.lines if line.kind == "conformance"][-1:]
     ]
+    noise = [found for found in noise_reports(audit.attempts, audit.hospitals) if found.ratio is not None]
+    sums = sum(found.attempts for found in noise)
     seen = (
-        f"In {noisy} sums there were coordinates that hold nothing but noise, and could be tested."
-        if noisy
-        else "Nothing in this evidence lets the noise itself be tested."
+        f"In {'one sum' if sums == 1 else f'{sums} sums'} the noise itself was measured, in coordinates that hold "
+        "nothing else: section 8 of the report has the result, and how little noise would have been noticed."
+        if noise
+        else "Nothing in this evidence let the noise itself be measured."
     )
     yield Edge(
         topic="Recorded is not done",
-        severity="high" if not tests and not noisy else "medium",
-        says=f"A ledger proves what a hospital recorded. It does not prove that the noise was really added. {seen}",
-        do="Have the hospital's trainer tested (konsil-hospital conformance, konsil-audit attack) before large "
-        "studies.",
+        severity="medium" if tests or noise else "high",
+        says=f"A ledger proves what a hospital recorded. It does not prove that noise was really added. {seen}",
+        do="Have each hospital's trainer tested (konsil-hospital conformance) before large studies, and the model "
+        "attacked (konsil-audit attack) before it is given away.",
         rests=tuple(tests),
     )
 

@@ -18,6 +18,7 @@ from auditor.report import MOST_ROUNDS, Hospital, Point, Report, Span, Study, Us
 from shared_models.curves import MOST_SERIES, Chart, chart
 from shared_models.privacy.mechanisms import GaussianRelease, PoissonGaussian
 
+LONGEST_TEXT = 2000  # characters of one text: as many as a study's purpose may have
 WEB = Path(__file__).parent / "web"
 MOST_ROWS = 12  # of one hospital, in the table behind a picture of several
 MOST_PLACES = 20  # of findings of one kind
@@ -60,9 +61,10 @@ class Ledger(NamedTuple):
 
 
 def printable(value: object) -> object:
-    """A text without what could hide a part of it or turn its direction; anything else as it is."""
+    """A text without what could hide a part of it or turn its direction, and no longer than anybody reads."""
     if isinstance(value, str) and not isinstance(value, Markup):
-        return _HIDDEN.sub("\N{REPLACEMENT CHARACTER}", value)
+        shown = _HIDDEN.sub("\N{REPLACEMENT CHARACTER}", value[:LONGEST_TEXT])
+        return shown if len(value) <= LONGEST_TEXT else f"{shown}\N{HORIZONTAL ELLIPSIS}"
     return value
 
 
@@ -82,6 +84,7 @@ def environment() -> Environment:
         "odds": odds,
         "plain": plain,
         "breakable": breakable,
+        "chance": chance,
     }
     return web
 
@@ -197,6 +200,11 @@ def breakable(text: str) -> Markup:
 def plain(number: float) -> str:
     """A number as people write it."""
     return f"{number:,}" if isinstance(number, int) else f"{number:g}"
+
+
+def chance(probability: float) -> str:
+    """A small probability in words."""
+    return f"one in {1 / probability:,.0f}" if probability > 0 else "none"
 
 
 def _moment(time: str) -> str:

@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -18,12 +18,14 @@ from pydantic import BaseModel
 
 from auditor.edges import Edge, sharp_edges
 from auditor.findings import COORDINATOR, Finding
+from auditor.noise import noise_reports
 from auditor.recompute import Figures, filter_epsilon
 from auditor.record import Audit, HospitalRecord, Line
 from shared_models.config import Frozen
 from shared_models.durable import replace_file
 from shared_models.errors import ConfigError
 from shared_models.plan import StudyPlan
+from shared_models.privacy.conformance import Conformance
 from shared_models.privacy.entries import BudgetTerms
 from shared_models.privacy.evidence import Claim
 from shared_models.privacy.mechanisms import GaussianRelease, Mechanism, PoissonGaussian
@@ -215,6 +217,36 @@ class UsedMechanism(Frozen):
     uses: tuple[MechanismUse, ...]
 
 
+class NoiseTest(Frozen):
+    """The noise in one study's sums, beside what was charged for; see ``noise.NoiseReport``.
+
+    Attributes:
+        sums: How many were tested.
+        unchecked: How many could not be.
+        ratio: Observed over claimed standard deviation.
+        found: If all hospitals had added only so much of it, it would have been found (probability 0.99).
+        found_alone: The same for the one hospital that adds least; 0 if even no noise at all might have been missed.
+    """
+
+    study: str
+    sums: int
+    unchecked: int
+    ratio: float | None
+    found: float
+    found_alone: float
+    false_alarm: float
+
+
+class TrainerTest(Frozen):
+    """A hospital's test of its own trainer: an entry of kind ``conformance``."""
+
+    hospital: str
+    anchor: str
+    entry: int
+    study: str | None
+    result: Conformance
+
+
 class Source(Frozen):
     """A file that was read."""
 
@@ -237,6 +269,8 @@ class Report(Frozen):
     hospitals: tuple[Hospital, ...]
     studies: tuple[Study, ...]
     mechanisms: tuple[UsedMechanism, ...]
+    noise: tuple[NoiseTest, ...]
+    tests: tuple[TrainerTest, ...]
     edges: tuple[Edge, ...]
     sources: tuple[Source, ...]
 
@@ -253,6 +287,18 @@ def make_report(audit: Audit, *, now: datetime | None = None) -> Report:
     """
     anchors = anchors_of(audit.hospitals)
     hospitals = tuple(_hospital(record, anchors[id(record)], audit) for record in audit.hospitals)
+    noise = [
+        NoiseTest(
+            study=found.study,
+            sums=found.attempts,
+            unchecked=found.unchecked,
+            ratio=found.ratio,
+            found=found.ratio_found,
+            found_alone=found.share_found,
+            false_alarm=found.false_alarm,
+        )
+        for found in noise_reports(audit.attempts, audit.hospitals)
+    ]
     moment = (now or datetime.now(UTC)).isoformat(timespec="seconds").replace("+00:00", "Z")
     return Report(
         made_at=moment,
@@ -265,6 +311,8 @@ def make_report(audit: Audit, *, now: datetime | None = None) -> Report:
         hospitals=hospitals,
         studies=tuple(_studies(audit, anchors)),
         mechanisms=tuple(_mechanisms(audit, anchors)),
+        noise=tuple(noise),
+        tests=tuple(_tests(audit, anchors)),
         edges=tuple(sharp_edges(audit, anchors)),
         sources=tuple(source for path in audit.sources for source in _sources(path)),
     )
@@ -298,9 +346,11 @@ def verdict(audit: Audit) -> str:
         questions = _are(len(warnings), "open question")
         return f"The records hold together, but somebody has to explain something: there {questions}."
     names = len({record.hospital for record in audit.hospitals})
+    start = "Everything that was checked holds"
+    if audit.root is None:
+        start = "Without the consortium's root key, everything that could be checked holds"
     return (
-        f"Everything that was checked holds: what {_hospitals(names)} recorded is whole and signed, and stays within "
-        "what patients were promised."
+        f"{start}: what {_hospitals(names)} recorded is whole and signed, and stays within what patients were promised."
     )
 
 
@@ -534,6 +584,19 @@ def recipe(mechanism: PoissonGaussian | GaussianRelease) -> Hashable:
     return mechanism.sample_rate, mechanism.noise_multiplier, mechanism.steps, mechanism.clip
 
 
+def _tests(audit: Audit, anchors: Mapping[int, str]) -> Iterator[TrainerTest]:
+    for record in audit.hospitals:
+        for line in record.lines:
+            if line.kind == "conformance" and line.conformance is not None:
+                yield TrainerTest(
+                    hospital=record.hospital,
+                    anchor=anchors[id(record)],
+                    entry=line.seq,
+                    study=line.study,
+                    result=line.conformance,
+                )
+
+
 # What was read, and what is written
 
 
@@ -562,7 +625,7 @@ def spans(lines: Sequence[Line], wanted: Iterable[int], *, most: int) -> list[Sp
 
     Args:
         lines: All entries, oldest first.
-        wanted: Entries that something refers to; these are always shown.
+        wanted: Entries that something refers to; these are always shown, and so is a gap of one or two between them.
         most: A ledger of up to so many entries is shown whole.
     """
     if len(lines) <= most:
@@ -571,8 +634,11 @@ def spans(lines: Sequence[Line], wanted: Iterable[int], *, most: int) -> list[Sp
     places = sorted(
         {place for seq in wanted if (place := bisect_right(numbers, seq) - 1) >= 0 and numbers[place] == seq}
     )
-    found, after = [], 0
-    for place in places:
+    near = {
+        other for one, two in pairwise([-1, *places, len(lines)]) if two - one <= 3 for other in range(one + 1, two)
+    }
+    found, after = list[Span](), 0
+    for place in sorted({*places, *near}):
         if place > after:
             found.append(Span(lines[after:place], shown=False))
         found.append(Span(lines[place : place + 1], shown=True))

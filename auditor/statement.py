@@ -10,7 +10,6 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Literal, NamedTuple
 
-from auditor.edges import sharp_edges
 from auditor.record import Audit, HospitalRecord
 from auditor.render import describe, epsilon, odds, plain
 from auditor.report import HospitalStudy, Report, Study, UsedMechanism, anchors_of, make_report, recipe
@@ -356,6 +355,7 @@ def _deployment(facts: _Facts) -> Iterator[Item]:
         traces=_approvals(facts) if plan else (),
         hint="By the approved plan." if plan else "The evidence has the plan's digest, and not the plan.",
     )
+    yield from _noise(facts)
     tested = [
         Trace(party=part.anchor, entry=line.seq)
         for record, part in facts.records
@@ -368,6 +368,18 @@ def _deployment(facts: _Facts) -> Iterator[Item]:
     )
     yield Item(label="Data security and access control", hint="Who can reach records, keys and models, and how.")
     yield Item(label="Exposure by data collection", hint="How the records came to the hospital, and who else has them.")
+
+
+def _noise(facts: _Facts) -> Iterator[Item]:
+    """What was measured of the noise in this study's sums."""
+    for test in facts.report.noise:
+        if test.study == facts.study.study and test.ratio is not None:
+            yield Item(
+                label="Noise, measured",
+                value=f"{test.ratio:.3f} of the standard deviation that was charged, over {plain(test.sums)} sums; had "
+                f"all hospitals added only {test.found:.3f} of it, that would have been noticed with probability 0.99",
+                traces=(Trace(party="auditor", what="measured in coordinates of the sums that hold noise only"),),
+            )
 
 
 def _trust(facts: _Facts) -> Item:
@@ -392,9 +404,8 @@ def _trust(facts: _Facts) -> Item:
 
 
 def _limits(facts: _Facts) -> Iterator[Item]:
-    anchors = anchors_of(facts.audit.hospitals)
     here = {part.anchor for _, part in facts.records}
-    for edge in sharp_edges(facts.audit, anchors):
+    for edge in facts.report.edges:
         rests = tuple(Trace(party=rests.anchor, entry=rests.entry) for rests in edge.rests if rests.anchor in here)
         yield Item(
             label=edge.topic,

@@ -96,6 +96,7 @@ def test_a_hospital_that_is_missing_is_named_and_a_new_one_is_none() -> None:
     found = compare(histories(old), histories(new))
 
     assert [(finding.code, finding.party) for finding in found.findings] == [("history-missing", "south")]
+    assert compare(histories(old), histories(new), partial=True).findings == ()
     assert [difference.came for difference in found.differences] == [{}]
 
 

@@ -11,11 +11,13 @@ import pytest
 
 from auditor.audit import audit
 from auditor.findings import CODES, Finding
+from auditor.noise import noise_reports
 from auditor.recompute import recompute
-from auditor.record import Audit
+from auditor.record import Audit, Key
 from auditor.render import MOST_ENTRIES, odds, render_report
 from auditor.report import MOST_POINTS, Span, make_report, spans, verdict, write_json
 from shared_models.identity import read_public
+from shared_models.privacy.conformance import CanaryAudit, Check, Conformance
 from shared_models.privacy.mechanisms import GaussianRelease, PoissonGaussian
 from tests.auditor.conftest import LOST, Told
 from tests.auditor.made_up import Writer, hospital, large
@@ -156,6 +158,50 @@ def test_the_json_holds_everything(real: Audit, tmp_path: Path) -> None:
     assert read == json.loads(report.model_dump_json())
 
 
+def test_the_noise_and_the_trainers_tests_are_told(real: Audit) -> None:
+    """As the auditor measured it in every opened sum of training; and a hospital's own test with its entry."""
+    report = make_report(real, now=NOW)
+    (first, second) = report.noise
+    measured = noise_reports(real.attempts, real.hospitals)[0]
+
+    assert (first.study, first.sums, first.unchecked) == ("breast-cancer", 2, 0)
+    assert (second.study, second.sums) == ("lungs", 1)
+    assert first.ratio == measured.ratio
+    assert first.ratio == pytest.approx(1, abs=0.1)  # 2 sums of 1,024 coordinates: six standard errors of 1 / 64
+    assert report.tests == ()
+
+    check = Check(name="clipping", statistic=2.0, expected=1.0, verdict="failed")
+    canaries = CanaryAudit(
+        canaries=10,
+        guesses=5,
+        correct=5,
+        epsilon_lower=0.4,
+        confidence=0.95,
+        epsilon_claimed=0.8,
+        delta=1e-4,
+        epsilon_expected=0.3,
+        epsilon_most=1.0,
+    )
+    result = Conformance(
+        rounds=1,
+        steps=1,
+        checks=(check,),
+        canaries=canaries,
+        false_alarm=1e-6,
+        noise_ratio_found=0.9,
+        trainer_digest="ab" * 32,
+    )
+    writer = Writer("north")
+    writer.add("budget-opened")
+    writer.add("conformance", study="heart", plan_digest="ab" * 32, conformance=result)
+    tested = replace(real, hospitals=(hospital("north", writer),), attempts=())
+
+    (test,) = make_report(tested, now=NOW).tests
+    assert (test.entry, test.result) == (2, result)
+    assert "clipping: failed" in page(tested).text
+    assert "0.400 of 0.800" in page(tested).text
+
+
 # Hostile evidence
 
 
@@ -177,6 +223,16 @@ def test_what_others_wrote_stays_text(real: Audit) -> None:
     assert shown.text.count("<script>alert(1)</script>") >= len(CODES)
     assert "\u202e" not in shown.text
     assert "\x1b" not in shown.text
+
+
+def test_a_text_of_a_megabyte_does_not_drown_the_page(real: Audit) -> None:
+    """A complaint in the coordinator's file has no length; the page shows its beginning."""
+    attempts = tuple(replace(attempt, complaint="a word " * 150_000) for attempt in real.attempts)
+
+    text = page(replace(real, attempts=attempts)).text
+
+    assert len(text) < 200_000
+    assert "a word a word" in text
 
 
 def test_nothing_can_be_loaded_or_run() -> None:
@@ -220,7 +276,8 @@ def test_spans_cover_a_ledger_exactly() -> None:
     cut = spans(writer.lines, wanted, most=MOST_ENTRIES)
 
     assert [line for span in cut for line in span.lines] == writer.lines
-    assert {line.seq for span in cut if span.shown for line in span.lines} == wanted - {9999}
+    shown = {line.seq for span in cut if span.shown for line in span.lines}
+    assert shown == {1, 2, 300, 301, 602, 603}  # a gap of one is no gap
     assert spans(writer.lines, wanted, most=1000) == [Span(writer.lines, shown=True)]
     assert spans([], wanted, most=10) == []
 
@@ -275,11 +332,17 @@ VERDICTS: list[tuple[list[str], str]] = [
 @pytest.mark.parametrize(("codes", "sentence"), VERDICTS)
 def test_the_verdict_is_the_worst_of_what_was_found(codes: list[str], sentence: str) -> None:
     """One sentence; and only notes let an audit pass."""
-    found = large(2, 5, findings=[Finding(code=code, party="hospital-1", what="it is so") for code in codes])
+    given = [Finding(code=code, party="hospital-1", what="it is so") for code in codes]
+    found = replace(large(2, 5, findings=given), root="the root")
 
     assert sentence in verdict(found)
     assert found.passed == ("checked holds:" in verdict(found))
     assert sentence in page(found).text
+
+
+def test_the_verdict_says_that_nobody_vouched_for_the_keys() -> None:
+    """Whoever reads one sentence only must not miss that."""
+    assert "Without the consortium's root key, everything that could be checked holds" in verdict(large(2, 5))
 
 
 @pytest.mark.parametrize(
@@ -301,3 +364,34 @@ def test_findings_of_one_kind_are_told_together(real: Audit) -> None:
     assert "figure 19" in text
     assert "figure 20" not in text
     assert "and 980 more of the same kind" in text
+
+
+def test_keys_are_told_with_what_the_consortium_says() -> None:
+    """A rotated key, the one that replaced it, one that nobody vouches for, and a member without evidence."""
+    found = large(3, 5)
+    rotated = replace(found.hospitals[0], keys=(Key("old", 1), Key("new", 7)))
+    records = (rotated, *found.hospitals[1:])
+    members = {"hospital-1": "new", "hospital-2": "another", "hospital-9": "absent"}
+
+    report = make_report(replace(found, hospitals=records, members=members), now=NOW)
+    text = page(replace(found, hospitals=records, members=members)).text
+
+    keys = [(key.fingerprint, key.first, key.vouched) for key in report.hospitals[0].keys]
+    assert keys == [("old", 1, False), ("new", 8, True)]
+    assert report.hospitals[1].keys[0].vouched is False
+    assert report.hospitals[2].keys[0].vouched is None
+    assert "no: it was exchanged" in text
+    assert "absentno ledger hereyes" in text
+
+
+def test_a_charge_without_a_result_is_counted() -> None:
+    """Two attempts for each of two rounds: two charges came to nothing, and are paid for."""
+    writer = Writer("north")
+    writer.add("budget-opened")
+    writer.study("heart", 6, releases_every=3, vain=2)
+
+    (study,) = make_report(replace(large(1, 1), hospitals=(hospital("north", writer),)), now=NOW).studies
+
+    (part,) = study.hospitals
+    assert part.computed is not None
+    assert (part.computed.charges, part.vain, len(part.releases)) == (6 + 2 + 2, 2, 2)

@@ -73,6 +73,7 @@ def test_the_privacy_statement_has_what_the_guideline_asks_for(statement: Statem
     assert (record.software_digest or "?") in (found["Randomness"].value or "")
     assert "2 releases of statistics" in (found["Released besides the model"].value or "")
     assert found["Utility and bias"].value is None
+    assert "of the standard deviation that was charged, over 2 sums" in (found["Noise, measured"].value or "")
 
 
 def test_the_record_of_processing_goes_by_the_letters_of_the_article(statement: Statement, real: Audit) -> None:
