@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from auditor.audit import audit
+from client.bundle import export
 from client.membership import PIN, Membership
 from server.trial import trial_root
 from shared_models.errors import (
@@ -25,7 +27,7 @@ HOSPITAL = "hospital-1"
 @pytest.fixture
 def federation(tmp_path: Path) -> Federation:
     """Three hospitals with roster version 1."""
-    return make_federation(tmp_path, hospitals=3)
+    return make_federation(tmp_path, hospitals=3, rounds=2)
 
 
 def propose(federation: Federation, hospital: str = HOSPITAL) -> str:
@@ -84,6 +86,21 @@ def test_another_consortiums_roster_is_refused(federation: Federation) -> None:
 
     with pytest.raises(ForeignRosterError, match="another root key"):
         Membership(settings)
+
+
+def test_a_hospital_that_was_revoked_still_shows_its_evidence(federation: Federation, tmp_path: Path) -> None:
+    """What it spent does not go away with it; the auditor is told that it was turned out."""
+    study = federation.run()
+    federation.sign_roster(version=2, revoked=[HOSPITAL])
+    restart(federation, HOSPITAL)
+    bundles = [tmp_path / f"{name}.evidence" for name in federation.names]
+
+    for name, bundle in zip(federation.names, bundles, strict=True):
+        export(federation.settings(name), bundle)
+
+    found = audit([*bundles, study], root=public_bytes(trial_root(federation.folder / "root")))
+    assert found.passed, found.findings
+    assert (HOSPITAL, "revoked") in {(finding.party, finding.code) for finding in found.findings}
 
 
 def test_a_hospital_that_was_revoked_knows_it(federation: Federation) -> None:
