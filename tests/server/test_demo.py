@@ -74,11 +74,12 @@ def test_what_it_names_is_there(result: dict[str, Any]) -> None:
 
 
 def test_it_ends_with_an_audit_of_what_it_did(result: dict[str, Any]) -> None:
-    """Everything holds without a remark; another accountant agrees with the hospitals; the report is there."""
+    """Everything holds, but nobody tested a trainer; another accountant agrees; the report is there."""
     audited = result["audit"]
 
     assert audited["verified"] is True
-    assert audited["findings"] == []
+    assert {finding["code"] for finding in audited["findings"]} == {"conformance-missing"}
+    assert {finding["severity"] for finding in audited["findings"]} == {"note"}
     assert audited["entries"] == sum(len(read_ledger(Path(path))) for path in result["ledgers"].values())
     assert set(audited["epsilon_recomputed"]) == set(result["hospitals"])
     for name, epsilon in audited["epsilon_recomputed"].items():
