@@ -193,7 +193,7 @@ def test_a_whole_new_history_is_found(evidence: Evidence, tmp_path: Path) -> Non
     entries = _chained([*bundle.entries[: last - 1], *closed], evidence.key())
     receipts, transcripts = bundle.receipts[:-1], bundle.transcripts[:-1]
     bundles = _repacked(
-        evidence, tmp_path / "new", entries=entries, head=None, receipts=receipts, transcripts=transcripts
+        evidence, tmp_path / "new", entries=entries, head=None, receipts=receipts, transcripts=transcripts, claims=()
     )
 
     assert audit([bundles[LIAR]], root=evidence.root, partial=True).passed  # it holds by itself
