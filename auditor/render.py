@@ -259,8 +259,8 @@ def _over_rounds(study: Study) -> Picture | None:
         last=last,
         limit=(f"limit {highest:g}", highest) if len(limits) == 1 else (f"highest limit {highest:g}", highest),
     )
-    ends = "; ".join(
-        f"{part.anchor} {epsilon(part.curve[-1].spent)} after round {part.curve[-1].round}"
+    ends = ", ".join(
+        f"{epsilon(part.curve[-1].spent)} at {part.anchor} after round {part.curve[-1].round}"
         for part in study.hospitals[:MOST_SERIES]
         if part.curve
     )
@@ -269,7 +269,7 @@ def _over_rounds(study: Study) -> Picture | None:
         for part in study.hospitals[:MOST_SERIES]
         for point in _fewer(part.curve)
     ]
-    text = f"Epsilon by the hospitals' filters, at the study's delta. It ends at: {ends}."
+    text = f"Epsilon by the hospitals' filters, at the study's delta. At the end: {ends}."
     return Picture(drawn, text, "round", ("hospital", "round", "time, UTC", "spent by then"), rows)
 
 

@@ -363,7 +363,9 @@ def _deployment(facts: _Facts) -> Iterator[Item]:
     ]
     yield Item(
         label="Tests of the implementation",
-        value=f"{len(tested)} hospitals recorded a conformance test" if tested else "none is recorded in the ledgers",
+        value=f"a conformance test is recorded by {len(tested)} of {len(facts.records)} hospitals"
+        if tested
+        else "none is recorded in the ledgers",
         traces=tuple(tested) or _all_entries(facts),
     )
     yield Item(label="Data security and access control", hint="Who can reach records, keys and models, and how.")
