@@ -109,10 +109,11 @@ def _calling(command: Callable[..., None]) -> Callable[..., None]:
     def call(**arguments: Any) -> None:
         os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what is wrong is said in our own two lines
         from server.control_client import ControlClient
-        from server.settings import find_operator
+        from shared_models.control.access import find_access
 
         where = {name: arguments.pop(name) for name in _CALLING}
-        with ControlClient(find_operator(where.pop("operator"), **where)) as client:
+        said = {"option": "--operator operator.toml", "variable": "KONSIL_OPERATOR"}
+        with ControlClient(find_access(where.pop("operator"), **said, **where)) as client:
             command(client, **arguments)
 
     own = list(inspect.signature(command).parameters.values())[1:]

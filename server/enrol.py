@@ -19,8 +19,9 @@ from pydantic import ValidationError
 from server.members import signed_roster
 from server.pki import Authority
 from server.roles import STAFF
-from server.settings import Settings, read_operator, read_settings
+from server.settings import Settings, read_settings
 from shared_models.config import explain
+from shared_models.control.access import read_access
 from shared_models.enrolment import (
     Kit,
     Request,
@@ -221,7 +222,7 @@ def issue(settings: Settings, name: str, role: str, folder: Path, *, valid_for: 
     near = f"{'localhost' if host in ANY_ADDRESS else host}:{settings.control.port}"
     fields = {"connect": connect or near, "ca": "ca.pem", "certificate": "tls.pem", "key": "tls.key"}
     file.write_text(tomli_w.dumps(fields), encoding="utf-8")
-    read_operator(file)
+    read_access(file)
     return file
 
 
