@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from auditor import cli_remote
 from shared_models import terminal
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+cli_remote.add_to(app)
 
 Ledgers = Annotated[list[Path], typer.Argument(metavar="LEDGER...", help="Ledger files (ledger.sqlite).")]
 Evidence = Annotated[list[Path], typer.Argument(metavar="FILE...", help="Evidence bundles, or ledger files.")]

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from shared_models.control.deposits import BUNDLE, CHECKPOINTS, bundle_name, owner_of_bundle
-from shared_models.durable import sync_folder
+from shared_models.durable import append_whole, sync_folder
 from shared_models.errors import CheckpointError, DepositError, EvidenceError, TransferError
 from shared_models.privacy.checkpoint import LONGEST_LINE, CheckpointHistory, SignedCheckpoint, read_checkpoint
 
@@ -195,18 +195,7 @@ class Deposits:
             )
         path = self._own(hospital) / CHECKPOINTS
         fresh = not path.exists()
-        with path.open("ab", buffering=0) as file:
-            file.truncate(known.size)
-            try:
-                written = file.write(line)
-                os.fsync(file.fileno())
-            except OSError:
-                with suppress(OSError):
-                    file.truncate(known.size)
-                raise
-            if written != len(line):
-                file.truncate(known.size)
-                raise OSError(0, "the disk took only a part of it")
+        append_whole(path, line, size=known.size)
         if fresh:
             sync_folder(path.parent)
         known.size += len(line)

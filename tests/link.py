@@ -9,6 +9,7 @@ from hashlib import sha256
 from pathlib import Path
 
 import tomli_w
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import Context, Message
 
 from client.daemon import serve
@@ -113,16 +114,23 @@ class Keys:
 
 
 def made_checkpoint(keys: Keys, name: str, seq: int, *, minute: int | None = None, fork: str = "a") -> SignedCheckpoint:
-    """A hospital's checkpoint of a ledger that there need not be.
+    """A hospital's checkpoint of a ledger that there need not be; see ``signed_checkpoint``."""
+    key = load_key(keys.folder / name / "keys" / "identity.key")
+    return signed_checkpoint(key, name, seq, minute=minute, fork=fork)
+
+
+def signed_checkpoint(
+    key: Ed25519PrivateKey, name: str, seq: int, *, minute: int | None = None, fork: str = "a"
+) -> SignedCheckpoint:
+    """A checkpoint of a ledger that there need not be.
 
     Args:
-        keys: Everybody's.
-        name: The hospital.
+        key: Signs it.
+        name: The hospital that it says it is of.
         seq: Number of the entry; its hash is made of it.
         minute: When it was signed; as many minutes after a moment as there are entries, unless told otherwise.
         fork: Names one of several histories.
     """
-    key = load_key(keys.folder / name / "keys" / "identity.key")
     unsigned = Checkpoint(
         format="konsil-checkpoint/1",
         hospital=name,

@@ -11,7 +11,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,28 +23,23 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from typer.testing import CliRunner
 
 from server import cli
-from server.audit import AuditLog, export_lines
+from server.audit import AuditLog
 from server.control import HEALTH, REFLECTION, SERVICE, THREADS, ControlService
 from server.control_client import ControlClient
 from server.control_events import for_hospital, from_message, to_message
 from server.control_server import ControlServer
-from server.demo import free_port, plan_text
+from server.demo import plan_text
 from server.deposits import FOLDER, Deposits
 from server.evidence import RECEIPTS, SUMS
-from server.examples import example_plan
-from server.halt import Halt
-from server.journal import Journal, read_events
+from server.journal import read_events
 from server.pki import Authority
 from server.roles import ALLOWED, Doorman, withdraw
-from server.settings import Control, Settings
-from server.store import State, Store, StudyRow, Wish
-from server.studies import Studies
+from server.store import Wish
 from server.transfer import CHUNK_BYTES
-from server.turns import Turns
-from shared_models.audit_log import AuditEntry, follow_export, read_export, verify_export
+from shared_models.audit_log import read_export, verify_export
 from shared_models.config import read_toml
 from shared_models.control import control_pb2 as pb
-from shared_models.control.access import Access, read_access
+from shared_models.control.access import read_access
 from shared_models.control.control_pb2_grpc import ControlStub
 from shared_models.control.deposits import CHECKPOINTS
 from shared_models.errors import (
@@ -58,124 +52,11 @@ from shared_models.errors import (
     TransferError,
     UnknownStudyError,
 )
-from shared_models.plan import StudyPlan
 from shared_models.privacy.checkpoint import SignedCheckpoint
+from tests.centre import MODEL, ROLES, Centre, plan, round_facts
 from tests.link import Keys, checkpoint_chunks, made_checkpoint
 
 ROOT = Path(__file__).parents[2]
-ROLES = ("operator", "auditor", "viewer", "hospital")
-MODEL = bytes(range(256)) * 6000  # three chunks
-
-
-def plan(study: str, **changes: Any) -> StudyPlan:
-    """A plan of this name."""
-    return example_plan("breast-cancer", 3).model_copy(update={"study": study, **changes})
-
-
-@dataclass
-class Centre:
-    """A control service over real studies, in which a study's rounds are played by the test.
-
-    Attributes:
-        keys: Everybody's keys and certificates.
-        limits: Of the service.
-        rounds: Lets a study called ``long`` go on by a round.
-    """
-
-    keys: Keys
-    limits: dict[str, Any] = field(default_factory=dict)
-    rounds: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
-
-    def __post_init__(self) -> None:
-        self.folder = self.keys.folder / "coordinator"
-        control = Control(port=free_port(), **self.limits)
-        self.settings: Settings = self.keys.coordinator().model_copy(update={"control": control})
-        self.settings.state.mkdir(exist_ok=True)
-        for role in ROLES[:3]:
-            self.keys.authority.issue(self.folder.parent / role, f"{role}-anna", role=role)
-
-    def conduct(self, row: StudyRow, _turns: Turns, halt: Halt) -> None:
-        """A study as the journal tells it: ``long`` lasts until it is stopped, every other one finishes at once."""
-        row.folder.mkdir(parents=True, exist_ok=True)
-        journal = Journal(row.folder / "events.jsonl")
-        if not journal.begun:
-            journal.write(
-                "started", study=row.name, plan_digest=row.plan.digest(), rounds=row.plan.rounds, parameters=31
-            )
-            for name in self.keys.names:
-                journal.write("enrolled", hospital=name, public_size=100, same_software=True)
-        self.store.enter(row.name, State.RUNNING)
-        for number in range(row.rounds_done + 1, row.plan.rounds + 1):
-            while row.name == "long" and not self.rounds.acquire(timeout=0.01):
-                if self.store.study(row.name).wish is Wish.STOP:
-                    journal.write("stopped")
-                    self.store.enter(row.name, State.STOPPED, "by an operator")
-                    return
-                if halt._pause.is_set():
-                    self.store.enter(row.name, State.PAUSED, "by an operator")
-                    return
-            journal.write("round", **round_facts(number, row.plan.rounds))
-            self.store.finish_round(row.name, number, {})
-        (row.folder / "model.safetensors").write_bytes(MODEL)
-        (row.folder / RECEIPTS).write_text('{"hospital":"north"}\n', encoding="ascii")
-        (row.folder / SUMS).write_text('{"transcript":1}\n', encoding="ascii")
-        self.store.enter(row.name, State.FINISHED)
-
-    @contextlib.contextmanager
-    def serving(self) -> Iterator["Centre"]:
-        """While it is served."""
-        with (
-            contextlib.closing(Store(self.settings.database_url)) as self.store,
-            Studies(self.store, self.settings.state / "studies", self.conduct) as self.studies,
-            AuditLog(self.settings.state) as self.audit,
-            ControlServer(self.settings, self.studies, self.audit),
-        ):
-            yield self
-
-    @property
-    def address(self) -> str:
-        """Where it is served."""
-        return f"127.0.0.1:{self.settings.control.port}"
-
-    def operator(self, role: str, authority: Authority | None = None) -> Access:
-        """Where to call, and as whom."""
-        home = self.keys.folder / "north" / "keys" if role == "hospital" else self.keys.folder / role
-        ca = (authority or self.keys.authority).certificate
-        return Access(connect=self.address, ca=ca, certificate=home / "tls.pem", key=home / "tls.key")
-
-    def client(self, role: str) -> ControlClient:
-        """A client of a role."""
-        return ControlClient(self.operator(role))
-
-    def channel(self, role: str) -> grpc.Channel:
-        """A bare channel of a role."""
-        who = self.operator(role)
-        credentials = grpc.ssl_channel_credentials(*(path.read_bytes() for path in (who.ca, who.key, who.certificate)))
-        return grpc.secure_channel(self.address, credentials)
-
-    def log(self) -> list[AuditEntry]:
-        """The audit log, verified; every test of it is of a log that holds."""
-        return list(follow_export(export_lines(self.settings.state), self.audit.public_key))
-
-    def finished(self, name: str) -> str:
-        """Submit a study that finishes at once, and wait for it."""
-        self.studies.submit(plan(name).model_dump(mode="json"), by="the test")
-        self.studies.wait(name)
-        return name
-
-
-def round_facts(number: int, rounds: int) -> dict[str, Any]:
-    return {
-        "round": number,
-        "rounds": rounds,
-        "answered": ["east", "north"],
-        "missing": ["south"],
-        "epsilon_filter": {"east": 0.5, "north": 0.25},
-        "metrics_released": {},
-        "stages": {"train": 0.5},
-        "seconds": 1.5,
-        "checkpoint": "round.safetensors",
-    }
 
 
 @pytest.fixture(scope="module")
