@@ -5,12 +5,15 @@ The rules are ``CheckpointHistory``'s; here they become findings.
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from auditor.findings import Finding
-from auditor.record import HospitalRecord
 from shared_models.errors import CheckpointError, EvidenceError, ForkedCheckpointError, RolledBackCheckpointError
 from shared_models.identity import fingerprint
 from shared_models.privacy.checkpoint import LONGEST_LINE, CheckpointHistory, SignedCheckpoint, read_checkpoint
+
+if TYPE_CHECKING:
+    from auditor.record import HospitalRecord  # brings dp-accounting, which takes seconds
 
 
 def read_checkpoints(path: Path) -> Iterator[SignedCheckpoint]:
@@ -41,7 +44,7 @@ def contradiction(checkpoint: SignedCheckpoint, error: CheckpointError) -> Findi
     return Finding(code=code, party=checkpoint.hospital, what=str(error), entry=checkpoint.seq)
 
 
-def check_checkpoints(hospital: HospitalRecord, checkpoints: Iterable[SignedCheckpoint]) -> list[Finding]:
+def check_checkpoints(hospital: "HospitalRecord", checkpoints: Iterable[SignedCheckpoint]) -> list[Finding]:
     """Compare a hospital's ledger with the checkpoints that it signed over time.
 
     Guarantees:
@@ -81,7 +84,7 @@ def check_checkpoints(hospital: HospitalRecord, checkpoints: Iterable[SignedChec
     return found
 
 
-def _foreign(hospital: HospitalRecord, checkpoint: SignedCheckpoint) -> Finding | None:
+def _foreign(hospital: "HospitalRecord", checkpoint: SignedCheckpoint) -> Finding | None:
     in_force = [key.fingerprint for key in hospital.keys if key.entry <= checkpoint.seq]
     named = fingerprint(bytes.fromhex(checkpoint.public_key))
     beyond = checkpoint.seq > len(hospital.lines)  # the ledger may have gone to another key since
