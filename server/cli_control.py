@@ -21,7 +21,9 @@ Study = Annotated[str, typer.Argument(help="The study's name.")]
 Out = Annotated[Path, typer.Option("--out", help="Where to write it; what is there is replaced.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
-_OPERATOR = Annotated[Path | None, typer.Option("--operator", envvar="KONSIL_OPERATOR", help="operator.toml.")]
+_OPERATOR = Annotated[
+    Path | None, typer.Option("--operator", envvar="KONSIL_OPERATOR", help="Your operator.toml, or viewer.toml.")
+]
 _CONNECT = Annotated[str | None, typer.Option("--connect", envvar="KONSIL_CONNECT", help="HOST:PORT of the service.")]
 _CA = Annotated[Path | None, typer.Option("--ca", envvar="KONSIL_CA", help="The authority's certificate.")]
 _CERTIFICATE = Annotated[
@@ -77,7 +79,7 @@ def issue(
     name: Annotated[str, typer.Argument(help="Whose; a-z, 0-9, -. It is in the audit log with every call.")],
     role: Annotated[str, typer.Option(help="operator, auditor or viewer.")],
     settings_file: SettingsFile,
-    folder: Annotated[Path | None, typer.Option(help="Where key, certificate and operator.toml go; NAME.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="Where key, certificate and ROLE.toml go; NAME.")] = None,
     days: Annotated[int, typer.Option(min=1, max=730, help="How long the certificate is valid.")] = 365,
     connect: Annotated[str | None, typer.Option(help="HOST:PORT by which they reach the service.")] = None,
 ) -> None:

@@ -193,7 +193,7 @@ def write_kits(settings: Settings) -> Iterator[Path]:
 
 
 def issue(settings: Settings, name: str, role: str, folder: Path, *, valid_for: timedelta, connect: str | None) -> Path:
-    """Make a key and a certificate for a person or a program that calls the control service, and ``operator.toml``.
+    """Make a key and a certificate for a person or a program that calls the control service, and ``ROLE.toml``.
 
     Args:
         settings: The coordinator's.
@@ -204,7 +204,7 @@ def issue(settings: Settings, name: str, role: str, folder: Path, *, valid_for: 
         connect: ``host:port`` by which the service is reached from there; this machine's if None.
 
     Returns:
-        The operator's file.
+        That file.
 
     Raises:
         ConfigError: Name or role is none, or there is something in the folder already.
@@ -213,7 +213,7 @@ def issue(settings: Settings, name: str, role: str, folder: Path, *, valid_for: 
         raise ConfigError(f"there is no role {role}", hint=f"Choose one of {', '.join(STAFF)}.")
     if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,63}", name):
         raise ConfigError(f"{name!r} is no name", hint="a-z, 0-9, -; at most 64 characters.")
-    file = folder / "operator.toml"
+    file = folder / f"{role}.toml"
     if any((folder / taken).exists() for taken in (file.name, "tls.key", "tls.pem", "ca.pem")):
         raise ConfigError(f"{folder} holds a certificate already", hint="Nothing is overwritten: choose another.")
     _authority(settings, valid_for).issue(folder, name, role=role)

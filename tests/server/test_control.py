@@ -937,7 +937,7 @@ def test_certificates_are_issued_and_withdrawn(own: Callable[..., Centre]) -> No
     ):
         with pytest.raises(ConfigError):
             run(centre, "issue", name, "--role", role, "--folder", str(folder), *where)
-    with centre.serving(), ControlClient(read_access(home / "operator.toml")) as client:
+    with centre.serving(), ControlClient(read_access(home / "viewer.toml")) as client:
         client.all()
         assert "CN=bert" in run(centre, "withdraw", str(home / "tls.pem"), *where)
         with pytest.raises(NotAllowedError, match="was withdrawn"):
