@@ -33,7 +33,7 @@ def fetch(
         done = fetch_all(service, out, study, say=typer.echo)
     for finding in done.findings:
         typer.echo(_line(finding))
-    bundles = [str(path) for _, path in sorted(done.bundles.items())]
+    bundles = [f"{path.parent}/{path.name[:19]}*.zip" for _, path in sorted(done.bundles.items())]
     typer.echo(f"{len(done.studies)} studies, bundles of {len(bundles)} hospitals. Next, without a network:")
     studies = [f"--study {path}" for path in done.studies]
     typer.echo(" ".join(["konsil-audit verify", *(bundles or ["BUNDLE..."]), *studies, "--root root.pub"]))
