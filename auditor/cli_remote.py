@@ -57,6 +57,8 @@ def watch(
     once: Annotated[bool, typer.Option("--once", help="End when all that is there has been seen.")] = False,
 ) -> None:
     """Follow hospitals' signed checkpoints, a line each; a fork, a rollback or a foreign key ends it with status 1."""
+    from contextlib import closing
+
     from auditor.watch import Memory, Trust
     from shared_models.control.access import connect, read_access
     from shared_models.errors import ConfigError, EvidenceError
@@ -71,17 +73,17 @@ def watch(
         None if root is None else read_public(root),
         known.with_name(f"{known.name}.roster.json"),
     )
-    memory = Memory(known, trust)
-    found = list(memory.findings)
+    found = list["Finding"]()
 
     def report(finding: "Finding") -> None:
+        found.append(finding)
         typer.echo(_line(finding))
         if not go_on:
             raise EvidenceError(finding.what, hint=finding.meaning)
 
-    for finding in memory.findings:
-        report(finding)
-    with connect(read_access(connection)) as service:
+    with closing(Memory(known, trust)) as memory, connect(read_access(connection)) as service:
+        for finding in memory.findings:
+            report(finding)
         trust.renew(service.fetch_roster)
         for news in service.checkpoints(lost=lambda why: typer.echo(f"lost: {why}; connecting again", err=True)):
             if news.line is None:
@@ -90,7 +92,6 @@ def watch(
                 continue
             seen = memory.see(news.hospital, news.line, unknown=lambda: trust.renew(service.fetch_roster))
             if seen.finding is not None:
-                found.append(seen.finding)
                 report(seen.finding)
             elif seen.checkpoint is not None and seen.new:
                 typer.echo(describe(seen.checkpoint))

@@ -4,6 +4,7 @@ The memory is a file of lines, the checkpoints as they were signed. What was see
 that a history that was replaced contradicts it.
 """
 
+import fcntl
 import hashlib
 import os
 import re
@@ -83,7 +84,7 @@ class Seen(NamedTuple):
 
 
 class Memory:
-    """All checkpoints that were ever seen, in a file; one writer.
+    """All checkpoints that were ever seen, in a file with one user at a time.
 
     Guarantees:
         * What ``see`` returned as new is on the disk, also where it contradicts another: both are kept as evidence.
@@ -98,7 +99,7 @@ class Memory:
 
     Raises:
         EvidenceError: A line is no checkpoint: the file was changed.
-        ConfigError: It cannot be written.
+        ConfigError: It cannot be written, or somebody else uses it.
     """
 
     def __init__(self, path: Path, trust: Trust) -> None:
@@ -108,11 +109,27 @@ class Memory:
         self.findings = list[Finding]()
         try:
             path.touch(mode=0o600)
-            _drop_cut_line(path)
-            sync_folder(path.absolute().parent)
+            self._lock = path.open("rb")
         except OSError as error:
             raise _unwritable(path, error) from None
-        for checkpoint in read_checkpoints(path):
+        try:
+            self._open()
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self) -> None:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _drop_cut_line(self._path)
+            sync_folder(self._path.absolute().parent)
+        except BlockingIOError:
+            raise ConfigError(
+                f"{self._path} is in use by another watch", hint="Give each a --known of its own."
+            ) from None
+        except OSError as error:
+            raise _unwritable(self._path, error) from None
+        for checkpoint in read_checkpoints(self._path):
             if (finding := self._take(checkpoint)) is not None:
                 self.findings.append(finding)
 
@@ -144,6 +161,10 @@ class Memory:
             return Seen(checkpoint, True, Finding(code="checkpoint-foreign", party=party, what=text))
         self._write(checkpoint)
         return Seen(checkpoint, True, self._take(checkpoint))
+
+    def close(self) -> None:
+        """Let somebody else use the file."""
+        self._lock.close()
 
     def _take(self, checkpoint: SignedCheckpoint) -> Finding | None:
         self._lines.add(_digest(checkpoint))

@@ -4,12 +4,15 @@ It calls the coordinator's control service, as it calls everything: from here, o
 is in the egress log first. Training never waits for it, and never fails with it.
 """
 
+import fcntl
 import logging
+import os
 import random
 import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import rfc8785
@@ -22,9 +25,17 @@ from shared_models.control.access import Access
 from shared_models.control.connection import ControlConnection, deposit_chunks
 from shared_models.control.control_pb2 import Chunk
 from shared_models.control.deposits import CHUNK_BYTES
-from shared_models.errors import CheckpointError, ConfigError, DepositError, FederationError, PolicyError
+from shared_models.durable import replace_file
+from shared_models.errors import (
+    CheckpointError,
+    ConfigError,
+    DepositError,
+    FederationError,
+    LedgerError,
+    PolicyError,
+)
 from shared_models.identity import load_key
-from shared_models.privacy.checkpoint import SignedCheckpoint, sign_checkpoint
+from shared_models.privacy.checkpoint import SignedCheckpoint, read_checkpoint, sign_checkpoint
 from shared_models.privacy.head import read_head
 from shared_models.privacy.ledger import head_path
 
@@ -32,21 +43,46 @@ log = logging.getLogger("konsil.hospital")
 
 BETWEEN_S = 60.0  # least time between two checkpoints, unless a study is over
 SHORTEST_RETRY_S, LONGEST_RETRY_S = 2.0, 600.0
-CALL_TIMEOUT_S, BUNDLE_TIMEOUT_S = 30.0, 900.0
+CALL_TIMEOUT_S, BUNDLE_TIMEOUT_S = 30.0, 3600.0
 OUTBOX = "outbox.zip"
+NEWEST, SIGNING = "checkpoint.json", "checkpoint.lock"  # the newest that was signed here
 _PREFIX_BYTES = 5  # of each message on a gRPC stream
 
 
 def own_checkpoint(settings: Settings) -> SignedCheckpoint:
     """A checkpoint of this hospital's ledger as it is now; reads the head file, so that the daemon may be running.
 
+    Guarantees:
+        * Of two, also by two processes at a time, the one with the later time knows no fewer entries, wherever the
+          clock goes: an honest hospital never contradicts itself.
+
     Raises:
-        LedgerError: The head file cannot be read.
-        CheckpointError: It states nothing under this hospital's key.
+        LedgerError: The head file or the newest checkpoint cannot be read, or the new one not be kept.
+        CheckpointError: The head file states nothing under this hospital's key.
     """
-    newest = read_head(head_path(settings.state / LEDGER)).statements[0]
-    key = load_key(settings.keys.identity)
-    return sign_checkpoint(key, newest, hospital=settings.name, population=settings.population.name)
+    key, kept = load_key(settings.keys.identity), settings.state / NEWEST
+    try:
+        with _alone(settings.state / SIGNING):
+            before = read_checkpoint(kept.read_bytes()) if kept.exists() else None
+            newest = read_head(head_path(settings.state / LEDGER)).statements[0]
+            after = before.time if before else None
+            signed = sign_checkpoint(
+                key, newest, hospital=settings.name, population=settings.population.name, after=after
+            )
+            replace_file(kept, signed.line())
+    except OSError as error:
+        raise LedgerError(f"{kept} cannot be written: {error.strerror}", hint="Check the disk.") from None
+    return signed
+
+
+@contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    file = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(file)
 
 
 def send_checkpoint(settings: Settings, egress: EgressLog, checkpoint: SignedCheckpoint) -> bool:
@@ -202,16 +238,15 @@ class Courier:
 
     def _leave_checkpoint(self) -> None:
         settings = self._now()
-        if not settings.policy.send_checkpoints:
+        if not settings.policy.send_checkpoints or read_head(head_path(settings.state / LEDGER)).hash == self._stated:
             return
         checkpoint = own_checkpoint(settings)
-        if checkpoint.entry_hash != self._stated:
-            try:
-                send_checkpoint(settings, self._egress, checkpoint)
-            except CheckpointError:  # it is kept there as evidence: said once
-                self._stated = checkpoint.entry_hash
-                raise
+        try:
+            send_checkpoint(settings, self._egress, checkpoint)
+        except CheckpointError:  # it is kept there as evidence: said once
             self._stated = checkpoint.entry_hash
+            raise
+        self._stated = checkpoint.entry_hash
 
     def _leave_bundle(self) -> None:
         settings = self._now()

@@ -54,6 +54,8 @@ class Deposits:
         self._turn = threading.Lock()
         self._hospitals: dict[str, _Hospital] = {}
         self._bundling: set[str] = set()
+        for left in folder.glob(f"*/{PART}"):  # by a process that was killed
+            left.unlink(missing_ok=True)
 
     def largest(self, kind: str) -> int:
         """Most bytes of a deposit.

@@ -5,7 +5,7 @@ a ledger that was cut, restored or rewritten since contradicts one.
 """
 
 from bisect import bisect_left, insort
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, Literal, NamedTuple
 
 import rfc8785
@@ -27,6 +27,7 @@ from shared_models.versions import refuse_version
 
 SIGNED = "checkpoint"  # the kind of signature
 LONGEST_LINE = 4096
+_TICK, _LONG_AGO = timedelta(milliseconds=1), datetime(1970, 1, 1, tzinfo=UTC)
 
 
 class Checkpoint(Evolving):
@@ -36,7 +37,7 @@ class Checkpoint(Evolving):
         population: Whose budget the ledger is.
         seq: Number of the entry.
         entry_hash: Its hash, which stands for all entries before it too.
-        time: When this was signed, UTC, by the hospital's own clock.
+        time: When this was signed, UTC, by the hospital's own clock; later than that of the one signed before.
         public_key: The key that signs this, and the ledger's next entry: 32 raw bytes in hexadecimal.
     """
 
@@ -71,14 +72,20 @@ class SignedCheckpoint(Checkpoint):
         return f"entry {self.seq} ({self.entry_hash[:12]}…, signed {self.time})"
 
 
-def sign_checkpoint(key: Ed25519PrivateKey, newest: Statement, *, hospital: str, population: str) -> SignedCheckpoint:
+def sign_checkpoint(
+    key: Ed25519PrivateKey, newest: Statement, *, hospital: str, population: str, after: str | None = None
+) -> SignedCheckpoint:
     """Sign that an entry is the newest of a ledger, now.
+
+    Whoever signs holds off everybody else of this ledger from reading ``newest`` until this has returned: two that
+    overtake each other would look like a rollback.
 
     Args:
         key: The hospital's identity.
         newest: What the ledger's head file says.
         hospital: Whose ledger it is.
         population: Whose budget.
+        after: Time of the one signed before; a clock that was set back is not believed.
 
     Raises:
         CheckpointError: The head file's statement is not by this key, or the ledger is empty: nothing is known for
@@ -95,10 +102,14 @@ def sign_checkpoint(key: Ed25519PrivateKey, newest: Statement, *, hospital: str,
         population=population,
         seq=newest.seq,
         entry_hash=newest.hash,
-        time=datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+        time=_text(max(datetime.now(UTC), datetime.fromisoformat(after) + _TICK if after else _LONG_AGO)),
         public_key=public.hex(),
     )
     return SignedCheckpoint(**unsigned.model_dump(), signature=sign(key, SIGNED, unsigned.payload()).hex())
+
+
+def _text(moment: datetime) -> str:
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def read_checkpoint(line: bytes) -> SignedCheckpoint:

@@ -1,6 +1,7 @@
 """Watching with a memory of its own: forks and rollbacks are noticed across restarts, and nothing is believed."""
 
 from collections.abc import Iterable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -28,8 +29,8 @@ def trust(keys: Keys, folder: Path) -> Trust:
 
 def remember(keys: Keys, folder: Path, checkpoints: Iterable[SignedCheckpoint]) -> tuple[Memory, list[Seen]]:
     """A memory in this folder that is shown these, too."""
-    memory = Memory(folder / "known.jsonl", trust(keys, folder))
-    return memory, [memory.see(one.hospital, one.line()) for one in checkpoints]
+    with closing(Memory(folder / "known.jsonl", trust(keys, folder))) as memory:
+        return memory, [memory.see(one.hospital, one.line()) for one in checkpoints]
 
 
 def found(seen: Iterable[Seen]) -> list[str | None]:
@@ -75,12 +76,15 @@ def test_nobody_speaks_for_a_hospital_but_its_key(keys: Keys, tmp_path: Path) ->
     souths = made_checkpoint(keys, "south", 1)
     strangers = signed_checkpoint(Ed25519PrivateKey.generate(), "north", 1)
 
-    seen = [memory.see("north", souths.line()), memory.see("north", strangers.line()), memory.see("../x", b"{}")]
+    with closing(memory):
+        seen = [memory.see("north", souths.line()), memory.see("north", strangers.line()), memory.see("../x", b"{}")]
+        remembered = (tmp_path / "known.jsonl").read_bytes()
+        right = memory.see("south", souths.line())
 
     assert found(seen) == ["checkpoint-foreign"] * 3
     assert [one.finding.party for one in seen if one.finding] == ["north", "north", "coordinator"]
-    assert (tmp_path / "known.jsonl").read_bytes() == b""
-    assert found([memory.see("south", souths.line())]) == [None]
+    assert remembered == b""
+    assert found([right]) == [None]
 
 
 def test_keys_that_were_given_count_without_a_roster(keys: Keys, tmp_path: Path) -> None:
@@ -88,9 +92,8 @@ def test_keys_that_were_given_count_without_a_roster(keys: Keys, tmp_path: Path)
     norths = public_bytes(load_key(keys.folder / "north" / "keys" / "identity.key"))
     given = Trust([norths], None, tmp_path / "roster.json")
     given.renew(lambda _: pytest.fail("there is no root key to check a roster with"))
-    memory = Memory(tmp_path / "known.jsonl", given)
-
-    seen = [memory.see(name, made_checkpoint(keys, name, 1).line()) for name in ("north", "south")]
+    with closing(Memory(tmp_path / "known.jsonl", given)) as memory:
+        seen = [memory.see(name, made_checkpoint(keys, name, 1).line()) for name in ("north", "south")]
 
     assert found(seen) == [None, "checkpoint-foreign"]
 
@@ -109,9 +112,10 @@ def test_a_new_key_is_looked_for_on_the_newest_roster(tmp_path: Path) -> None:
         asked.append(1)
         trusted.renew(lambda path: path.write_bytes((own.folder / "coordinator" / "roster.json").read_bytes()))
 
-    rotated = memory.see("north", signed_checkpoint(key, "north", 2).line(), unknown=ask)
-    strangers = Ed25519PrivateKey.generate()
-    strange = [memory.see("north", signed_checkpoint(strangers, "north", n).line(), unknown=ask) for n in (3, 4)]
+    with closing(memory):
+        rotated = memory.see("north", signed_checkpoint(key, "north", 2).line(), unknown=ask)
+        strangers = Ed25519PrivateKey.generate()
+        strange = [memory.see("north", signed_checkpoint(strangers, "north", n).line(), unknown=ask) for n in (3, 4)]
 
     assert found([rotated, *strange]) == [None, "checkpoint-foreign", "checkpoint-foreign"]
     assert len(asked) == 2
@@ -157,3 +161,11 @@ def test_without_a_memory_nothing_is_watched(keys: Keys, tmp_path: Path) -> None
     """A file that cannot be written is an error, before anything is looked at."""
     with pytest.raises(ConfigError, match="cannot be written"):
         Memory(tmp_path / "nowhere" / "known.jsonl", trust(keys, tmp_path))
+
+
+def test_two_watchers_do_not_share_a_memory(keys: Keys, tmp_path: Path) -> None:
+    """Each would miss what the other has seen."""
+    with closing(Memory(tmp_path / "known.jsonl", trust(keys, tmp_path))), pytest.raises(ConfigError, match="in use"):
+        Memory(tmp_path / "known.jsonl", trust(keys, tmp_path))
+
+    Memory(tmp_path / "known.jsonl", trust(keys, tmp_path)).close()

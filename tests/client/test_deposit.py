@@ -2,6 +2,8 @@
 
 import json
 import logging
+import random
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +17,7 @@ import client.deposit
 from client.books import Books
 from client.bundle import export
 from client.cli import app
-from client.deposit import Courier, own_checkpoint, send_bundle, send_checkpoint
+from client.deposit import NEWEST, Courier, own_checkpoint, send_bundle, send_checkpoint
 from client.egress import EGRESS, FREE, EgressLog, summary
 from client.evidence import read_evidence
 from client.settings import Settings, read_settings
@@ -23,7 +25,8 @@ from server.deposits import FOLDER
 from shared_models.config import read_toml
 from shared_models.control.deposits import CHECKPOINTS, CHUNK_BYTES
 from shared_models.errors import ConfigError, FederationError, LedgerError, PolicyError, RolledBackCheckpointError
-from shared_models.privacy.checkpoint import read_checkpoint
+from shared_models.identity import load_key, sign
+from shared_models.privacy.checkpoint import CheckpointHistory, SignedCheckpoint, read_checkpoint
 from tests.centre import Centre
 from tests.link import Keys
 
@@ -78,6 +81,54 @@ def until(holds: Callable[[], object]) -> None:
     while not holds():
         assert time.monotonic() < deadline, "it never happened"
         time.sleep(0.02)
+
+
+# what is signed
+
+
+def test_a_clock_that_was_set_back_makes_no_rollback(centre: Centre) -> None:
+    """The ledger bears with five minutes; the next checkpoint is later than the one before all the same."""
+    settings = read_settings(centre.keys.hospital_file(NAME))
+    first = own_checkpoint(settings)
+    ahead = first.model_copy(update={"time": "2999-01-01T00:00:00.000Z"})  # as a clock of then would have signed it
+    key = load_key(settings.keys.identity)
+    signature = sign(key, "checkpoint", ahead.payload()).hex()
+    (settings.state / NEWEST).write_bytes(ahead.model_copy(update={"signature": signature}).line())
+    grow(settings)
+
+    second = own_checkpoint(settings)
+
+    assert (second.seq, second.time) == (2, "2999-01-01T00:00:00.001Z")
+    history = CheckpointHistory()
+    assert [history.take(one) for one in (second, ahead)] == [True, True]
+
+
+def test_an_honest_hospital_never_contradicts_itself(centre: Centre) -> None:
+    """The daemon and a command sign at the same time, while the ledger grows: no two of it look like a rollback."""
+    settings = read_settings(centre.keys.hospital_file(NAME))
+    signed, over = list[SignedCheckpoint](), threading.Event()
+
+    def keep_signing() -> None:
+        while not over.is_set():
+            signed.append(own_checkpoint(settings))
+
+    threads = [threading.Thread(target=keep_signing) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    books = Books.open(settings)
+    for number in range(40):
+        books.ledger.append(
+            "population-changed", population=settings.population.name, population_fingerprint=f"{number:064x}"
+        )
+    books.close()
+    over.set()
+    for thread in threads:
+        thread.join()
+
+    random.Random(0).shuffle(signed)
+    history = CheckpointHistory()
+    assert sum(history.take(one) for one in signed) == len({one.seq for one in signed}) > 1
+    assert len({one.time for one in signed}) == len(signed)
 
 
 # policy
