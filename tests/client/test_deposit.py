@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import random
 import threading
 import time
@@ -29,9 +30,12 @@ from shared_models.identity import load_key, sign
 from shared_models.privacy.checkpoint import CheckpointHistory, SignedCheckpoint, read_checkpoint
 from tests.centre import Centre
 from tests.link import Keys
+from tests.network import Relay, running_loop
+from tests.server.test_deposits import bundle
 
 NAME = "north"
 PATIENCE_S = 30.0
+NOISE = os.urandom(400_000)  # does not shrink in an archive
 
 
 @pytest.fixture
@@ -322,6 +326,28 @@ def test_a_coordinator_that_is_away_is_tried_again_and_logged_once(
     assert told < 0.1
     assert stored(centre) == [1]
     assert [record.getMessage()[:39] for record in caplog.records] == ["what is left for auditors was not sent:"]
+
+
+def test_a_network_that_fails_in_the_middle_of_a_bundle_costs_a_second_try(
+    centre: Centre, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of it is thrown away at the other side; the next one is whole. Both are listed: both left."""
+    monkeypatch.setattr(client.deposit, "SHORTEST_RETRY_S", 0.05)
+    settings, file = permit(centre, send_checkpoints=False), centre.keys.hospital_file(NAME)
+    monkeypatch.setattr(
+        client.deposit, "export", lambda _, path: path.write_bytes(bundle(centre.keys, NAME, content=NOISE))
+    )
+    with centre.serving(), running_loop() as loop:
+        relay = Relay("127.0.0.1", centre.settings.control.port, loop, {"up": [200_000]})
+        through = settings.model_copy(update={"control": relay.address})
+        with Courier(through, file) as courier:
+            courier.notice(study_over=True)
+            until(lambda: bundles(centre))
+        relay.close()
+
+    assert relay.breaks["up"] == []
+    assert [line["message"] for line in listed(settings)] == ["bundle", "bundle"]
+    assert [path.read_bytes() for path in bundles(centre)] == [bundle(centre.keys, NAME, content=NOISE)]
 
 
 def test_a_ledger_that_was_rolled_back_is_told_to_the_hospital_and_does_not_stop_it(

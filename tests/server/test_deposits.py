@@ -306,6 +306,21 @@ def keep(deposits: Deposits, data: bytes, identity: bytes) -> None:
         incoming.keep(identity=identity)
 
 
+def test_half_a_bundle_that_a_killed_process_left_is_removed(keys: Keys, tmp_path: Path) -> None:
+    """Nobody is handed it, and it takes no room; what was whole stays."""
+    identity = identity_of(keys, "north")
+    deposits = Deposits(tmp_path, largest=10**6)
+    keep(deposits, bundle(keys, "north"), identity)
+    whole = {path.name for path in (tmp_path / "north").iterdir()}
+    with closing(deposits.receive("north")) as incoming:
+        incoming.write(b"half")
+        assert (tmp_path / "north" / PART).exists()
+
+        Deposits(tmp_path, largest=10**6)  # the next process, while this one never got to its end
+
+        assert {path.name for path in (tmp_path / "north").iterdir()} == whole
+
+
 def test_a_line_that_a_crash_cut_never_was(keys: Keys, tmp_path: Path) -> None:
     """It is not handed out, and the next one takes its place."""
     identity, lines = identity_of(keys, "north"), [made_checkpoint(keys, "north", seq).line() for seq in (1, 2, 3)]
