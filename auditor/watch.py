@@ -20,6 +20,7 @@ from shared_models.errors import CheckpointError, ConfigError, EvidenceError
 from shared_models.identity import fingerprint
 from shared_models.privacy.checkpoint import CheckpointHistory, SignedCheckpoint, read_checkpoint
 from shared_models.roster import Pin, SignedRoster, verify_roster
+from shared_models.terminal import printable
 
 Fetch = Callable[[Path], object]
 
@@ -148,7 +149,7 @@ class Memory:
         try:
             checkpoint = read_checkpoint(line)
         except EvidenceError as error:
-            return Seen(None, True, Finding(code="checkpoint-foreign", party=party, what=str(error)))
+            return Seen(None, True, Finding(code="checkpoint-foreign", party=party, what=printable(str(error))))
         if _digest(checkpoint) in self._lines:
             return Seen(checkpoint, False)
         key = bytes.fromhex(checkpoint.public_key)

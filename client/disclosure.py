@@ -18,6 +18,7 @@ from shared_models.privacy.mechanisms import NEIGHBOURING, UNIT
 from shared_models.secagg.protocol import plan_threshold
 from shared_models.software import software_digest
 from shared_models.tasks import TableInput, Task, find_task
+from shared_models.terminal import printable
 from shared_models.versions import RELEASE
 
 Rows = list[tuple[str, str]]
@@ -48,12 +49,6 @@ def disclose(settings: Settings, plan: StudyPlan, budget: Budget, *, before: Ent
         *_leaving(settings.policy, plan, task),
         *_costs(plan, budget, again=before is not None),
     ]
-
-
-def printable(text: str) -> str:
-    """A text that somebody else wrote, on one line, without what could move a cursor or hide a part of it."""
-    line = " ".join(text.split())
-    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in line)
 
 
 def _software(plan: StudyPlan, budget: Budget, before: Entry | None) -> Rows:

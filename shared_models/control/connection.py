@@ -17,6 +17,7 @@ from shared_models.control.access import Access
 from shared_models.control.control_pb2_grpc import ControlStub
 from shared_models.control.fields import to_dict
 from shared_models.errors import ConfigError, ConnectionLostError, FederationError, TransferError
+from shared_models.terminal import printable
 
 ERROR_KEY = "konsil-error-bin"
 CALL_TIMEOUT_S = 30.0
@@ -282,7 +283,7 @@ def _error(error: grpc.RpcError, address: str) -> FederationError:
     metadata: Mapping[str, Any] = dict(error.trailing_metadata() or ())
     if ERROR_KEY in metadata:
         told = pb.Error.FromString(metadata[ERROR_KEY])
-        return _classes().get(told.code, FederationError)(told.text, hint=told.hint)
+        return _classes().get(told.code, FederationError)(printable(told.text), hint=printable(told.hint))
     details = error.details() or error.code().name
     return ConnectionLostError(
         f"the control service at {address} does not answer: {details}",

@@ -87,6 +87,19 @@ def test_nobody_speaks_for_a_hospital_but_its_key(keys: Keys, tmp_path: Path) ->
     assert found([right]) == [None]
 
 
+def test_what_a_coordinator_sends_moves_no_cursor(keys: Keys, tmp_path: Path) -> None:
+    """A finding quotes what is wrong, on one line, without a terminal's control sequences."""
+    hostile = b'{"\\u001b[2J\\nFINDING note": 1, "format": "konsil-checkpoint/1"}'
+
+    with closing(Memory(tmp_path / "known.jsonl", trust(keys, tmp_path))) as memory:
+        (seen,) = [memory.see("north\x1b[2J", hostile)]
+
+    assert seen.finding is not None
+    assert (seen.finding.code, seen.finding.party) == ("checkpoint-foreign", "coordinator")
+    assert "[2J" in seen.finding.what
+    assert seen.finding.what.isprintable()
+
+
 def test_keys_that_were_given_count_without_a_roster(keys: Keys, tmp_path: Path) -> None:
     """For whoever got them from the hospitals; no roster is asked for."""
     norths = public_bytes(load_key(keys.folder / "north" / "keys" / "identity.key"))

@@ -564,6 +564,14 @@ def test_a_study_that_there_is_not_is_said_so(centre: Centre) -> None:
                 call("nothing")
 
 
+def test_an_error_is_one_line_that_moves_no_cursor(centre: Centre) -> None:
+    """Whatever the other side puts into it: it goes to terminals, and to a hospital's log."""
+    with centre.client("operator") as client, pytest.raises(UnknownStudyError) as caught:
+        client.show("no\nsuch\x1b[2J")
+
+    assert "no such\N{REPLACEMENT CHARACTER}[2J" in str(caught.value)
+
+
 def test_another_plan_of_the_same_name_is_refused(centre: Centre) -> None:
     """Names are never used again."""
     with centre.client("operator") as client, pytest.raises(StudyStateError, match="with another plan"):
