@@ -37,8 +37,8 @@ check: $(DONE)  ## Format, lint, types, import rules and tests with coverage
 	$(MAKE) test PYTEST='coverage run -m pytest'
 	$(BIN)/coverage report
 
-proto: $(DONE)  ## Generate the control service's Python from server/control.proto
-	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. server/control.proto
+proto: $(DONE)  ## Generate the control service's Python from shared_models/control/control.proto
+	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. shared_models/control/control.proto
 
 bench: $(DONE)  ## The benchmarks; each prints ratios measured in one run (make bench ARGS=bench/round_latency.py)
 	@for script in $(or $(ARGS),$(wildcard bench/*.py)); do echo "== $$script"; $(BIN)/python $$script || exit 1; done

@@ -8,6 +8,7 @@ from itertools import chain
 from pathlib import Path
 
 from auditor.approvals import check_approvals
+from auditor.checkpoints import check_checkpoints, read_checkpoints
 from auditor.claims import compare_claims
 from auditor.conformance import check_conformance
 from auditor.cross_check import attempts, cross_check, participants
@@ -19,8 +20,10 @@ from auditor.record import Audit, HospitalRecord
 from auditor.rosters import Rosters, check_members, read_rosters
 from auditor.verify import Verified
 from shared_models.audit_log import read_export, verify_export
+from shared_models.control.deposits import CHECKPOINTS
 from shared_models.errors import FederationError, UnsupportedVersionError
 from shared_models.identity import fingerprint
+from shared_models.privacy.checkpoint import SignedCheckpoint
 from shared_models.privacy.evidence import Bundle, open_bundle
 
 _SEVERITIES = ("critical", "warning", "note")
@@ -37,6 +40,7 @@ class _Sources:
     ledgers: list[Path] = field(default_factory=list)
     studies: list[Path] = field(default_factory=list)
     logs: list[Path] = field(default_factory=list)
+    checkpoints: list[Path] = field(default_factory=list)
 
 
 @dataclass
@@ -47,6 +51,7 @@ class _Case:
     witnesses: list[Witness] = field(default_factory=list)
     records: list[HospitalRecord] = field(default_factory=list)
     studies: list[StudyFolder] = field(default_factory=list)
+    checkpoints: list[SignedCheckpoint] = field(default_factory=list)
 
     def broken(self, path: Path, error: FederationError, code: str) -> None:
         """Note that a file does not hold."""
@@ -73,8 +78,8 @@ def audit(
         * No network; memory grows with the number of entries and attempts, about a kilobyte each, and is bounded.
 
     Args:
-        sources: Evidence bundles, ledger files, study folders of the coordinator, exports of its audit log; or folders
-            that hold such.
+        sources: Evidence bundles, ledger files, study folders of the coordinator, exports of its audit log, files of
+            checkpoints; or folders that hold such.
         root: The consortium's root public key. Without it nobody but the hospitals themselves says whose is a key.
         keys: Public keys of hospitals, as they came from elsewhere; each ledger must have one of them.
         partial: Hospitals that took part and are not here are a note only.
@@ -105,7 +110,14 @@ def audit(
             verify_export(read_export(path))
         except FederationError as error:
             case.broken(path, error, "log-broken")
+    for path in files.checkpoints:
+        progress(str(path))
+        try:
+            case.checkpoints += read_checkpoints(path)
+        except FederationError as error:
+            case.broken(path, error, "checkpoints-broken")
     progress("comparing")
+    case.findings += (found for record in case.records for found in check_checkpoints(record, case.checkpoints))
     case.findings += cross_check(case.witnesses, case.studies, rosters.by_digest)
     case.findings += check_members(case.witnesses, rosters)
     held = attempts(case.witnesses, case.studies)
@@ -118,7 +130,7 @@ def audit(
         findings=tuple(sorted(dict.fromkeys(case.findings), key=_rank)),
         root=fingerprint(root) if root else None,
         members=_members(rosters),
-        sources=tuple(chain(files.bundles, files.ledgers, files.studies, files.logs)),
+        sources=tuple(chain(files.bundles, files.ledgers, files.studies, files.logs, files.checkpoints)),
     )
 
 
@@ -147,7 +159,7 @@ def _sort(path: Path, files: _Sources, case: _Case) -> None:
         return
     try:
         with path.open("rb") as file:
-            start = file.read(16)
+            start = file.read(4096)
     except OSError as error:
         what = f"{path} cannot be read: {error.strerror}"
         case.findings.append(Finding(code="no-evidence", party=path.name, what=what))
@@ -156,10 +168,12 @@ def _sort(path: Path, files: _Sources, case: _Case) -> None:
         files.bundles.append(path)
     elif start.startswith(b"SQLite format 3\0"):
         files.ledgers.append(path)
+    elif start.startswith(b"{") and b'"format":"konsil-checkpoint/' in start:
+        files.checkpoints.append(path)
     elif start.startswith(b"{"):
         files.logs.append(path)
     else:
-        what = f"{path} is neither a bundle nor a ledger, a study's folder or an audit log"
+        what = f"{path} is neither a bundle nor a ledger, a study's folder, an audit log or checkpoints"
         case.findings.append(Finding(code="no-evidence", party=path.name, what=what))
 
 
@@ -167,7 +181,7 @@ def _is_evidence(path: Path) -> bool:
     """Whether something in a folder of folders is worth a look; what else lies there is passed over."""
     if path.is_dir():
         return (path / "receipts.jsonl").exists() or (path / "sums.jsonl").exists()
-    return path.suffix in {".zip", ".evidence", ".sqlite"} or path.name == "audit-log.jsonl"
+    return path.suffix in {".zip", ".evidence", ".sqlite"} or path.name in {"audit-log.jsonl", CHECKPOINTS}
 
 
 def _opened(paths: Sequence[Path], case: _Case) -> Iterator[Bundle]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from auditor import cli_attack, cli_report
+from auditor import cli_attack, cli_remote, cli_report
 from shared_models import terminal
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ Evidence = Annotated[
     typer.Argument(
         metavar="EVIDENCE...",
         help="Evidence bundles of hospitals, ledger files, folders of studies at the coordinator, exports of its audit "
-        "log; or folders that hold such.",
+        "log, files of checkpoints; or folders that hold such.",
     ),
 ]
 Studies = Annotated[
@@ -198,6 +198,7 @@ def _figures(figures: "Figures") -> str:
 
 cli_report.register(app)
 cli_attack.add_to(app)
+cli_remote.add_to(app)
 
 
 def main() -> None:

@@ -55,6 +55,9 @@ CODES: dict[str, Meaning] = {
     "log-broken": Meaning(
         "critical", "Audit log does not hold", "A line of the coordinator's log was changed, removed, added or cut off."
     ),
+    "checkpoints-broken": Meaning(
+        "critical", "Checkpoints do not hold", f"A line is no checkpoint that a hospital signed. {_FORGED}"
+    ),
     "older-bundle": Meaning(
         "note", "Older bundle", "It holds less than a bundle of today. Ask the hospital to export it again."
     ),
@@ -335,3 +338,56 @@ class Finding(Frozen):
 def passed(findings: Iterable[Finding]) -> bool:
     """Whether everything holds: there may be notes, and nothing else."""
     return all(finding.severity == "note" for finding in findings)
+
+
+# checkpoints, and what is fetched from a coordinator
+
+CODES.update(
+    {
+        "checkpoint-fork": Meaning(
+            "critical",
+            "Two histories of one ledger",
+            "The hospital signed two different contents for the same entry of its ledger. At least one of them was "
+            "shown to somebody and later replaced, so what patients' privacy really cost cannot be read from either. "
+            "Ask the hospital for both, and do not rely on its figures until it is explained.",
+        ),
+        "checkpoint-rollback": Meaning(
+            "critical",
+            "A ledger that lost entries",
+            "The hospital signed that its ledger had a number of entries, and later that it has fewer. A ledger never "
+            "shrinks: it was cut, or an old backup of it is in use, and what was spent in between is missing from the "
+            "budget. The hospital must stop and bring back the newest ledger.",
+        ),
+        "checkpoint-foreign": Meaning(
+            "critical",
+            "A checkpoint that is not the hospital's",
+            "What was handed over as a hospital's statement about its ledger is not signed by that hospital's key. "
+            "Either the coordinator or somebody on the way made it up, or the hospital changed its key and the "
+            "auditor has not been told. Compare the key's fingerprint with the hospital by telephone.",
+        ),
+        "checkpoint-cut": Meaning(
+            "critical",
+            "Evidence that is shorter than what was signed before",
+            "The hospital signed for an entry of its ledger, and packed this evidence afterwards without it. Entries "
+            "at the end are missing, and with them what they cost. Ask for the whole ledger.",
+        ),
+        "checkpoint-newer": Meaning(
+            "note",
+            "The ledger has grown since this evidence was packed",
+            "The hospital signed for a later entry than this evidence has. Nothing is wrong with that; only a fresh "
+            "bundle shows what has been spent since.",
+        ),
+        "deposit-foreign": Meaning(
+            "critical",
+            "Evidence under another hospital's name",
+            "A bundle that the coordinator hands out as one hospital's says that it is another's. The coordinator "
+            "mixed them up, or wants it to be read as something that it is not.",
+        ),
+        "evidence-rewritten": Meaning(
+            "critical",
+            "The coordinator shows another past than before",
+            "What was fetched earlier is not the beginning of what the coordinator hands out now, although its records "
+            "only ever grow. Something was removed or changed since. Both versions were kept: ask the coordinator.",
+        ),
+    }
+)

@@ -251,6 +251,35 @@ def ledger_export(
     typer.echo(f"{file}: {len(manifest.parts)} parts, {size} bytes, signed; konsil-audit verify {file}")
 
 
+@ledger_app.command("send")
+def ledger_send(
+    settings_file: SettingsFile,
+    bundle: Annotated[
+        Path | None, typer.Option("--bundle", help="Send this one, which `ledger export` wrote; else a fresh one.")
+    ] = None,
+) -> None:
+    """Leave an evidence bundle at the coordinator for its auditors, if policy permits. Works while the daemon runs."""
+    from tempfile import TemporaryDirectory
+
+    from client.bundle import export
+    from client.deposit import own_checkpoint, send_bundle, send_checkpoint
+    from client.egress import EgressLog
+    from client.settings import read_settings
+
+    settings = read_settings(settings_file)
+    policy, egress = settings.policy, EgressLog(settings)
+    if policy.send_checkpoints:
+        checkpoint = own_checkpoint(settings)
+        new = send_checkpoint(settings, egress, checkpoint)
+        typer.echo(f"checkpoint of {checkpoint}: {'stored' if new else 'known'} at {settings.control}")
+    with TemporaryDirectory(dir=settings.state) as folder:
+        file = bundle or Path(folder) / "bundle.zip"
+        if bundle is None and policy.send_evidence:
+            export(settings, file)
+        new = send_bundle(settings, egress, file)
+        typer.echo(f"bundle of {file.stat().st_size} bytes: {'stored' if new else 'known'} at {settings.control}")
+
+
 @app.command()
 def withdraw(
     settings_file: SettingsFile, study: Annotated[str, typer.Argument(help="Name of the approved study.")]

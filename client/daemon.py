@@ -62,11 +62,12 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
+from client.deposit import Courier
 from client.egress import EgressLog
 from client.process import Ending
 from client.settings import Settings
 from shared_models.errors import ConnectionLostError, FederationError, IdentityError, ProtocolError
-from shared_models.messages import REPLIES, not_admitted
+from shared_models.messages import REPLIES, StudyEnd, not_admitted
 
 log = logging.getLogger("konsil.hospital")
 # Flower logs every call on a handler of its own.
@@ -232,13 +233,18 @@ def serve(settings: Settings, settings_file: Path, handler: Handler, *, until: E
         IdentityError: A key or certificate is refused: trying again would not help.
         LedgerError: It cannot be written down what leaves.
     """
+    with Courier(settings, settings_file) as courier:
+        _stay_connected(settings, settings_file, handler, until, courier)
+
+
+def _stay_connected(settings: Settings, settings_file: Path, handler: Handler, until: Ending, courier: Courier) -> None:
     retry_s = SHORTEST_RETRY_S
     while not until.is_set():
         try:
             with FleetConnection(settings, until) as connection:
                 log.info("connected to %s as %s", settings.coordinator, settings.name)
                 retry_s = SHORTEST_RETRY_S
-                _answer_messages(connection, settings_file, handler, until)
+                _answer_messages(connection, settings_file, handler, until, courier)
         except (ConnectionLostError, httpx.HTTPError) as error:
             pause_s = retry_s * random.uniform(0.5, 1.5)  # noqa: S311 - jitter, not a secret
             log.warning("no coordinator at %s (%s); trying again in %.1f s", settings.coordinator, error, pause_s)
@@ -246,7 +252,9 @@ def serve(settings: Settings, settings_file: Path, handler: Handler, *, until: E
             retry_s = min(2 * retry_s, LONGEST_RETRY_S)
 
 
-def _answer_messages(connection: FleetConnection, settings_file: Path, handler: Handler, until: Ending) -> None:
+def _answer_messages(
+    connection: FleetConnection, settings_file: Path, handler: Handler, until: Ending, courier: Courier
+) -> None:
     context = Context(0, connection.node.node_id, {"settings": str(settings_file)}, RecordDict(), {})
     poll_s = SHORTEST_POLL_S
     while not until.is_set():
@@ -257,6 +265,7 @@ def _answer_messages(connection: FleetConnection, settings_file: Path, handler: 
                 poll_s = SHORTEST_POLL_S
                 with until.answering():
                     connection.send(_admit(message, context, handler, connection.egress))
+                courier.notice(study_over=message.metadata.message_type == StudyEnd.action)
                 continue
         except ProtocolError as error:
             log.warning("%s (%s)", error, error.hint)

@@ -13,7 +13,7 @@ from client.books import read_budget
 from client.budget import Budget, holds
 from client.consent import Consents, Proposed
 from client.device import choose_device
-from client.disclosure import Rows, disclose, printable
+from client.disclosure import Rows, disclose
 from client.policy import Site, admit
 from client.settings import Settings
 from shared_models.approval import ApprovedPrice, sign_approval
@@ -23,6 +23,7 @@ from shared_models.nets.build import count_parameters
 from shared_models.privacy.ledger import StudyLimit
 from shared_models.software import software_digest
 from shared_models.tasks import find_task
+from shared_models.terminal import printable
 
 SHORTEST_DIGEST = 8
 _STEWARD, _COORDINATOR = "the steward", "the coordinator, to propose it again"

@@ -6,6 +6,7 @@ True counts are for the steward's own terminal. Nothing of this leaves the hospi
 from client.budget import Budget, Price
 from client.consent import named
 from client.membership import read_roster
+from client.policy import Policy
 from client.records.manifest import Manifest, read_manifest
 from client.records.population import Source
 from client.settings import Settings
@@ -17,6 +18,7 @@ from shared_models.privacy.mechanisms import NEIGHBOURING, UNIT
 from shared_models.secagg.protocol import plan_threshold
 from shared_models.software import software_digest
 from shared_models.tasks import TableInput, Task, find_task
+from shared_models.terminal import printable
 from shared_models.versions import RELEASE
 
 Rows = list[tuple[str, str]]
@@ -44,15 +46,9 @@ def disclose(settings: Settings, plan: StudyPlan, budget: Budget, *, before: Ent
         *_software(plan, budget, before),
         *_peers(settings, plan),
         *_training(settings, plan, task, manifest),
-        *_leaving(plan, task),
+        *_leaving(settings.policy, plan, task),
         *_costs(plan, budget, again=before is not None),
     ]
-
-
-def printable(text: str) -> str:
-    """A text that somebody else wrote, on one line, without what could move a cursor or hide a part of it."""
-    line = " ".join(text.split())
-    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in line)
 
 
 def _software(plan: StudyPlan, budget: Budget, before: Entry | None) -> Rows:
@@ -113,12 +109,16 @@ def _columns(manifest: Manifest, task: Task) -> str:
     return f"{listed}; the last is the label; {patient}"
 
 
-def _leaving(plan: StudyPlan, task: Task) -> Rows:
+def _leaving(policy: Policy, plan: StudyPlan, task: Task) -> Rows:
     length = count_parameters(plan.network, task) + NULL_COORDINATES
     update = f"each round one noised update of {length} numbers, under masks that only a sum takes off"
     always = (
         "the declared public size; signed receipts of what was charged; codes of refusals; when this hospital is up"
     )
+    if policy.send_checkpoints:
+        always += "; checkpoints of the ledger, for auditors"
+    if policy.send_evidence:
+        always += "; the ledger itself and what belongs to it, for auditors"
     if plan.evaluation is None:
         return [("what leaves", f"{update}; {always}; no statistics")]
     release = plan.evaluation

@@ -1,6 +1,7 @@
 """What left this hospital: a line for every reply, by field, with its price; and every byte around it, counted.
 
-A reply's line is written before its first byte goes out, or nothing goes out.
+There is a line for everything that is left for auditors, too. Each is written before its first byte goes out, or
+nothing goes out.
 """
 
 import hashlib
@@ -35,6 +36,8 @@ class EgressLog:
           bytes of the body and of the vector, whose digest is in the line.
         * ``count`` takes in every byte of an HTTP request, line, headers and body; the counts are written after each
           reply, at least every 15 minutes while there are calls, and at the end of a connection.
+        * ``deposit`` lists what is left for auditors by part, and counts the bytes of the messages that carry it. What
+          HTTP/2 adds, the same few headers for each call, its frames' and control frames' bytes, is not counted.
     """
 
     def __init__(self, settings: "Settings") -> None:
@@ -81,6 +84,29 @@ class EgressLog:
     def not_admitted(self) -> None:
         """List the fixed answer to a message of an unknown kind."""
         self._file.write(what="reply", message="not admitted", to=self._to, fields={}, bytes=0)
+
+    def deposit(self, kind: str, fields: Mapping[str, int], *, sha256: str, crossing: int, to: str) -> None:
+        """List something that is about to be left for auditors, at the coordinator's control service.
+
+        Args:
+            kind: What it is.
+            fields: Bytes of each part of it.
+            sha256: Of all of it.
+            crossing: Bytes of the messages that carry it, each with the five that gRPC puts before it.
+            to: Address of the service.
+
+        Raises:
+            LedgerError: It could not be written; then nothing may leave.
+        """
+        self._file.write(
+            what="deposit",
+            message=kind,
+            to=to,
+            fields={name: {"bytes": size, "price": FREE} for name, size in fields.items()},
+            bytes=sum(fields.values()),
+            sha256=sha256,
+            calls={"Deposit": {"count": 1, "line": 0, "headers": 0, "body": crossing}},
+        )
 
     def count(self, request: "httpx.Request") -> None:
         """Take in one HTTP/1.1 request, before it is sent."""

@@ -34,6 +34,7 @@ _TEMPLATE = """\
 # One hospital of the consortium. Every key is explained in docs/hospital.md.
 name = {name}
 coordinator = {coordinator}
+# control = "HOST:9093"     # the coordinator's control service, where evidence is left for auditors; see [policy]
 records = "records"        # manifest.toml and the file that it names
 state = "state"            # ledger and logs; must outlive the process
 roster = "roster.json"     # written by konsil-hospital join
@@ -68,6 +69,8 @@ minimum_hospitals = 3
 maximum_attempts = 10
 maximum_rounds = 100
 release_validation = false
+send_checkpoints = false   # leave signed checkpoints of the ledger at the coordinator, for auditors
+send_evidence = false      # leave evidence bundles there, at the end of each study and by `ledger send`
 # hours = ["mon-fri 20:00-06:00"]
 # Studies are asked for, one by one, unless a rule approves them in your absence:
 # standing_approvals = [{{tasks = ["heart-disease"], maximum_epsilon = 0.5}}]

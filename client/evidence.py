@@ -1,10 +1,11 @@
 """What a hospital keeps to be shown later: JSON lines that only grow, up to a bound that no peer can lift."""
 
+import fcntl
 import hashlib
 import json
 import os
-import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ class EvidenceFile:
 
     Guarantees:
         * Lines are whole. One that a crash cut is dropped before the next is written: what it was about to say never
-          happened. Lines that were written survive the process; a power cut can take the newest.
+          happened. Lines that were written survive the process; a power cut can take the newest. Several threads and
+          processes may write: each line waits for the one before.
         * A full file is set aside, and at most two are kept besides the one that grows: the very first, so that a
           flood cannot wash away how it began, and the newest. A peer can fill three times ``largest``, and no more.
 
@@ -31,8 +33,7 @@ class EvidenceFile:
     """
 
     def __init__(self, path: Path, *, largest: int = LARGEST_FILE) -> None:
-        self.path, self._largest, self._turn = path, largest, threading.Lock()
-        self._whole = False
+        self.path, self._largest = path, largest
 
     def write(self, **fields: Any) -> None:
         """Append one line, with its time (UTC).
@@ -51,21 +52,28 @@ class EvidenceFile:
         """
         line = text + b"\n"
         try:
-            with self._turn:
-                if not self._whole:
-                    _drop_cut_line(self.path)
-                self._whole = False  # until this line is
+            with self._alone():
+                _drop_cut_line(self.path)
                 self._make_room(len(line))
                 file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
                 try:
-                    written = os.write(file, line)
+                    whole = os.write(file, line) == len(line)
                 finally:
                     os.close(file)
-                self._whole = written == len(line)
         except OSError as error:
             raise LedgerError(f"{self.path} cannot be written: {error.strerror}", hint="Check the disk.") from None
-        if not self._whole:
+        if not whole:
             raise LedgerError(f"{self.path} cannot be written: the disk took a part only", hint="Check the disk.")
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """While nobody else writes to a file of this folder: a command may be running beside the daemon."""
+        folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(folder)
 
     def _make_room(self, more: int) -> None:
         if self.path.exists() and self.path.stat().st_size + more > self._largest:

@@ -143,6 +143,8 @@ class Policy(Frozen):
         maximum_memory_mb: Most that training may take by the estimate ``Site.memory_mb``.
         standing_approvals: Rules by which a study is approved without the steward; none: the steward is asked.
         release_validation: Whether noised validation statistics may leave at all.
+        send_checkpoints: Whether signed checkpoints of the ledger are left at the coordinator for auditors.
+        send_evidence: Whether evidence bundles are: at the end of each study, and when somebody asks for it here.
     """
 
     tasks: Annotated[tuple[Name, ...], Field(min_length=1)]
@@ -160,6 +162,8 @@ class Policy(Frozen):
     maximum_memory_mb: Count | None = None
     standing_approvals: tuple[StandingApproval, ...] = ()
     release_validation: bool = False
+    send_checkpoints: bool = False
+    send_evidence: bool = False
 
     @property
     def least_threshold(self) -> int:

@@ -7,7 +7,7 @@ moved as one.
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from client.policy import Policy, Population
 from shared_models import config
@@ -56,6 +56,7 @@ class Settings(Frozen):
     Attributes:
         name: The hospital's registered name.
         coordinator: Address of the coordinator, ``host:port``.
+        control: Address of its control service, where evidence is left for auditors, if policy permits it.
         records: Folder with ``manifest.toml`` and the file that it names.
         state: Folder for the ledger, its head file and the logs; must outlive the process.
         registry: Folder that all populations of this hospital share, with keyed hashes of the patients whose records
@@ -68,6 +69,7 @@ class Settings(Frozen):
 
     name: Name
     coordinator: Address
+    control: Address | None = None
     records: LocalPath
     state: LocalPath
     registry: LocalPath | None = None
@@ -79,6 +81,12 @@ class Settings(Frozen):
     keys: Keys
     population: Population
     policy: Policy
+
+    @model_validator(mode="after")
+    def _knows_where_to_send(self) -> "Settings":
+        if self.control is None and (self.policy.send_checkpoints or self.policy.send_evidence):
+            raise ValueError("policy sends checkpoints or evidence, and control does not say where the service is")
+        return self
 
     @property
     def registry_folder(self) -> Path:

@@ -21,7 +21,9 @@ Study = Annotated[str, typer.Argument(help="The study's name.")]
 Out = Annotated[Path, typer.Option("--out", help="Where to write it; what is there is replaced.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
-_OPERATOR = Annotated[Path | None, typer.Option("--operator", envvar="KONSIL_OPERATOR", help="operator.toml.")]
+_OPERATOR = Annotated[
+    Path | None, typer.Option("--operator", envvar="KONSIL_OPERATOR", help="Your operator.toml, or viewer.toml.")
+]
 _CONNECT = Annotated[str | None, typer.Option("--connect", envvar="KONSIL_CONNECT", help="HOST:PORT of the service.")]
 _CA = Annotated[Path | None, typer.Option("--ca", envvar="KONSIL_CA", help="The authority's certificate.")]
 _CERTIFICATE = Annotated[
@@ -77,7 +79,7 @@ def issue(
     name: Annotated[str, typer.Argument(help="Whose; a-z, 0-9, -. It is in the audit log with every call.")],
     role: Annotated[str, typer.Option(help="operator, auditor or viewer.")],
     settings_file: SettingsFile,
-    folder: Annotated[Path | None, typer.Option(help="Where key, certificate and operator.toml go; NAME.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="Where key, certificate and ROLE.toml go; NAME.")] = None,
     days: Annotated[int, typer.Option(min=1, max=730, help="How long the certificate is valid.")] = 365,
     connect: Annotated[str | None, typer.Option(help="HOST:PORT by which they reach the service.")] = None,
 ) -> None:
@@ -109,10 +111,11 @@ def _calling(command: Callable[..., None]) -> Callable[..., None]:
     def call(**arguments: Any) -> None:
         os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what is wrong is said in our own two lines
         from server.control_client import ControlClient
-        from server.settings import find_operator
+        from shared_models.control.access import find_access
 
         where = {name: arguments.pop(name) for name in _CALLING}
-        with ControlClient(find_operator(where.pop("operator"), **where)) as client:
+        said = {"option": "--operator operator.toml", "variable": "KONSIL_OPERATOR"}
+        with ControlClient(find_access(where.pop("operator"), **said, **where)) as client:
             command(client, **arguments)
 
     own = list(inspect.signature(command).parameters.values())[1:]

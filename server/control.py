@@ -12,10 +12,11 @@ import tomllib
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -23,18 +24,21 @@ from google.protobuf.message import DecodeError, Message
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
-from server import control_pb2 as pb
 from server import logs
 from server.audit import AuditLog
 from server.control_events import for_hospital, to_message
+from server.deposits import Deposits
 from server.roles import Caller, Doorman, Role, check_allowed, takes_part
 from server.settings import Control as Limits
 from server.studies import Studies, StudyStatus
-from server.transfer import Content, audit_content, audit_head, evidence_content, file_content
-from server.watching import Watching
+from server.transfer import Content, audit_content, audit_head, evidence_content, file_content, growing_content
+from server.watching import AT_LEAST_EVERY_S, BATCH_BYTES, Watching
+from shared_models.control import control_pb2 as pb
+from shared_models.control.deposits import CHECKPOINTS
 from shared_models.errors import (
     AuditError,
     ConfigError,
+    DepositError,
     FederationError,
     MalformedCallError,
     NotAllowedError,
@@ -125,10 +129,22 @@ class ControlService(grpc.GenericRpcHandler):
         doorman: Reads certificates.
         audit: Where every call is written down first.
         limits: How much of it anybody gets.
+        deposits: Where hospitals leave evidence.
+        roster: The signed roster's file.
     """
 
-    def __init__(self, studies: Studies, doorman: Doorman, audit: AuditLog, limits: Limits) -> None:
+    def __init__(
+        self,
+        studies: Studies,
+        doorman: Doorman,
+        audit: AuditLog,
+        limits: Limits,
+        *,
+        deposits: Deposits,
+        roster: Path,
+    ) -> None:
         self._studies, self._doorman, self._audit, self._limits = studies, doorman, audit, limits
+        self._deposits, self._roster, self._deposited = deposits, roster, asyncio.Event()
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="control")
         self._door = ThreadPoolExecutor(1, thread_name_prefix="control-door")  # the doorman is asked one at a time
         self._gate = ThreadPoolExecutor(1, thread_name_prefix="control-gate")  # the audit log's only writer
@@ -147,6 +163,11 @@ class ControlService(grpc.GenericRpcHandler):
             f"/{SERVICE}/Model": _Call(pb.FetchRequest, partial(self._fetch, self._model), ends=True),
             f"/{SERVICE}/Evidence": _Call(pb.FetchRequest, partial(self._fetch, self._evidence), ends=True),
             f"/{SERVICE}/Audit": _Call(pb.FetchRequest, partial(self._fetch, self._audit_log), ends=True),
+            f"/{SERVICE}/Roster": _Call(pb.FetchRequest, partial(self._fetch, self._signed_roster), ends=True),
+            f"/{SERVICE}/Deposit": _Call(pb.Chunk, self._deposit, ends=True),
+            f"/{SERVICE}/Deposits": _Call(pb.DepositsRequest, self._list_deposits),
+            f"/{SERVICE}/FetchDeposit": _Call(pb.FetchRequest, partial(self._fetch, self._one_deposit), ends=True),
+            f"/{SERVICE}/Checkpoints": _Call(pb.CheckpointsRequest, self._checkpoints, ends=True),
             f"/{HEALTH}/Check": _Call(health_pb2.HealthCheckRequest, self._health),
             f"/{HEALTH}/Watch": _Call(health_pb2.HealthCheckRequest, self._watch_health, ends=True),
             f"/{REFLECTION}/ServerReflectionInfo": _Call(None, self._reflect, ends=True),
@@ -160,6 +181,7 @@ class ControlService(grpc.GenericRpcHandler):
         """End the calls that go on by themselves; their callers are told to come back."""
         self._over.set()
         self._watching.wake()
+        self._ring()
 
     def shutdown(self) -> None:
         """Let go of the threads, once no call goes on."""
@@ -209,6 +231,7 @@ class ControlService(grpc.GenericRpcHandler):
             request = await self._read(call.request, context)
             study = getattr(request, "study", "")
             about["study"] = study[:200] or None
+            about["hospital"] = getattr(request, "hospital", "")[:200] or None
             check_allowed(caller, visit.name)
             await self._check_study(caller, study)
             await self._write(self._admit, visit)
@@ -265,7 +288,9 @@ class ControlService(grpc.GenericRpcHandler):
         try:
             return kind.FromString(raw)
         except DecodeError:
-            raise MalformedCallError("the request cannot be read", hint="See server/control.proto.") from None
+            raise MalformedCallError(
+                "the request cannot be read", hint="See shared_models/control/control.proto."
+            ) from None
 
     async def _check_study(self, caller: Caller, study: Any) -> None:
         """Whether a study concerns a caller; to a hospital that is not part of it, it is as if it was not there."""
@@ -397,6 +422,92 @@ class ControlService(grpc.GenericRpcHandler):
                 raise TransferError("this is no snapshot of the audit log", hint="Begin again, without an offset.")
         return audit_content(self._audit.path, size, head)
 
+    def _signed_roster(self, _request: pb.FetchRequest) -> Content:
+        return file_content(self._roster, "roster.json")
+
+    def _one_deposit(self, request: pb.FetchRequest) -> Content:
+        path = self._deposits.path(request.hospital, request.name)
+        if path.name == CHECKPOINTS:
+            size = self._deposits.size(request.hospital)
+            return growing_content(path, f"{request.hospital}.{path.name}", size, request.snapshot)
+        return file_content(path, path.name)
+
+    async def _deposit(self, first: pb.Chunk, caller: Caller, context: Any) -> AsyncGenerator[Message, None]:
+        kind, size = first.header.name, first.header.size
+        most = self._deposits.largest(kind)
+        if size > most:
+            raise DepositError(
+                f"a {kind} of {size} bytes; at most {most} are taken", hint="See the coordinator's limits."
+            )
+        identity = await self._run(self._doorman.identity, caller, on=self._door)
+        parts = self._parts(size, context)
+        if kind == "checkpoint":
+            line = b"".join([data async for data in parts])
+            keep = partial(self._deposits.keep_checkpoint, line, hospital=caller.name, identity=identity)
+            try:
+                digest, new = hashlib.sha256(line).hexdigest(), await self._run(keep)
+            finally:
+                self._ring()  # also where it contradicts: it is kept
+        else:
+            incoming = await self._run(self._deposits.receive, caller.name)
+            try:
+                async for data in parts:
+                    await self._run(incoming.write, data)
+                await self._check_still(caller)
+                digest, new = await self._run(partial(incoming.keep, identity=identity))
+            finally:
+                self._threads.submit(incoming.close)  # not waited for: the caller may be gone
+        yield pb.Deposited(sha256=digest, known=not new)
+
+    async def _parts(self, size: int, context: Any) -> AsyncGenerator[bytes, None]:
+        """What follows a header, until a footer that fits it.
+
+        Raises:
+            MalformedCallError: It does not come in time, or is not what header and footer say.
+        """
+        digest, left = hashlib.sha256(), size
+        while True:
+            chunk = await self._read(pb.Chunk, context)
+            left -= len(chunk.data)
+            if left < 0 or not (chunk.data or chunk.HasField("footer")):
+                break
+            if chunk.HasField("footer"):
+                if left or chunk.footer.sha256 != digest.hexdigest():
+                    break
+                return
+            digest.update(chunk.data)
+            yield chunk.data
+        raise MalformedCallError("what came is not what its header and footer say", hint="Send it again, whole.")
+
+    async def _list_deposits(
+        self, _request: pb.DepositsRequest, _caller: Caller, _context: Any
+    ) -> AsyncGenerator[Message, None]:
+        yield pb.DepositList(files=await self._run(lambda: [_file(*found) for found in self._deposits.files()]))
+
+    async def _checkpoints(
+        self, request: pb.CheckpointsRequest, caller: Caller, _context: Any
+    ) -> AsyncGenerator[Message, None]:
+        after, anything = dict(request.after), True
+        while True:
+            bell = self._deposited
+            await self._check_still(caller)
+            for hospital in await self._run(self._deposits.hospitals):
+                read = partial(self._deposits.checkpoints, hospital, at_most=BATCH_BYTES)
+                while found := await self._run(read, after.get(hospital, 0)):
+                    for line, position in found:
+                        yield pb.CheckpointNews(hospital=hospital, position=position, checkpoint=line)
+                    after[hospital], anything = found[-1][1], True
+            if anything:
+                yield pb.CheckpointNews()  # that is all for now
+            anything = False
+            with suppress(TimeoutError):
+                await asyncio.wait_for(bell.wait(), AT_LEAST_EVERY_S)
+
+    def _ring(self) -> None:
+        """Have everybody who follows checkpoints look again."""
+        self._deposited.set()
+        self._deposited = asyncio.Event()
+
     async def _health(self, request: Any, _caller: Caller, _context: Any) -> AsyncGenerator[Message, None]:
         if request.service not in {"", SERVICE, HEALTH, REFLECTION}:
             raise UnknownCallError(f"there is no service {request.service[:100]}", hint=f"Ask for {SERVICE}.")
@@ -427,7 +538,7 @@ _SERVING = health_pb2.HealthCheckResponse.SERVING
 
 def _served(visit: _Visit) -> _Call:
     if visit.call is None:
-        raise UnknownCallError(f"there is no call {visit.name}", hint="See server/control.proto.")
+        raise UnknownCallError(f"there is no call {visit.name}", hint="See shared_models/control/control.proto.")
     return visit.call
 
 
@@ -465,6 +576,14 @@ def _plan_fields(request: pb.SubmitRequest) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise ConfigError("the submitted plan is no table of keys", hint="See docs/plan.md.")
     return fields
+
+
+def _file(hospital: str, path: Path) -> pb.DepositFile:
+    found = path.stat()
+    sha256 = "" if path.name == CHECKPOINTS else path.stem.removeprefix("bundle-")
+    return pb.DepositFile(
+        hospital=hospital, name=path.name, size=found.st_size, sha256=sha256, changed_at=found.st_mtime
+    )
 
 
 def _state(status: StudyStatus) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import grpc
 
 from server.audit import AuditLog
 from server.control import MAXIMUM_METADATA_BYTES, ControlService
+from server.deposits import FOLDER, Deposits
 from server.roles import Doorman
 from server.settings import Settings
 from server.studies import Studies
@@ -62,7 +63,10 @@ class ControlServer:
 
     def _run(self) -> None:
         limits = self._settings.control
-        service = ControlService(self._studies, Doorman(self._settings), self._audit, limits)
+        deposits = Deposits(self._settings.state / FOLDER, largest=limits.maximum_deposit_bytes)
+        service = ControlService(
+            self._studies, Doorman(self._settings), self._audit, limits, deposits=deposits, roster=self._settings.roster
+        )
         try:
             asyncio.run(self._serve(service))
         except BaseException as error:

@@ -19,8 +19,9 @@ from pydantic import ValidationError
 from server.members import signed_roster
 from server.pki import Authority
 from server.roles import STAFF
-from server.settings import Settings, read_operator, read_settings
+from server.settings import Settings, read_settings
 from shared_models.config import explain
+from shared_models.control.access import read_access
 from shared_models.enrolment import (
     Kit,
     Request,
@@ -192,7 +193,7 @@ def write_kits(settings: Settings) -> Iterator[Path]:
 
 
 def issue(settings: Settings, name: str, role: str, folder: Path, *, valid_for: timedelta, connect: str | None) -> Path:
-    """Make a key and a certificate for a person or a program that calls the control service, and ``operator.toml``.
+    """Make a key and a certificate for a person or a program that calls the control service, and ``ROLE.toml``.
 
     Args:
         settings: The coordinator's.
@@ -203,7 +204,7 @@ def issue(settings: Settings, name: str, role: str, folder: Path, *, valid_for: 
         connect: ``host:port`` by which the service is reached from there; this machine's if None.
 
     Returns:
-        The operator's file.
+        That file.
 
     Raises:
         ConfigError: Name or role is none, or there is something in the folder already.
@@ -212,7 +213,7 @@ def issue(settings: Settings, name: str, role: str, folder: Path, *, valid_for: 
         raise ConfigError(f"there is no role {role}", hint=f"Choose one of {', '.join(STAFF)}.")
     if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,63}", name):
         raise ConfigError(f"{name!r} is no name", hint="a-z, 0-9, -; at most 64 characters.")
-    file = folder / "operator.toml"
+    file = folder / f"{role}.toml"
     if any((folder / taken).exists() for taken in (file.name, "tls.key", "tls.pem", "ca.pem")):
         raise ConfigError(f"{folder} holds a certificate already", hint="Nothing is overwritten: choose another.")
     _authority(settings, valid_for).issue(folder, name, role=role)
@@ -221,7 +222,7 @@ def issue(settings: Settings, name: str, role: str, folder: Path, *, valid_for: 
     near = f"{'localhost' if host in ANY_ADDRESS else host}:{settings.control.port}"
     fields = {"connect": connect or near, "ca": "ca.pem", "certificate": "tls.pem", "key": "tls.key"}
     file.write_text(tomli_w.dumps(fields), encoding="utf-8")
-    read_operator(file)
+    read_access(file)
     return file
 
 

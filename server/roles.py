@@ -42,7 +42,7 @@ class Role(StrEnum):
     AUDITOR = "auditor"
     """Reads everything that is evidence, and changes nothing; gets no model."""
     HOSPITAL = "hospital"
-    """Looks at the studies that it is part of, and at nothing of another hospital's."""
+    """Looks at the studies that it is part of, and at nothing of another hospital's; leaves evidence of its own."""
     VIEWER = "viewer"
     """Looks at studies."""
 
@@ -52,6 +52,7 @@ STAFF = (Role.OPERATOR, Role.AUDITOR, Role.VIEWER)  # roles that the authority p
 _ANYBODY = frozenset(Role)
 _READING = frozenset({Role.OPERATOR, Role.AUDITOR})
 _ONLY_OPERATORS = frozenset({Role.OPERATOR})
+_ONLY_AUDITORS = frozenset({Role.AUDITOR})
 
 # Least privilege, and the whole of it: what is not here is refused to everybody.
 ALLOWED: Mapping[str, frozenset[Role]] = MappingProxyType(
@@ -65,7 +66,12 @@ ALLOWED: Mapping[str, frozenset[Role]] = MappingProxyType(
         "Control/Stop": _ONLY_OPERATORS,
         "Control/Model": _ONLY_OPERATORS,
         "Control/Evidence": _READING,
-        "Control/Audit": frozenset({Role.AUDITOR}),  # who is watched does not choose when the log is looked at
+        "Control/Audit": _ONLY_AUDITORS,  # who is watched does not choose when the log is looked at
+        "Control/Roster": _ONLY_AUDITORS,
+        "Control/Deposit": frozenset({Role.HOSPITAL}),
+        "Control/Deposits": _ONLY_AUDITORS,
+        "Control/FetchDeposit": _ONLY_AUDITORS,
+        "Control/Checkpoints": _ONLY_AUDITORS,
         "Health/Check": _ANYBODY,
         "Health/Watch": _ANYBODY,
         "ServerReflection/ServerReflectionInfo": _ANYBODY,
@@ -141,6 +147,18 @@ class Doorman:
         if member is None or not member.valid(time.time()):
             return "no hospital of this name is on the roster now"
         return "" if member.tls_key == caller.key else "the roster has another TLS key for this hospital"
+
+    def identity(self, caller: Caller) -> bytes:
+        """A hospital's public identity key, by the roster.
+
+        Raises:
+            NotAllowedError: The roster has it no longer.
+            RosterError: The roster is refused.
+        """
+        member = self._members.value().get(caller.name)
+        if member is None:
+            raise NotAllowedError(f"{caller.name} is not on the roster", hint=_ASK)
+        return bytes.fromhex(member.identity)
 
 
 def check_allowed(caller: Caller, call: str) -> None:

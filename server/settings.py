@@ -1,13 +1,12 @@
 """The coordinator's own settings, ``coordinator.toml``: where it listens, whom it knows, where it keeps its state."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from shared_models import config
 from shared_models.config import Frozen, LocalPath
-from shared_models.errors import ConfigError
 
 
 class Tls(Frozen):
@@ -28,6 +27,7 @@ class Control(Frozen):
 
     Attributes:
         maximum_message_bytes: Of a request; plans are small.
+        maximum_deposit_bytes: Of an evidence bundle that a hospital leaves.
         maximum_connections: Open at a time; further ones are closed at once.
         maximum_calls: Going on at a time.
         maximum_calls_per_certificate: The part of them that one key may have.
@@ -39,6 +39,7 @@ class Control(Frozen):
     host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
     port: Annotated[int, Field(ge=1, le=65_535)] = 9093
     maximum_message_bytes: Annotated[int, Field(ge=65_536, le=67_108_864)] = 1_048_576
+    maximum_deposit_bytes: Annotated[int, Field(ge=65_536, le=2**32 - 1)] = 268_435_456
     maximum_connections: Annotated[int, Field(ge=10, le=100_000)] = 500
     maximum_calls: Annotated[int, Field(ge=10, le=100_000)] = 1000
     maximum_calls_per_certificate: Annotated[int, Field(ge=1, le=100_000)] = 250
@@ -102,53 +103,3 @@ def read_settings(path: Path) -> Settings:
         ConfigError: The file is missing, or a key is unknown, missing or out of range.
     """
     return config.read_settings(path, Settings, described_in="docs/coordinator.md")
-
-
-class Operator(Frozen):
-    """``operator.toml``: where the coordinator is, and with which certificate to call it.
-
-    Attributes:
-        connect: ``host:port`` of the control service.
-        ca: The authority's certificate.
-        certificate: The caller's own, which holds its role.
-        key: Its private key.
-        server_name: The name in the coordinator's certificate, where it is not the host of ``connect``: in a tunnel.
-    """
-
-    connect: Annotated[str, Field(pattern=r"^.+:[0-9]{1,5}$")]
-    ca: LocalPath
-    certificate: LocalPath
-    key: LocalPath
-    server_name: Annotated[str, Field(min_length=1)] | None = None
-
-
-def read_operator(path: Path) -> Operator:
-    """Read and validate ``operator.toml``, every error at once.
-
-    Raises:
-        ConfigError: The file is missing, or a key is unknown, missing or out of range.
-    """
-    return config.read_settings(path, Operator, described_in="docs/coordinator.md")
-
-
-def find_operator(file: Path | None, **given: Any) -> Operator:
-    """Where to call and as whom: from a file, from options that override it, or from options alone.
-
-    Raises:
-        ConfigError: Something is missing, or the file is invalid.
-    """
-    given = {key: value for key, value in given.items() if value is not None}
-    if file is None:
-        missing = [f"--{key}" for key in ("connect", "ca", "certificate", "key") if key not in given]
-        if missing:
-            raise ConfigError(
-                f"nobody said where the control service is, or who calls: {', '.join(missing)}",
-                hint="Give these options, or --operator operator.toml, or set KONSIL_OPERATOR.",
-            )
-        fields: dict[str, Any] = {}
-    else:
-        fields = dict(read_operator(file))
-    try:
-        return Operator(**{**fields, **given})
-    except ValidationError as error:
-        raise ConfigError(config.explain(error), hint="See docs/coordinator.md.") from None

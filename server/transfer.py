@@ -76,6 +76,25 @@ def file_content(path: Path, name: str) -> Content:
     return Content(name, (Stretch(path, found.st_size),), f"{found.st_size}-{found.st_mtime_ns}")
 
 
+def growing_content(path: Path, name: str, size: int, snapshot: str = "") -> Content:
+    """A file that only grows, as it is now.
+
+    Args:
+        path: The file.
+        name: What to call it.
+        size: Of what is whole in it now.
+        snapshot: Of a transfer that is gone on with: the file as it was then.
+
+    Raises:
+        TransferError: The snapshot is none of this file.
+    """
+    if snapshot:
+        if not (snapshot.isascii() and snapshot.isdecimal() and len(snapshot) < 19 and int(snapshot) <= size):
+            raise _changed()
+        size = int(snapshot)
+    return Content(name, (Stretch(path, size),), str(size))
+
+
 def evidence_content(study: str, folder: Path, snapshot: str = "") -> Content:
     """A study's evidence as a tar, the same bytes for the same evidence: receipts and sums of whole attempts only.
 

@@ -44,6 +44,7 @@ class AuditEntry(Frozen):
         key: SHA-256 of the SubjectPublicKeyInfo of the certificate's key.
         peer: The network address that called.
         study: The study that the call is about.
+        hospital: The hospital whose deposit is asked for.
         outcome: Whether the call was ``allowed``; of a call that is done, whether it succeeded. None where its caller
             went away before the end: what the call was to do may have happened.
         code: Why not; ``cancelled`` where the caller went away.
@@ -62,6 +63,7 @@ class AuditEntry(Frozen):
     key: Digest | None = None
     peer: Said | None = None
     study: Said | None = None
+    hospital: Said | None = None
     outcome: Literal["allowed", "refused", "succeeded", "failed"] | None = None
     code: Said | None = None
     of: Seq | None = None

@@ -29,6 +29,28 @@ def replace_file(path: Path, *content: bytes | memoryview) -> None:
         raise
 
 
+def append_whole(path: Path, content: bytes, *, size: int) -> None:
+    """Append to a file, whole or not at all; one writer per path.
+
+    Guarantees:
+        * When this returns, the content is on the disk, from ``size`` on. When it raises, the file ends there.
+        * What a crash has left behind ``size`` is dropped.
+
+    Raises:
+        OSError: It could not be written.
+    """
+    with path.open("ab", buffering=0) as file:
+        file.truncate(size)
+        try:
+            while content:  # the disk may take a part only, and say why when it is given the rest
+                content = content[file.write(content) :]
+            os.fsync(file.fileno())
+        except OSError:
+            with contextlib.suppress(OSError):
+                file.truncate(size)
+            raise
+
+
 def sync_file(path: Path) -> None:
     """Make a file that something else wrote durable.
 

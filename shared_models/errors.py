@@ -175,6 +175,24 @@ class EvidenceError(FederationError):
     code = "evidence"
 
 
+class CheckpointError(EvidenceError):
+    """A checkpoint that is none, or that its hospital did not sign."""
+
+    code = "checkpoint"
+
+
+class ForkedCheckpointError(CheckpointError):
+    """Two signed checkpoints with different hashes for one entry of one ledger."""
+
+    code = "checkpoint-fork"
+
+
+class RolledBackCheckpointError(CheckpointError):
+    """A signed checkpoint that knows fewer entries than one signed before it."""
+
+    code = "checkpoint-rollback"
+
+
 class RecordsError(FederationError):
     """The hospital's data does not fit the task."""
 
@@ -233,6 +251,12 @@ class TransferError(FederationError):
     """A file that did not come over whole, or is not what it was when its transfer began."""
 
     code = "transfer"
+
+
+class DepositError(FederationError):
+    """Something that the coordinator does not take from a hospital, or cannot store."""
+
+    code = "deposit"
 
 
 class AuditError(FederationError):

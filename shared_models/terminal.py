@@ -6,6 +6,12 @@ from collections.abc import Callable
 from shared_models.errors import FederationError
 
 
+def printable(text: str) -> str:
+    """A text that somebody else wrote, on one line, without what could move a cursor or hide a part of it."""
+    line = " ".join(text.split())
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in line)
+
+
 def run(app: Callable[[], None]) -> None:
     """Run a typer application; turn what a person or a peer can mend into two lines on standard error.
 

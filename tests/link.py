@@ -5,9 +5,11 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from hashlib import sha256
 from pathlib import Path
 
 import tomli_w
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import Context, Message
 
 from client.daemon import serve
@@ -20,6 +22,10 @@ from server.pki import Authority, create_hospital_keys, publish_tls_key
 from server.settings import Settings as CoordinatorSettings
 from server.settings import read_settings as read_coordinator
 from server.trial import hand_out, trial_root, trial_roster
+from shared_models.control.connection import deposit_chunks
+from shared_models.control.control_pb2 import Chunk
+from shared_models.identity import load_key, public_bytes, sign
+from shared_models.privacy.checkpoint import SIGNED, Checkpoint, SignedCheckpoint
 from shared_models.roster import UnsignedRoster
 
 Handler = Callable[[Message, Context], Message]
@@ -105,3 +111,39 @@ class Keys:
             yield thread
         finally:
             over.set()
+
+
+def made_checkpoint(keys: Keys, name: str, seq: int, *, minute: int | None = None, fork: str = "a") -> SignedCheckpoint:
+    """A hospital's checkpoint of a ledger that there need not be; see ``signed_checkpoint``."""
+    key = load_key(keys.folder / name / "keys" / "identity.key")
+    return signed_checkpoint(key, name, seq, minute=minute, fork=fork)
+
+
+def signed_checkpoint(
+    key: Ed25519PrivateKey, name: str, seq: int, *, minute: int | None = None, fork: str = "a"
+) -> SignedCheckpoint:
+    """A checkpoint of a ledger that there need not be.
+
+    Args:
+        key: Signs it.
+        name: The hospital that it says it is of.
+        seq: Number of the entry; its hash is made of it.
+        minute: When it was signed; as many minutes after a moment as there are entries, unless told otherwise.
+        fork: Names one of several histories.
+    """
+    unsigned = Checkpoint(
+        format="konsil-checkpoint/1",
+        hospital=name,
+        population="all-patients",
+        seq=seq,
+        entry_hash=sha256(f"{fork} {seq}".encode()).hexdigest(),
+        time=f"2026-01-01T00:{seq if minute is None else minute:02}:00.000Z",
+        public_key=public_bytes(key).hex(),
+    )
+    return SignedCheckpoint(**unsigned.model_dump(), signature=sign(key, SIGNED, unsigned.payload()).hex())
+
+
+def checkpoint_chunks(checkpoints: Iterable[SignedCheckpoint]) -> Iterator[Chunk]:
+    """The deposit of one checkpoint."""
+    (one,) = checkpoints
+    return deposit_chunks("checkpoint", [one.line()], len(one.line()))

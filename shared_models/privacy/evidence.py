@@ -40,12 +40,14 @@ _OLD_PARTS = ("ledger.jsonl", "head.json", "receipts.jsonl", "transcripts.jsonl"
 PARTS = (*_OLD_PARTS, "claims.jsonl", "plans.jsonl", "approvals.jsonl", "rosters.jsonl")
 _FORMATS = MappingProxyType({"konsil-evidence/1": _OLD_PARTS, "konsil-evidence/2": PARTS})
 LARGEST_PART = 2**31
+LARGEST_MANIFEST = 2**16
 LARGEST_DOCUMENT = 2**24  # of a part that is read in one piece
 LARGEST_LINE = 2**22
 MOST_DOCUMENTS = 10_000  # plans, claims and the like, of one kind
 _BLOCK = 2**20
 _DIRECTORY = 2**14  # bytes of a zip archive's list of contents; ten names take one kilobyte
 _END = struct.Struct("<4s4H2LH")  # an archive's last record, without a comment (PKWARE's APPNOTE, 4.3.16)
+_LARGE_END_BYTES = 20  # of the record that leads to a second, larger list (4.3.15)
 _EARLIEST = (1980, 1, 1, 0, 0, 0)  # of a zip archive: the same content gives the same file
 
 _HINT = "It was changed after it was packed, or made by another version. Ask the hospital for a fresh one."
@@ -282,33 +284,54 @@ def open_bundle(path: Path) -> Bundle:
             )
 
 
+def read_manifest(path: Path) -> Manifest:
+    """Whose a bundle is, and what it lists, by the manifest alone; whether the parts are what it lists is not asked.
+
+    Guarantees:
+        * The manifest is signed by the key that it names; whose key that is, the caller asks.
+        * Memory is bounded, whatever the file holds.
+
+    Raises:
+        UnsupportedEvidenceError: A later release packed it.
+        EvidenceError: It is no bundle, or its manifest was changed.
+    """
+    with _explained(path):
+        _check_directory(path)
+        with zipfile.ZipFile(path) as archive:
+            return _manifest(archive)
+
+
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
+    name = path.name  # the folder is nobody's business who sent the file
     try:
         yield
     except (OSError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError) as error:
         if isinstance(error, RecursionError):
-            raise EvidenceError(
-                f"{path} holds something that is no evidence: it is nested too deep", hint=_HINT
-            ) from None
-        raise EvidenceError(f"{path} cannot be read: {error}", hint=_HINT) from None
+            raise EvidenceError(f"{name} holds something that is no evidence: nested too deep", hint=_HINT) from None
+        text = error.strerror if isinstance(error, OSError) else str(error)[:200]
+        raise EvidenceError(f"{name} cannot be read: {text}", hint=_HINT) from None
     except EvidenceError as error:
-        if type(error) is EvidenceError and str(path) not in str(error):
-            raise EvidenceError(f"{path}: {error}", hint=error.hint) from None
+        if type(error) is EvidenceError and name not in str(error):
+            raise EvidenceError(f"{name}: {error}", hint=error.hint) from None
         raise
     except (ValidationError, ValueError, TypeError, LookupError, AttributeError) as error:
         if isinstance(error, ValidationError):
-            refuse_version(error, str(path), UnsupportedEvidenceError)
+            refuse_version(error, name, UnsupportedEvidenceError)
         text = explain(error) if isinstance(error, ValidationError) else type(error).__name__
-        raise EvidenceError(f"{path} holds something that is no evidence: {text}", hint=_HINT) from None
+        raise EvidenceError(f"{name} holds something that is no evidence: {text}", hint=_HINT) from None
 
 
 def _check_directory(path: Path) -> None:
-    """Look at the size of the archive's list of contents before Python's reader takes it into memory whole."""
+    """Look at the size of the archive's list of contents before Python's reader takes it into memory whole.
+
+    A larger list could be announced by a second record, of archives beyond 4 GB, before the last one: ours have none.
+    """
     with path.open("rb") as file:
-        file.seek(max(path.stat().st_size - _END.size, 0))
-        end = file.read(_END.size)
-    if len(end) != _END.size or not end.startswith(b"PK\5\6"):
+        file.seek(max(path.stat().st_size - _END.size - _LARGE_END_BYTES, 0))
+        tail = file.read()
+    end, before = tail[-_END.size :], tail[: -_END.size]
+    if len(end) != _END.size or not end.startswith(b"PK\5\6") or before.startswith(b"PK\6\7"):
         raise EvidenceError("it is no bundle: it does not end as an archive of ours does", hint=_HINT)
     *_, entries, size, _, comment = _END.unpack(end)
     if entries > len(PARTS) + 1 or size > _DIRECTORY or comment:
@@ -316,7 +339,7 @@ def _check_directory(path: Path) -> None:
 
 
 def _manifest(archive: zipfile.ZipFile) -> Manifest:
-    manifest = Manifest.model_validate_json(_whole(archive, MANIFEST))
+    manifest = Manifest.model_validate_json(_whole(archive, MANIFEST, LARGEST_MANIFEST))
     try:
         verify(bytes.fromhex(manifest.public_key), MANIFEST_KIND, manifest.payload(), bytes.fromhex(manifest.signature))
     except IdentityError:
@@ -339,10 +362,10 @@ def _check_part(archive: zipfile.ZipFile, name: str, manifest: Manifest) -> None
         raise EvidenceError(f"{name} is not what the hospital signed", hint=_HINT)
 
 
-def _whole(archive: zipfile.ZipFile, name: str) -> bytes:
+def _whole(archive: zipfile.ZipFile, name: str, largest: int = LARGEST_DOCUMENT) -> bytes:
     with archive.open(name) as file:
-        data = file.read(LARGEST_DOCUMENT + 1)
-    if len(data) > LARGEST_DOCUMENT:
+        data = file.read(largest + 1)
+    if len(data) > largest:
         raise EvidenceError(f"{name} is larger than it may be", hint=_HINT)
     return data
 

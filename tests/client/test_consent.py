@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from client.consent import LARGEST_PLAN_BYTES, MOST_WAITING, STUDIES, Consent, Consents
-from client.disclosure import printable
 from shared_models.approval import Approval, ApprovedPrice, sign_approval, verify_approval
 from shared_models.errors import ConfigError, ForgedApprovalError, PendingError, PolicyError
 from shared_models.identity import public_bytes, sign
 from shared_models.plan import StudyPlan
 from shared_models.privacy.ledger import BudgetTerms, StudyLimit
+from shared_models.terminal import printable
 from tests.client.test_policy import plan
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))

@@ -61,7 +61,7 @@ class Centre:
     def call(self, role: str, *arguments: str) -> str:
         """One command of somebody's, with nothing but the folder that was handed over. Returns what it prints."""
         self._calls += 1
-        operator = ("--operator", str(self.folder / role / "operator.toml"))
+        operator = ("--operator", str(self.folder / role / f"{role}.toml"))
         return self.children.run(f"call-{self._calls}", "konsil-coordinator", *arguments, *operator)
 
 

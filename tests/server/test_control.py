@@ -11,7 +11,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,27 +23,25 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from typer.testing import CliRunner
 
 from server import cli
-from server import control_pb2 as pb
-from server.audit import AuditLog, export_lines
+from server.audit import AuditLog
 from server.control import HEALTH, REFLECTION, SERVICE, THREADS, ControlService
 from server.control_client import ControlClient
 from server.control_events import for_hospital, from_message, to_message
-from server.control_pb2_grpc import ControlStub
 from server.control_server import ControlServer
-from server.demo import free_port, plan_text
+from server.demo import plan_text
+from server.deposits import FOLDER, Deposits
 from server.evidence import RECEIPTS, SUMS
-from server.examples import example_plan
-from server.halt import Halt
-from server.journal import Journal, read_events
+from server.journal import read_events
 from server.pki import Authority
 from server.roles import ALLOWED, Doorman, withdraw
-from server.settings import Control, Operator, Settings, read_operator
-from server.store import State, Store, StudyRow, Wish
-from server.studies import Studies
+from server.store import Wish
 from server.transfer import CHUNK_BYTES
-from server.turns import Turns
-from shared_models.audit_log import AuditEntry, follow_export, read_export, verify_export
+from shared_models.audit_log import read_export, verify_export
 from shared_models.config import read_toml
+from shared_models.control import control_pb2 as pb
+from shared_models.control.access import read_access
+from shared_models.control.control_pb2_grpc import ControlStub
+from shared_models.control.deposits import CHECKPOINTS
 from shared_models.errors import (
     AuditError,
     ConfigError,
@@ -55,123 +52,11 @@ from shared_models.errors import (
     TransferError,
     UnknownStudyError,
 )
-from shared_models.plan import StudyPlan
-from tests.link import Keys
+from shared_models.privacy.checkpoint import SignedCheckpoint
+from tests.centre import MODEL, ROLES, Centre, plan, round_facts
+from tests.link import Keys, checkpoint_chunks, made_checkpoint
 
 ROOT = Path(__file__).parents[2]
-ROLES = ("operator", "auditor", "viewer", "hospital")
-MODEL = bytes(range(256)) * 6000  # three chunks
-
-
-def plan(study: str, **changes: Any) -> StudyPlan:
-    """A plan of this name."""
-    return example_plan("breast-cancer", 3).model_copy(update={"study": study, **changes})
-
-
-@dataclass
-class Centre:
-    """A control service over real studies, in which a study's rounds are played by the test.
-
-    Attributes:
-        keys: Everybody's keys and certificates.
-        limits: Of the service.
-        rounds: Lets a study called ``long`` go on by a round.
-    """
-
-    keys: Keys
-    limits: dict[str, Any] = field(default_factory=dict)
-    rounds: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
-
-    def __post_init__(self) -> None:
-        self.folder = self.keys.folder / "coordinator"
-        control = Control(port=free_port(), **self.limits)
-        self.settings: Settings = self.keys.coordinator().model_copy(update={"control": control})
-        self.settings.state.mkdir(exist_ok=True)
-        for role in ROLES[:3]:
-            self.keys.authority.issue(self.folder.parent / role, f"{role}-anna", role=role)
-
-    def conduct(self, row: StudyRow, _turns: Turns, halt: Halt) -> None:
-        """A study as the journal tells it: ``long`` lasts until it is stopped, every other one finishes at once."""
-        row.folder.mkdir(parents=True, exist_ok=True)
-        journal = Journal(row.folder / "events.jsonl")
-        if not journal.begun:
-            journal.write(
-                "started", study=row.name, plan_digest=row.plan.digest(), rounds=row.plan.rounds, parameters=31
-            )
-            for name in self.keys.names:
-                journal.write("enrolled", hospital=name, public_size=100, same_software=True)
-        self.store.enter(row.name, State.RUNNING)
-        for number in range(row.rounds_done + 1, row.plan.rounds + 1):
-            while row.name == "long" and not self.rounds.acquire(timeout=0.01):
-                if self.store.study(row.name).wish is Wish.STOP:
-                    journal.write("stopped")
-                    self.store.enter(row.name, State.STOPPED, "by an operator")
-                    return
-                if halt._pause.is_set():
-                    self.store.enter(row.name, State.PAUSED, "by an operator")
-                    return
-            journal.write("round", **round_facts(number, row.plan.rounds))
-            self.store.finish_round(row.name, number, {})
-        (row.folder / "model.safetensors").write_bytes(MODEL)
-        (row.folder / RECEIPTS).write_text('{"hospital":"north"}\n', encoding="ascii")
-        (row.folder / SUMS).write_text('{"transcript":1}\n', encoding="ascii")
-        self.store.enter(row.name, State.FINISHED)
-
-    @contextlib.contextmanager
-    def serving(self) -> Iterator["Centre"]:
-        """While it is served."""
-        with (
-            contextlib.closing(Store(self.settings.database_url)) as self.store,
-            Studies(self.store, self.settings.state / "studies", self.conduct) as self.studies,
-            AuditLog(self.settings.state) as self.audit,
-            ControlServer(self.settings, self.studies, self.audit),
-        ):
-            yield self
-
-    @property
-    def address(self) -> str:
-        """Where it is served."""
-        return f"127.0.0.1:{self.settings.control.port}"
-
-    def operator(self, role: str, authority: Authority | None = None) -> Operator:
-        """Where to call, and as whom."""
-        home = self.keys.folder / "north" / "keys" if role == "hospital" else self.keys.folder / role
-        ca = (authority or self.keys.authority).certificate
-        return Operator(connect=self.address, ca=ca, certificate=home / "tls.pem", key=home / "tls.key")
-
-    def client(self, role: str) -> ControlClient:
-        """A client of a role."""
-        return ControlClient(self.operator(role))
-
-    def channel(self, role: str) -> grpc.Channel:
-        """A bare channel of a role."""
-        who = self.operator(role)
-        credentials = grpc.ssl_channel_credentials(*(path.read_bytes() for path in (who.ca, who.key, who.certificate)))
-        return grpc.secure_channel(self.address, credentials)
-
-    def log(self) -> list[AuditEntry]:
-        """The audit log, verified; every test of it is of a log that holds."""
-        return list(follow_export(export_lines(self.settings.state), self.audit.public_key))
-
-    def finished(self, name: str) -> str:
-        """Submit a study that finishes at once, and wait for it."""
-        self.studies.submit(plan(name).model_dump(mode="json"), by="the test")
-        self.studies.wait(name)
-        return name
-
-
-def round_facts(number: int, rounds: int) -> dict[str, Any]:
-    return {
-        "round": number,
-        "rounds": rounds,
-        "answered": ["east", "north"],
-        "missing": ["south"],
-        "epsilon_filter": {"east": 0.5, "north": 0.25},
-        "metrics_released": {},
-        "stages": {"train": 0.5},
-        "seconds": 1.5,
-        "checkpoint": "round.safetensors",
-    }
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +71,9 @@ def centre(keys: Keys) -> Iterator[Centre]:
     with Centre(keys).serving() as centre:
         centre.finished("done")
         centre.studies.submit(plan("long").model_dump(mode="json"), by="the test")
+        NORTHS[:] = [made_checkpoint(keys, "north", 1)]
+        with centre.client("hospital") as client:
+            client.deposit(checkpoint_chunks(NORTHS), timeout_s=10)
         yield centre
 
 
@@ -197,6 +85,7 @@ def own(tmp_path: Path) -> Callable[..., Centre]:
 
 # who may do what
 
+NORTHS: list[SignedCheckpoint] = []  # the one checkpoint that north has left
 _HEALTH = health_pb2.HealthCheckRequest(service=SERVICE)
 
 CALLS: dict[str, Callable[[ControlClient, Path], Any]] = {
@@ -210,6 +99,11 @@ CALLS: dict[str, Callable[[ControlClient, Path], Any]] = {
     "Control/Model": lambda client, folder: client.fetch_model("done", folder / "model"),
     "Control/Evidence": lambda client, folder: client.fetch_evidence("done", folder / "evidence"),
     "Control/Audit": lambda client, folder: client.fetch_audit(folder / "audit"),
+    "Control/Roster": lambda client, folder: client.fetch_roster(folder / "roster"),
+    "Control/Deposit": lambda client, _: client.deposit(checkpoint_chunks(NORTHS), timeout_s=10),
+    "Control/Deposits": lambda client, _: client.deposits(),
+    "Control/FetchDeposit": lambda client, folder: client.fetch_deposit("north", CHECKPOINTS, folder / "deposit"),
+    "Control/Checkpoints": lambda client, _: next(client.checkpoints()),
     "Health/Check": lambda client, _: health_pb2_grpc.HealthStub(client._channel).Check(_HEALTH, timeout=10),
     "Health/Watch": lambda client, _: next(
         iter(health_pb2_grpc.HealthStub(client._channel).Watch(_HEALTH, timeout=10))
@@ -218,11 +112,13 @@ CALLS: dict[str, Callable[[ControlClient, Path], Any]] = {
 }
 
 # As docs/coordinator.md has it, written out again.
+EVIDENCE = {f"Control/{call}" for call in ("Roster", "Deposits", "FetchDeposit", "Checkpoints")}
 MAY = {
-    "operator": set(CALLS) - {"Control/Audit"},
-    "auditor": set(CALLS) - {f"Control/{call}" for call in ("Submit", "Pause", "Resume", "Stop", "Model")},
+    "operator": set(CALLS) - {"Control/Audit", "Control/Deposit"} - EVIDENCE,
+    "auditor": set(CALLS) - {f"Control/{call}" for call in ("Submit", "Pause", "Resume", "Stop", "Model", "Deposit")},
     "viewer": {call for call in CALLS if "Control" not in call} | {f"Control/{c}" for c in ("List", "Show", "Watch")},
-    "hospital": {call for call in CALLS if "Control" not in call} | {f"Control/{c}" for c in ("List", "Show", "Watch")},
+    "hospital": {call for call in CALLS if "Control" not in call}
+    | {f"Control/{c}" for c in ("List", "Show", "Watch", "Deposit")},
 }
 
 
@@ -268,7 +164,8 @@ def test_every_role_makes_the_calls_that_it_may(centre: Centre, role: str, call:
     assert (entry.call, entry.role, entry.caller) == (call, role, name)
     assert (entry.outcome, entry.code) == (("refused", "not-allowed") if refused else ("allowed", None))
     named = call.startswith("Control/") and call not in {"Control/Submit", "Control/List", "Control/Audit"}
-    assert entry.study == ("done" if named else None)
+    assert entry.study == ("done" if named and call not in EVIDENCE | {"Control/Deposit"} else None)
+    assert entry.hospital == ("north" if call == "Control/FetchDeposit" else None)
 
 
 def test_what_has_an_effect_is_in_the_log_with_its_end(own: Callable[..., Centre], tmp_path: Path) -> None:
@@ -667,6 +564,14 @@ def test_a_study_that_there_is_not_is_said_so(centre: Centre) -> None:
                 call("nothing")
 
 
+def test_an_error_is_one_line_that_moves_no_cursor(centre: Centre) -> None:
+    """Whatever the other side puts into it: it goes to terminals, and to a hospital's log."""
+    with centre.client("operator") as client, pytest.raises(UnknownStudyError) as caught:
+        client.show("no\nsuch\x1b[2J")
+
+    assert "no such\N{REPLACEMENT CHARACTER}[2J" in str(caught.value)
+
+
 def test_another_plan_of_the_same_name_is_refused(centre: Centre) -> None:
     """Names are never used again."""
     with centre.client("operator") as client, pytest.raises(StudyStateError, match="with another plan"):
@@ -941,12 +846,13 @@ def test_a_watch_that_was_cancelled_is_in_the_log(own: Callable[..., Centre]) ->
 def test_the_generated_files_are_those_of_the_protocol(tmp_path: Path) -> None:
     """``make proto`` gives what is checked in; the service is what the file says."""
     outputs = [f"--{kind}_out={tmp_path}" for kind in ("python", "pyi", "grpc_python")]
-    command = [sys.executable, "-m", "grpc_tools.protoc", f"-I{ROOT}", *outputs, "server/control.proto"]
+    command = [sys.executable, "-m", "grpc_tools.protoc", f"-I{ROOT}", *outputs, "shared_models/control/control.proto"]
 
     subprocess.run(command, check=True, cwd=ROOT)
 
-    made = {path.name: path.read_bytes() for path in (tmp_path / "server").iterdir()}
-    assert made == {path.name: path.read_bytes() for path in (ROOT / "server").glob("control_pb2*")}
+    folder = Path("shared_models") / "control"
+    made = {path.name: path.read_bytes() for path in (tmp_path / folder).iterdir()}
+    assert made == {path.name: path.read_bytes() for path in (ROOT / folder).glob("control_pb2*")}
 
 
 def test_reflection_names_what_is_served(centre: Centre) -> None:
@@ -1039,7 +945,7 @@ def test_certificates_are_issued_and_withdrawn(own: Callable[..., Centre]) -> No
     ):
         with pytest.raises(ConfigError):
             run(centre, "issue", name, "--role", role, "--folder", str(folder), *where)
-    with centre.serving(), ControlClient(read_operator(home / "operator.toml")) as client:
+    with centre.serving(), ControlClient(read_access(home / "viewer.toml")) as client:
         client.all()
         assert "CN=bert" in run(centre, "withdraw", str(home / "tls.pem"), *where)
         with pytest.raises(NotAllowedError, match="was withdrawn"):
@@ -1050,7 +956,16 @@ def test_certificates_are_issued_and_withdrawn(own: Callable[..., Centre]) -> No
 
 def test_a_call_over_an_old_tls_is_refused(centre: Centre) -> None:
     """Where the handshake could not prevent it: the gate asks for the version too."""
-    service = ControlService(centre.studies, Doorman(centre.settings), centre.audit, centre.settings.control)
+    limits, state = centre.settings.control, centre.settings.state
+    deposits = Deposits(state / FOLDER, largest=limits.maximum_deposit_bytes)
+    service = ControlService(
+        centre.studies,
+        Doorman(centre.settings),
+        centre.audit,
+        limits,
+        deposits=deposits,
+        roster=centre.settings.roster,
+    )
     certificate = centre.operator("operator").certificate.read_bytes()
     auth = {"x509_pem_cert": [certificate], "x509_common_name": [b"operator-anna"]}
 

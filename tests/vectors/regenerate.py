@@ -39,6 +39,7 @@ from shared_models.messages import (
     signed_receipt,
 )
 from shared_models.metrics import compute_metrics, record_statistics
+from shared_models.privacy.checkpoint import SIGNED, Checkpoint, SignedCheckpoint
 from shared_models.privacy.entries import GENESIS, BudgetTerms, Chain, Entry, Reserved, StudyLimit, possession
 from shared_models.privacy.evidence import PARTS, Manifest, Part
 from shared_models.privacy.head import HeadWriter, create_head
@@ -161,6 +162,7 @@ def known_answers() -> dict[str, Any]:
         },
         "anchor": {"last": last["ann"].digest, "everybody": anchor.everybody},
         "evidence_manifest": _manifest().payload().hex(),
+        "checkpoint": _checkpoint().line().decode(),
         "approval": {"json": approval.model_dump(mode="json"), "payload": approval.payload().hex()},
         "approval_of_software": {"json": of_software.model_dump(mode="json"), "payload": of_software.payload().hex()},
         "ledger": _ledger(),
@@ -175,6 +177,19 @@ def known_answers() -> dict[str, Any]:
         "calibrate_noise": calibrate_noise(sample_rate=0.5, steps=208, epsilon=1.0, delta=3e-4),
         "metrics": compute_metrics(2, record_statistics(2, scores, labels, bins=20).sum(axis=0), bins=20),
     }
+
+
+def _checkpoint() -> SignedCheckpoint:
+    unsigned = Checkpoint(
+        format="konsil-checkpoint/1",
+        hospital="ann",
+        population="all-patients",
+        seq=7,
+        entry_hash="c" * 64,
+        time="2026-01-02T03:04:05.678Z",
+        public_key=public_bytes(KEY).hex(),
+    )
+    return SignedCheckpoint(**unsigned.model_dump(), signature=sign(KEY, SIGNED, unsigned.payload()).hex())
 
 
 def _manifest() -> Manifest:

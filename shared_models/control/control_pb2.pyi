@@ -54,14 +54,73 @@ class WatchRequest(_message.Message):
     def __init__(self, study: _Optional[str] = ..., after: _Optional[int] = ...) -> None: ...
 
 class FetchRequest(_message.Message):
-    __slots__ = ("study", "offset", "snapshot")
+    __slots__ = ("study", "offset", "snapshot", "hospital", "name")
     STUDY_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
+    HOSPITAL_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
     study: str
     offset: int
     snapshot: str
-    def __init__(self, study: _Optional[str] = ..., offset: _Optional[int] = ..., snapshot: _Optional[str] = ...) -> None: ...
+    hospital: str
+    name: str
+    def __init__(self, study: _Optional[str] = ..., offset: _Optional[int] = ..., snapshot: _Optional[str] = ..., hospital: _Optional[str] = ..., name: _Optional[str] = ...) -> None: ...
+
+class Deposited(_message.Message):
+    __slots__ = ("sha256", "known")
+    SHA256_FIELD_NUMBER: _ClassVar[int]
+    KNOWN_FIELD_NUMBER: _ClassVar[int]
+    sha256: str
+    known: bool
+    def __init__(self, sha256: _Optional[str] = ..., known: _Optional[bool] = ...) -> None: ...
+
+class DepositsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class DepositFile(_message.Message):
+    __slots__ = ("hospital", "name", "size", "sha256", "changed_at")
+    HOSPITAL_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    SIZE_FIELD_NUMBER: _ClassVar[int]
+    SHA256_FIELD_NUMBER: _ClassVar[int]
+    CHANGED_AT_FIELD_NUMBER: _ClassVar[int]
+    hospital: str
+    name: str
+    size: int
+    sha256: str
+    changed_at: float
+    def __init__(self, hospital: _Optional[str] = ..., name: _Optional[str] = ..., size: _Optional[int] = ..., sha256: _Optional[str] = ..., changed_at: _Optional[float] = ...) -> None: ...
+
+class DepositList(_message.Message):
+    __slots__ = ("files",)
+    FILES_FIELD_NUMBER: _ClassVar[int]
+    files: _containers.RepeatedCompositeFieldContainer[DepositFile]
+    def __init__(self, files: _Optional[_Iterable[_Union[DepositFile, _Mapping]]] = ...) -> None: ...
+
+class CheckpointsRequest(_message.Message):
+    __slots__ = ("after",)
+    class AfterEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    AFTER_FIELD_NUMBER: _ClassVar[int]
+    after: _containers.ScalarMap[str, int]
+    def __init__(self, after: _Optional[_Mapping[str, int]] = ...) -> None: ...
+
+class CheckpointNews(_message.Message):
+    __slots__ = ("hospital", "position", "checkpoint")
+    HOSPITAL_FIELD_NUMBER: _ClassVar[int]
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
+    hospital: str
+    position: int
+    checkpoint: bytes
+    def __init__(self, hospital: _Optional[str] = ..., position: _Optional[int] = ..., checkpoint: _Optional[bytes] = ...) -> None: ...
 
 class Study(_message.Message):
     __slots__ = ("number", "name", "state", "wish", "reason", "rounds_done", "rounds", "position", "submitted_by", "submitted_at", "changed_at", "plan_digest", "task", "plan")
