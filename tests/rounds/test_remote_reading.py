@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,9 +27,10 @@ from server.processes import Children
 from shared_models.config import read_toml
 from shared_models.control.access import connect, read_access
 from shared_models.control.control_pb2 import Chunk
+from shared_models.control.deposits import owner_of_bundle
 from shared_models.identity import fingerprint
 from shared_models.privacy.checkpoint import SignedCheckpoint, read_checkpoint
-from shared_models.privacy.evidence import unpack
+from shared_models.privacy.entries import Entry
 from tests.federation import changed
 from tests.proxy import RecordingProxy, Stream
 from tests.rounds.test_a_study_from_elsewhere import PATIENCE_S, STUDY, Centre
@@ -155,29 +157,35 @@ def test_what_was_fetched_is_what_the_hospital_has(read: Read) -> None:
     for name in (SENDS, RESTORED):
         home = read.fetched / "hospitals" / name
         (path,) = home.glob("bundle-*.zip")
-        bundle = unpack(path)
+        entries = ledger(path)
         checkpoints = list(read_checkpoints(home / "checkpoints.jsonl"))
 
-        assert bundle.entries[-1].kind == "study-closed"
-        assert [checkpoint.seq for checkpoint in checkpoints] == [1, len(bundle.entries)]
+        assert entries[-1].kind == "study-closed"
+        assert [checkpoint.seq for checkpoint in checkpoints] == [1, len(entries)]
         assert check_checkpoints(record(path), checkpoints) == []
         forged = [forge(checkpoints[0]), *checkpoints[1:]]
         assert [finding.code for finding in check_checkpoints(record(path), forged)] == ["checkpoint-fork"]
 
 
+def ledger(path: Path) -> list[Entry]:
+    """The ledger in a bundle."""
+    with zipfile.ZipFile(path) as archive:
+        return [Entry.model_validate_json(line) for line in archive.read("ledger.jsonl").splitlines()]
+
+
 def record(path: Path) -> HospitalRecord:
     """A bundle as an audit has read it, as far as it matters here."""
-    bundle = unpack(path)
-    first = bundle.entries[0]
+    entries, manifest = ledger(path), owner_of_bundle(path)
+    first = entries[0]
     assert first.budget is not None
     return HospitalRecord(
         source=path,
         hospital=first.hospital,
         population=first.population or "",
         terms=first.budget,
-        packed=bundle.manifest.time,
-        lines=tuple(Line(entry.seq, entry.time, entry.kind, entry.hash) for entry in bundle.entries),
-        keys=(Key(fingerprint(bytes.fromhex(bundle.manifest.public_key)), 1),),
+        packed=manifest.time,
+        lines=tuple(Line(entry.seq, entry.time, entry.kind, entry.hash) for entry in entries),
+        keys=(Key(fingerprint(bytes.fromhex(manifest.public_key)), 1),),
     )
 
 
