@@ -252,7 +252,7 @@ def test_the_command_sends_what_somebody_looked_at(centre: Centre, tmp_path: Pat
     assert [text.startswith("checkpoint of entry 1 (") for text in said] == [True] * 3
     assert (tmp_path / "looked-at.zip").read_bytes() in [path.read_bytes() for path in bundles(centre)]
     assert (len(bundles(centre)), stored(centre)) == (2, [1])
-    assert [path.name for path in settings.state.iterdir() if path.is_dir()] == []
+    assert list(settings.state.rglob("*.zip")) == []
 
 
 def test_a_file_that_is_no_bundle_is_not_sent(centre: Centre, tmp_path: Path) -> None:
