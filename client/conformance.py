@@ -174,12 +174,17 @@ def rehearse(plan: StudyPlan, mechanism: PoissonGaussian, rounds: int, *, device
     return Rehearsal(
         mechanism=mechanism,
         included=included,
-        sums=sums,
-        null=null * unit,
+        sums=_sent(sums),
+        null=_sent(null * unit),
         drawn=drawn,
         sizes=sizes.ravel(),
         share=share,
     )
+
+
+def _sent(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """What would leave: a number that is not finite leaves as zero."""
+    return np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def _canary_records(included: NDArray[np.bool_], clip: float) -> tuple[WatchedRecords, float, NDArray[np.float64]]:

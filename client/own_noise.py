@@ -47,12 +47,13 @@ def note_noise(
         training: Of this round.
         null: Null coordinates of the update, in model units.
     """
-    statistic = float((null**2).sum() / null_variance(training, mechanism))
+    sent = np.nan_to_num(null, nan=0.0, posinf=0.0, neginf=0.0)  # as it will be before it is masked
+    statistic = float((sent**2).sum() / null_variance(training, mechanism))
     try:
         EvidenceFile(state / NOISE, largest=2**63).write(
             study=charge.study, plan_digest=charge.plan_digest, statistic=statistic, coordinates=len(null)
         )
-    except (LedgerError, ValueError) as error:  # full disk; noise that is not finite
+    except LedgerError as error:
         log.warning("the noise of round %s was not noted: %s", charge.round, error)
 
 

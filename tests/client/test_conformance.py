@@ -118,7 +118,7 @@ def test_the_noise_of_real_rounds_is_tested_with_the_rest(federation: Federation
 
 
 def test_a_round_whose_noise_cannot_be_noted_is_answered_all_the_same(tmp_path: Path) -> None:
-    """The file is a folder, or the noise is not finite: the log says so, and nobody else notices."""
+    """A folder is in the file's place: the log says so, and nobody else notices."""
     federation = make_federation(tmp_path, hospitals=3, rounds=1)
     (federation.settings("hospital-1").state / NOISE).mkdir(parents=True)
 
