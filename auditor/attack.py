@@ -87,6 +87,7 @@ def attack_model(
     shadows: int,
     steps: int,
     learning_rate: float,
+    threads: int = 1,
     progress: Callable[[int, int], None] = lambda _done, _all: None,
 ) -> Membership:
     """Attack a released model.
@@ -106,6 +107,7 @@ def attack_model(
         shadows: An even number.
         steps: Of each shadow's training, plain SGD on batches of 32.
         learning_rate: The same.
+        threads: Of torch; small networks are fastest with one.
         progress: Told how many models are trained, of how many.
 
     Raises:
@@ -119,8 +121,9 @@ def attack_model(
     task = find_task(plan.task)
     if shadows < 4 or shadows % 2:
         raise ConfigError(f"{shadows} shadow models", hint="An even number of at least 4.")
+    torch.set_num_threads(threads)
     data = _tensors(candidates, task)
-    confidence_of = _checked(model, data, task)
+    confidence = _checked(model, data, task)
     rng = np.random.default_rng(0)  # of shadows and of the split for the threshold; not of membership
     halves = list(_halves(len(candidates.members), shadows, rng))
     unprotected = rng.random(len(candidates.members)) < 0.5  # independent of who really is a member
@@ -129,7 +132,7 @@ def attack_model(
         seen.append(_shadow(plan, task, data, included, steps=steps, learning_rate=learning_rate, seed=number))
         progress(number, shadows + 1)
     score = _likelihood_ratio(np.array(seen[:-1]), np.array(halves))
-    found, control = score(confidence_of), score(seen[-1])
+    found, control = score(confidence), score(seen[-1])
     half = rng.permutation(len(found)) < len(found) // 2
     return Membership(
         members=int(candidates.members.sum()),

@@ -38,6 +38,7 @@ def attack(
     shadows: Annotated[int, typer.Option("--shadows", help="Shadow models to train; even, at least 4.")] = 16,
     shadow_steps: Annotated[int, typer.Option("--shadow-steps", min=1, help="Gradient steps of each.")] = 1000,
     learning_rate: Annotated[float, typer.Option("--learning-rate", help="Step size of the shadows.")] = 0.5,
+    threads: Annotated[int, typer.Option("--threads", min=1, help="Threads of torch.")] = 1,
     fail_above: Annotated[
         float | None, typer.Option("--fail-above", min=0, help="Fail if the attack shows more epsilon than this.")
     ] = None,
@@ -84,6 +85,7 @@ def attack(
             shadows=shadows,
             steps=shadow_steps,
             learning_rate=learning_rate,
+            threads=threads,
             progress=lambda done, of: typer.echo(f"trained {done} of {of} models", err=True),
         )
         typer.echo("\n".join(_membership_lines(membership, claimed)))

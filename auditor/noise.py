@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from auditor.findings import COORDINATOR, Finding
 from auditor.record import AttemptRecord, HospitalRecord
 from shared_models.plan import StudyPlan
-from shared_models.privacy.empirical import noise_repetition, noise_spread, smallest_ratio_found
+from shared_models.privacy.empirical import noise_repetition, noise_spread, null_variance, smallest_ratio_found
 from shared_models.privacy.mechanisms import PoissonGaussian
 
 FALSE_ALARM = 1e-6  # of one study, over all its rounds and tests
@@ -99,27 +99,16 @@ class _Known:
         }
 
     def variances(self, attempt: AttemptRecord) -> list[float]:
-        """What each uploader should add to the variance of a null coordinate; empty where it is not known of all.
-
-        A step adds noise of standard deviation sigma C over the expected batch, times the learning rate. A proximal
-        term takes back a share of what is there before each step. The update is weighed with m.
-        """
+        """What each uploader should add to the variance of a null coordinate; empty where it is not known of all."""
         study, _, number, turn = attempt.turn
         plan = self._plans.get(study)
         charges = [self._charges.get((name, study, number, turn)) for name in attempt.uploaders]
-        if plan is None or not charges or any(charge is None for charge in charges):
+        known = [charge for charge in charges if charge is not None]
+        if plan is None or len(known) < len(charges):
             return []
         training = plan.training_in(number)
-        kept = (1 - training.learning_rate * training.proximal) ** 2  # of the variance, from step to step
-        found = []
-        for name, charge in zip(attempt.uploaders, charges, strict=True):
-            if charge is None:
-                return []
-            steps = charge.steps if kept == 1 else (1 - kept**charge.steps) / (1 - kept)
-            weight = min(1.0, self._sizes[name] / plan.weight_cap)
-            step = training.learning_rate * charge.noise_multiplier * charge.clip / charge.expected_batch
-            found.append(steps * (weight * step) ** 2)
-        return found
+        weights = [min(1.0, self._sizes[name] / plan.weight_cap) for name in attempt.uploaders]
+        return [weight**2 * null_variance(training, charge) for weight, charge in zip(weights, known, strict=True)]
 
 
 class _Tested(NamedTuple):

@@ -23,6 +23,7 @@ _MEANINGS = {
     "null-noise": "noise on the null coordinates, over what is claimed",
     "fresh-noise": "largest correlation of two rounds' noise",
     "noise-shape": "distance of the noise's distribution from a Gaussian",
+    "real-rounds-noise": "noise of this plan's real rounds here, over what was charged",
     "canaries": "lower bound on epsilon; expected: of an honest run",
 }
 
@@ -43,6 +44,7 @@ def conformance(
     """
     from client.conformance import conform
     from client.device import choose_device
+    from client.own_noise import noted_noise
     from client.process import refuse_second
     from client.settings import read_settings
     from shared_models.errors import ConformanceError
@@ -51,7 +53,12 @@ def conformance(
     plan = _plan(settings, study, plan_file)
     if not dry_run:
         refuse_second(settings.state)  # before the rehearsal, not after it
-    found = conform(plan, settings.population.public_size, device=choose_device(settings))
+    found = conform(
+        plan,
+        settings.population.public_size,
+        device=choose_device(settings),
+        noted=noted_noise(settings.state, plan.digest()),
+    )
     recorded = None if dry_run else _record(settings, plan, found)
     if as_json:
         typer.echo(json.dumps({"study": plan.study, "entry": recorded, **found.model_dump(mode="json")}, indent=2))

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from scipy import stats  # type: ignore[import-untyped]  # scipy ships no types
 
 from client import dp_sgd
+from client.own_noise import Noted
 from client.randomness import SecureRandom
 from client.records.records import Records
 from shared_models.encoding import NULL_COORDINATES
@@ -47,7 +48,7 @@ from shared_models.tasks import Numeric, TableInput, Task, find_task
 CANARIES = 1000
 LONGEST = 2000  # steps that are rehearsed at most, over all rounds
 FALSE_ALARM = 1e-6  # of a whole run, over all its tests
-_TESTS = 12  # p-values that are held against a share of it; those with a harmless side count twice
+_TESTS = 14  # p-values that are held against a share of it; those with a harmless side count twice
 _RECORDS = (1, 1, 1, 3)  # of the first, second, ... canary, over and over: who has several counts once
 _LENGTH = 30.0  # of a canary's input at least: what is lost to the bias is 1 / 1800 of its gradient
 _ONE_STEP = 5  # rounds of a single step, for the shape of its noise: sums over steps look Gaussian whatever it is
@@ -100,7 +101,9 @@ class Rehearsal:
         return (self.sums - self.share * self.drawn) / self.deviation
 
 
-def conform(plan: StudyPlan, public_size: int, *, device: str | torch.device = "cpu") -> Conformance:
+def conform(
+    plan: StudyPlan, public_size: int, *, device: str | torch.device = "cpu", noted: Noted | None = None
+) -> Conformance:
     """Test the installed trainer against a plan.
 
     Guarantees:
@@ -111,6 +114,7 @@ def conform(plan: StudyPlan, public_size: int, *, device: str | torch.device = "
         plan: Its mechanism, steps, and rounds (or the first of them, ``LONGEST`` steps in all) are rehearsed.
         public_size: The hospital's, declared; with the sample rate it is the denominator.
         device: Where gradients are computed.
+        noted: The noise of this plan's real rounds here, if there were any.
 
     Raises:
         ConfigError: The plan's task is not installed, or its network cannot be built for it.
@@ -124,7 +128,7 @@ def conform(plan: StudyPlan, public_size: int, *, device: str | torch.device = "
     return Conformance(
         rounds=rounds,
         steps=steps,
-        checks=(*_draws(seen), _clipping(plan, device), *_noise(seen), _shape(one_step), claim),
+        checks=(*_draws(seen), _clipping(plan, device), *_noise(seen), _shape(one_step), claim, *_real_rounds(noted)),
         canaries=canaries,
         false_alarm=FALSE_ALARM,
         noise_ratio_found=smallest_ratio_found(seen.sums.size, false_alarm=FALSE_ALARM / _TESTS),
@@ -170,12 +174,17 @@ def rehearse(plan: StudyPlan, mechanism: PoissonGaussian, rounds: int, *, device
     return Rehearsal(
         mechanism=mechanism,
         included=included,
-        sums=sums,
-        null=null * unit,
+        sums=_sent(sums),
+        null=_sent(null * unit),
         drawn=drawn,
         sizes=sizes.ravel(),
         share=share,
     )
+
+
+def _sent(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """What would leave: a number that is not finite leaves as zero."""
+    return np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def _canary_records(included: NDArray[np.bool_], clip: float) -> tuple[WatchedRecords, float, NDArray[np.float64]]:
@@ -251,6 +260,13 @@ def _noise(seen: Rehearsal) -> Iterator[Check]:
     width = min(left.shape[1], null.shape[1])
     repeated = noise_repetition(np.concatenate([left[:, :width], null[:, :width]]))
     yield _check("fresh-noise", repeated.correlation, repeated.p_value)
+
+
+def _real_rounds(noted: Noted | None) -> Iterator[Check]:
+    """The null coordinates of the plan's real rounds, before they were masked."""
+    if noted and noted.coordinates:
+        found = noise_spread(noted.statistic, noted.coordinates)
+        yield _sided("real-rounds-noise", found.ratio, 1, critical=found.too_small, harmless=found.too_large)
 
 
 def _shape(one_step: Rehearsal) -> Check:

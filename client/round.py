@@ -27,6 +27,7 @@ from client.egress import EgressLog
 from client.evaluate import released_statistics
 from client.live import LiveSettings
 from client.membership import Membership
+from client.own_noise import note_noise
 from client.pace import OnTheGrid
 from client.policy import Policy, Site, admit, permit_now
 from client.positions import open_positions
@@ -312,13 +313,13 @@ class Hospital:
         with OnTheGrid(received, study.plan.reply_grid_s):
             records = study.training  # from here on records are used: the charge is on the disk
             vector_to_parameters(parameters, study.model)
-            null = np.zeros(NULL_COORDINATES)
+            training, null = study.plan.training_in(self._party.announcement.round), np.zeros(NULL_COORDINATES)
             random = self._random()
             train(
                 study.model,
                 records,
                 study.task,
-                training=study.plan.training_in(self._party.announcement.round),
+                training=training,
                 privacy=study.plan.privacy,
                 expected_batch=mechanism.expected_batch,
                 random=random,
@@ -326,6 +327,7 @@ class Hospital:
                 null=null,
                 allow_test_random=self._allow_test_random,
             )
+            note_noise(self.settings.state, charge, mechanism, training, null)
             update = np.concatenate([parameters_to_vector(study.model).astype(np.float64) - parameters, null])
             weight = public_weight(self.settings.population.public_size, study.plan.weight_cap)
             masked = self._masked(study, update, weight, charge, random)

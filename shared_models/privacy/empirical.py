@@ -12,6 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import optimize, special, stats  # type: ignore[import-untyped]  # scipy ships no types
 
+from shared_models.plan import TrainingPlan
+from shared_models.privacy.mechanisms import PoissonGaussian
+
 CONFIDENCE = 0.95  # of every lower bound on epsilon
 DETECTED = 0.99  # how often what is called the smallest deviation that is found is found
 _ROWS_AT_ONCE = 1000  # of noise that is compared in pairs; bounds memory
@@ -42,6 +45,22 @@ class Repetition(NamedTuple):
 
     correlation: float
     p_value: float
+
+
+def null_variance(training: TrainingPlan, mechanism: PoissonGaussian) -> float:
+    """Variance of a null coordinate of an update after one round, in model units, before it is weighed.
+
+    A step adds noise of standard deviation sigma C over the expected batch, times the learning rate. A proximal term
+    takes a share of what is there back before each step.
+
+    Args:
+        training: Of this round.
+        mechanism: As it was charged.
+    """
+    kept = (1 - training.learning_rate * training.proximal) ** 2  # of the variance, from step to step
+    steps = mechanism.steps if kept == 1 else (1 - kept**mechanism.steps) / (1 - kept)
+    deviation = training.learning_rate * mechanism.noise_multiplier * mechanism.clip / mechanism.expected_batch
+    return float(steps * deviation**2)
 
 
 def noise_spread(statistic: float, coordinates: int, *, rounding: float = 0.0) -> Spread:

@@ -8,7 +8,9 @@ import pytest
 from client.cli import app
 from client.conformance import CANARIES, FALSE_ALARM, conform
 from client.consent import Consents
+from client.own_noise import NOISE, Noted, noted_noise
 from client.process import announced
+from shared_models.encoding import NULL_COORDINATES
 from shared_models.errors import AlreadyRunningError, ConfigError, PendingError
 from shared_models.plan import StudyPlan, read_plan
 from shared_models.privacy.conformance import Conformance
@@ -54,6 +56,7 @@ def test_ten_honest_runs_raise_no_alarm() -> None:
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(3600)
 def test_a_hundred_honest_runs_raise_no_alarm() -> None:
     """The probability of any, over all hundred, is below 1e-4."""
     assert honest_runs(100) == []
@@ -95,6 +98,35 @@ def test_the_result_is_signed_into_the_ledger(federation: Federation, capsys: py
     assert entry.conformance.holds
     assert entry.conformance.model_dump(mode="json").items() <= said.items()
     assert parse_entry(entry.canonical, bytes.fromhex(entry.signature)) == entry
+
+
+def test_the_noise_of_real_rounds_is_tested_with_the_rest(federation: Federation, tmp_path: Path) -> None:
+    """Every trained round left a line; lines of half the noise fail the command, and those of other plans do not."""
+    state, digest = federation.settings("hospital-3").state, federation.plan.digest()
+    noted = noted_noise(state, digest)
+
+    honest, wrong = (
+        {check.name: check.verdict for check in conform(PLAN, PUBLIC_SIZE, noted=found).checks}
+        for found in (noted, noted._replace(statistic=noted.statistic / 4))
+    )
+
+    assert noted.coordinates == NULL_COORDINATES
+    assert honest["real-rounds-noise"] == "holds"
+    assert wrong["real-rounds-noise"] == "failed"
+    assert noted_noise(state, "0" * 64).coordinates == 0
+    assert "real-rounds-noise" not in {check.name for check in conform(PLAN, PUBLIC_SIZE, noted=Noted(0, 0)).checks}
+
+
+def test_a_round_whose_noise_cannot_be_noted_is_answered_all_the_same(tmp_path: Path) -> None:
+    """A folder is in the file's place: the log says so, and nobody else notices."""
+    federation = make_federation(tmp_path, hospitals=3, rounds=1)
+    (federation.settings("hospital-1").state / NOISE).mkdir(parents=True)
+
+    federation.run()
+    restart_hospitals()
+
+    assert len(federation.charges("hospital-1")) == 1
+    assert federation.events("sum")[0]["answered"] == federation.names
 
 
 def test_while_the_daemon_runs_nothing_is_recorded(federation: Federation, capsys: pytest.CaptureFixture[str]) -> None:

@@ -118,6 +118,10 @@ def noise_that_is_not_gaussian(patch: Patch) -> None:
     patch.setattr(SecureRandom, "gaussian", lambda self, n: (self.uniform(n) - 0.5) * 12**0.5)
 
 
+def noise_that_overflows(patch: Patch) -> None:
+    patch.setattr(SecureRandom, "gaussian", lambda _self, n: np.full(n, np.nan))
+
+
 def a_larger_rate(patch: Patch) -> None:
     class Loader(PoissonLoader):
         def __init__(self, records: Records, sample_rate: float, random: SecureRandom) -> None:
@@ -136,6 +140,7 @@ IN_THE_TRAINER: dict[Callable[[Patch], None], set[str]] = {
     a_repeated_seed: {"fresh-noise"},
     noise_that_is_not_gaussian: {"noise-shape"},
     a_larger_rate: {"sample-rate"},
+    noise_that_overflows: {"parameter-noise", "null-noise", "noise-shape"},
 }
 
 

@@ -40,6 +40,7 @@ from shared_models.messages import (
 )
 from shared_models.metrics import compute_metrics, record_statistics
 from shared_models.privacy.checkpoint import SIGNED, Checkpoint, SignedCheckpoint
+from shared_models.privacy.conformance import CanaryAudit, Check, Conformance
 from shared_models.privacy.entries import GENESIS, BudgetTerms, Chain, Entry, Reserved, StudyLimit, possession
 from shared_models.privacy.evidence import PARTS, Manifest, Part
 from shared_models.privacy.head import HeadWriter, create_head
@@ -167,6 +168,7 @@ def known_answers() -> dict[str, Any]:
         "approval_of_software": {"json": of_software.model_dump(mode="json"), "payload": of_software.payload().hex()},
         "ledger": _ledger(),
         "ledger_after_an_upgrade": _upgraded(of_software.signature),
+        "ledger_with_a_test_of_the_trainer": _tested(),
         "random": {"uniform": random.uniform(3).tolist(), "gaussian": random.gaussian(3).tolist()},
         "renyi_divergence": {
             "sampled, order 4": renyi_divergence(step, 4),
@@ -243,6 +245,40 @@ def _upgraded(approval: str) -> list[dict[str, str]]:
     kinds: dict[str, dict[str, Any]] = {"budget-opened": opening, "plan-approved": first, "plan-reapproved": again}
     entries = [_entry(chain, kind, "2026-01-02T03:04:05.678Z", **fields) for kind, fields in kinds.items()]
     return [{"body": e.canonical.decode(), "signature": e.signature, "hash": e.hash} for e in entries]
+
+
+def _tested() -> dict[str, str]:
+    """A hospital's test of its own trainer, with one check that failed."""
+    chain, terms = Chain(), BudgetTerms(epsilon=1.0, delta=1e-4, order=20, public_size=100)
+    opening = {"population": "all", "budget": terms, "public_key": public_bytes(KEY).hex()}
+    _entry(chain, "budget-opened", "2026-01-02T03:04:05.678Z", **opening)
+    canaries = CanaryAudit(
+        canaries=1000,
+        guesses=200,
+        correct=120,
+        epsilon_lower=0.125,
+        confidence=0.95,
+        epsilon_claimed=0.875,
+        delta=3e-4,
+        epsilon_expected=0.25,
+        epsilon_most=3.2,
+    )
+    found = Conformance(
+        rounds=25,
+        steps=8,
+        checks=(
+            Check(name="null-noise", statistic=0.5, expected=1, p_value=1e-30, verdict="failed"),
+            Check(name="clipping", statistic=0, expected=1, verdict="failed", reason="it mixes records"),
+            Check(name="sample-rate", statistic=0.5, expected=0.5, p_value=1, verdict="holds"),
+        ),
+        canaries=canaries,
+        false_alarm=1e-6,
+        noise_ratio_found=0.967,
+        trainer_digest="c" * 64,
+    )
+    study = {"population": "all", "study": "a-study", "plan_digest": "f" * 64, "software_digest": "b" * 64}
+    entry = _entry(chain, "conformance", "2026-01-02T03:04:06.000Z", **study, conformance=found)
+    return {"body": entry.canonical.decode(), "signature": entry.signature, "hash": entry.hash}
 
 
 def _entry(chain: Chain, kind: str, time: str, **fields: Any) -> Entry:
