@@ -87,7 +87,8 @@ def test_everything_that_is_evidence_is_fetched(centre: Centre, tmp_path: Path) 
     assert verify_export(read_export(out / "audit-log.jsonl")).key
     (name,) = [Path(name).name for name in left if name.endswith(".zip")]
     verify = (
-        f"konsil-audit verify {out / 'hospitals' / 'north' / name[:19]}*.zip --study {out / 'studies' / 'done'} --root"
+        f"konsil-audit verify {out / 'hospitals' / 'north' / name[:19]}*.zip {out / 'hospitals' / 'north' / CHECKPOINTS} "
+        f"--study {out / 'studies' / 'done'} --root"
     )
     assert verify in first.stdout
     assert "was there already" in again.stdout
