@@ -86,10 +86,9 @@ def test_everything_that_is_evidence_is_fetched(centre: Centre, tmp_path: Path) 
     assert tree(out)["audit-log.jsonl"].startswith(log[: log.rindex(b'{"head"')])
     assert verify_export(read_export(out / "audit-log.jsonl")).key
     (name,) = [Path(name).name for name in left if name.endswith(".zip")]
-    verify = (
-        f"konsil-audit verify {out / 'hospitals' / 'north' / name[:19]}*.zip {out / 'hospitals' / 'north' / CHECKPOINTS} "
-        f"--study {out / 'studies' / 'done'} --root"
-    )
+    north = out / "hospitals" / "north"
+    told = f"{north / name[:19]}*.zip {north / CHECKPOINTS} --study {out / 'studies' / 'done'} --root"
+    verify = f"konsil-audit verify {told}"
     assert verify in first.stdout
     assert "was there already" in again.stdout
 
