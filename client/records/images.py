@@ -1,4 +1,4 @@
-"""Images on disk -> validated arrays: one ``.npz`` file with an array of pixels, one of labels, one of patients.
+"""Images in one ``.npz`` file -> validated arrays: one of pixels, one of labels, one of patients.
 
 Nothing is ever unpickled: an array of objects is refused. The texts of errors are for the hospital's own terminal.
 """
@@ -52,12 +52,15 @@ def read_images(
 
 def scaled(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Pixels from 0 to 255, encoded to [-1, 1]: the range is public, and nothing is computed from the records."""
-    return pixels.astype(np.float32) / np.float32(127.5) - np.float32(1)
+    levels = pixels.astype(np.float32)
+    levels /= np.float32(127.5)  # in place: large sets of images have no room for copies
+    levels -= np.float32(1)
+    return levels
 
 
-def repeated(pixels: NDArray[np.uint8]) -> int:
-    """How many images equal an earlier one."""
-    return len(pixels) - len({_digest(image) for image in pixels})
+def repeated(records: NDArray[Any]) -> int:
+    """How many records of an array equal an earlier one."""
+    return len(records) - len({_digest(record) for record in records})
 
 
 def _load(manifest: Manifest) -> Mapping[str, NDArray[Any]]:
@@ -127,5 +130,5 @@ def _patient_ids(
     return ids
 
 
-def _digest(image: NDArray[np.uint8]) -> str:
+def _digest(image: NDArray[Any]) -> str:
     return hashlib.sha256(np.ascontiguousarray(image).tobytes()).hexdigest()

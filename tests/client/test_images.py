@@ -13,7 +13,7 @@ from client.records.records import Records
 from client.records.report import summarise
 from client.records.tabular import read_table
 from shared_models.errors import RecordsError
-from shared_models.tasks import TRIAL_IMAGES
+from shared_models.tasks import HEART_DISEASE, TRIAL_IMAGES
 
 MANIFEST: dict[str, Any] = {
     "task": "trial-images",
@@ -113,10 +113,10 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, content: dict[str, Any], t
 
 
 def test_files_and_tasks_of_different_kinds_do_not_meet(tmp_path: Path) -> None:
-    """A table for images, and a file that is no archive, are errors of the records."""
-    write(tmp_path, file="data.csv")
+    """Images for a table, and a file that is no archive, are errors of the records."""
+    write(tmp_path, task="heart-disease", label="disease")
     with pytest.raises(RecordsError, match="no file of the kind"):
-        read(tmp_path)
+        read_table(read_manifest(tmp_path), HEART_DISEASE, split_key=b"the key of a test")
     write(tmp_path)
     (tmp_path / "data.npz").write_bytes(b"not a zip")
     with pytest.raises(RecordsError, match="cannot be read"):

@@ -1,0 +1,73 @@
+"""An EDF, EDF+, BDF or BDF+ recording -> channels.
+
+Source:
+    Kemp and Olivan 2003 (EDF+): the patient's field is code, sex, birthdate and name; X stands for what is left out.
+"""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from client.records.extras import needed
+from client.records.identifiers import refuse_found
+from client.records.manifest import Manifest
+from client.records.patient_ids import plain
+from client.records.signals import Channel
+from shared_models.errors import RecordsError
+
+with needed("signals", "pyedflib"):
+    import pyedflib
+
+_FIELDS = ("patientname", "patientcode", "birthdate", "patient_additional", "admincode")
+
+
+def read_edf(path: Path, patient: str | None, manifest: Manifest) -> list[Channel]:
+    """The channels of a recording; samples are read one channel at a time.
+
+    Args:
+        path: The file.
+        patient: Whose it is, as the row says; None where every row is a patient.
+        manifest: Names the header fields that are left aside.
+
+    Raises:
+        RecordsError: The header identifies somebody and the manifest does not drop the field; its patient code is
+            another patient's.
+        OSError: The file is damaged, cut, longer than its header says, or not contiguous.
+    """
+    with _opened(path) as file:
+        _refuse_identifiers(path, file, patient, manifest)
+        fields = [
+            (file.getLabel(n), file.getPhysicalDimension(n), float(file.getSampleFrequency(n)), n)
+            for n in range(file.signals_in_file)
+        ]
+    return [Channel(name, unit, frequency, partial(_samples, path, number)) for name, unit, frequency, number in fields]
+
+
+def _samples(path: Path, number: int) -> NDArray[np.float64]:
+    with _opened(path) as file:
+        samples: NDArray[np.float64] = file.readSignal(number)
+        return samples
+
+
+def _opened(path: Path) -> Any:
+    return pyedflib.EdfReader(str(path), pyedflib.DO_NOT_READ_ANNOTATIONS, pyedflib.CHECK_FILE_SIZE)
+
+
+def _refuse_identifiers(path: Path, file: Any, patient: str | None, manifest: Manifest) -> None:
+    """A patient code that is the row's own patient is a pseudonym which the hospital has chosen, and a check."""
+    header: dict[str, Any] = file.getHeader()
+    filled = [name for name in _FIELDS if str(header.get(name) or "").strip("X,_. ")]
+    if bytes(file.patient).strip(b"\0 "):  # EDF without +: one field for anything
+        filled.append("patient")
+    filled = [name for name in filled if name not in manifest.drop]
+    if "patientcode" in filled and patient is not None:
+        if plain(str(header["patientcode"])) != plain(patient):
+            raise RecordsError(
+                f"{path}: the patient code is not the patient that the row names",
+                hint='Mend the row; or drop = ["patientcode"], if the row has a pseudonym that the file has not.',
+            )
+        filled.remove("patientcode")
+    refuse_found(path, filled)
