@@ -35,7 +35,8 @@ def read_edf(path: Path, patient: str | None, manifest: Manifest) -> list[Channe
     Raises:
         RecordsError: The header identifies somebody and the manifest does not drop the field; its patient code is
             another patient's.
-        OSError: The file is damaged, cut, longer than its header says, or not contiguous.
+        Exception: The file is cut, or longer than its header says; or whatever pyedflib raises for one that is damaged
+            or not contiguous.
     """
     with _opened(path) as file:
         _refuse_identifiers(path, file, patient, manifest)
@@ -53,7 +54,26 @@ def _samples(path: Path, number: int) -> NDArray[np.float64]:
 
 
 def _opened(path: Path) -> Any:
-    return pyedflib.EdfReader(str(path), pyedflib.DO_NOT_READ_ANNOTATIONS, pyedflib.CHECK_FILE_SIZE)
+    _check_length(path)  # pyedflib does it too, and prints what it finds
+    return pyedflib.EdfReader(str(path), pyedflib.DO_NOT_READ_ANNOTATIONS, pyedflib.DO_NOT_CHECK_FILE_SIZE)
+
+
+def _check_length(path: Path) -> None:
+    """Refuse a file that is not as long as its header says.
+
+    Raises:
+        ValueError: It is not; or the header is none.
+    """
+    with path.open("rb") as stream:
+        first = stream.read(256)
+        signals = int(first[252:256])
+        if not 0 < signals <= 4096:
+            raise ValueError("no signals")
+        fields = stream.read(256 * signals)[216 * signals : 224 * signals]
+    samples = sum(int(fields[8 * number : 8 * number + 8]) for number in range(signals))
+    sample_bytes = 3 if first[:1] == b"\xff" else 2  # BDF, EDF
+    if path.stat().st_size != int(first[184:192]) + int(first[236:244]) * samples * sample_bytes:
+        raise ValueError("another length")
 
 
 def _refuse_identifiers(path: Path, file: Any, patient: str | None, manifest: Manifest) -> None:

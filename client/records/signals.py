@@ -146,7 +146,7 @@ def _files(path: Path) -> list[Path]:
     """The files of a recording: a WFDB header has its samples beside it."""
     if not path.name.lower().endswith(".hea"):
         return [path]
-    from client.records.wfdb_files import sample_files  # noqa: PLC0415  # it imports an extra
-
     with decoding(path):
+        from client.records.wfdb_files import sample_files  # noqa: PLC0415  # it imports an extra
+
         return [path, *sample_files(path)]

@@ -26,14 +26,11 @@ def sample_files(path: Path) -> list[Path]:
     """The files of samples that a header names, each beside it.
 
     Raises:
-        RecordsError: It has several segments, or names a file elsewhere.
+        RecordsError: It has several segments.
         Exception: Whatever wfdb raises for a damaged header.
     """
     header = _header(path)
-    names = dict.fromkeys(header.file_name or [])
-    if any(Path(name).name != name for name in names):
-        raise RecordsError(f"{path} names samples in another folder", hint="Put header and samples into one folder.")
-    return [path.parent / name for name in names]
+    return [path.parent / name for name in dict.fromkeys(header.file_name or [])]  # wfdb reads no name with a slash
 
 
 def read_wfdb(path: Path, manifest: Manifest) -> list[Channel]:
