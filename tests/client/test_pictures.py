@@ -2,6 +2,8 @@
 
 import io
 import random
+import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from client.records.manifest import read_manifest
+from client.records.population import Source
 from client.records.report import summarise
 from client.records.tabular import checked_table
 from shared_models.errors import RecordsError
 from shared_models.tasks import PNEUMONIA, ImageInput, Task
+from tests.client.test_population import settings
 
 SIZE = 28
 MANIFEST: dict[str, Any] = {
@@ -211,12 +215,10 @@ def test_a_picture_too_large_for_memory_is_refused_before_it_is_decoded(tmp_path
     Image.fromarray(grey()).save(stream, "PNG")
     claimed = bytearray(stream.getvalue())
     claimed[16:24] = (60_000).to_bytes(4) + (60_000).to_bytes(4)
-    import zlib
-
     claimed[29:33] = zlib.crc32(claimed[12:29]).to_bytes(4)
     (tmp_path / "a.png").write_bytes(claimed)
 
-    assert "a.png" in refusal(write(tmp_path, "a.png"))
+    assert "a.png cannot be read: DecompressionBombError" in refusal(write(tmp_path, "a.png"))
 
 
 @examples(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -261,8 +263,6 @@ def test_a_missing_library_is_named_with_the_extra_that_brings_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Hospitals with tables need no decoder; who has pictures is told what to install."""
-    import sys
-
     save(tmp_path, "a.png", grey())
     write(tmp_path, "a.png")
     monkeypatch.setitem(sys.modules, "PIL", None)
@@ -271,3 +271,46 @@ def test_a_missing_library_is_named_with_the_extra_that_brings_it(
 
     assert "needs pillow, which is not installed" in text
     assert "konsil[images]" in text
+
+
+def test_a_picture_that_is_replaced_is_noticed_by_the_next_round(tmp_path: Path) -> None:
+    """Nothing is read again while nothing changed; a new file under the same name is."""
+    own = settings(tmp_path)
+    folder = own.records
+    for path in folder.iterdir():
+        path.unlink()
+    for name in ("a.png", "b.png"):
+        save(folder, name, grey())
+    write(folder, "a.png", "b.png")
+    source = Source(PNEUMONIA)
+
+    before = source.current(own)
+    again = source.current(own)
+    save(folder, "new.png", grey(1))
+    (folder / "new.png").replace(folder / "b.png")
+    after = source.current(own)
+
+    assert again is before
+    assert not np.array_equal(after.training.inputs[1], before.training.inputs[1])
+    assert np.array_equal(after.training.inputs[0], before.training.inputs[0])
+
+
+def test_a_picture_that_changes_while_others_are_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of an export must not pass for all of it."""
+    from client.records import pictures
+
+    for name in ("a.png", "b.png"):
+        save(tmp_path, name, grey())
+    write(tmp_path, "a.png", "b.png")
+    fitted = pictures._fitted
+
+    def slow(path: Path, *arguments: Any) -> NDArray[np.uint8]:
+        if path.name == "b.png":
+            save(tmp_path, "a.png", grey(1))
+        return fitted(path, *arguments)
+
+    monkeypatch.setattr(pictures, "_fitted", slow)
+
+    assert "a.png changed while it was read" in refusal(tmp_path)
