@@ -11,6 +11,7 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import NDArray
 
+from client.records.identifiers import refuse_columns
 from client.records.manifest import IMAGES, Manifest
 from shared_models.errors import RecordsError
 from shared_models.tasks import ImageInput, Task
@@ -35,6 +36,8 @@ def read_images(
         RecordsError: The file is no such file; an array is missing or has another type or length; a label is unknown.
     """
     arrays = _load(manifest)
+    used = [manifest.column(IMAGES), manifest.label, *([manifest.patient] if manifest.patient else [])]
+    refuse_columns(manifest.file, arrays, drop=manifest.drop, mapped=used)
     pixels = _array(manifest, arrays, manifest.column(IMAGES))
     if pixels.ndim == 3 and schema.channels == 1:
         pixels = pixels[:, None]

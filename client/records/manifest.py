@@ -220,6 +220,13 @@ class Manifest(Frozen):
                 raise ValueError(f"a file that ends in {suffix} and a section [{name}] need each other")
         return self
 
+    @model_validator(mode="after")
+    def _nothing_is_dropped_and_used(self) -> "Manifest":
+        used = {self.label, self.patient, *self.columns.values()}
+        if both := [name for name in self.drop if name in used]:
+            raise ValueError(f"drop: {', '.join(both)} is used by label, patient or [columns]")
+        return self
+
     def column(self, name: str) -> str:
         """The file's column for a name of the schema."""
         return self.columns.get(name, name)

@@ -198,7 +198,7 @@ def _instants(manifest: Manifest, frame: pd.DataFrame, column: str) -> NDArray[n
     """ISO 8601 times; those without a zone are all taken for one and the same."""
     found = pd.to_datetime(texts(frame[column]), format="ISO8601", errors="coerce", utc=True)
     refuse(manifest, frame, column, found.isna().to_numpy(), "is no ISO 8601 time", quoted=False)
-    return found.dt.tz_localize(None).to_numpy(dtype="datetime64[ns]")
+    return found.dt.tz_localize(None).to_numpy(dtype="datetime64[us]")  # of nanoseconds 300 years wrap around
 
 
 # the measurements

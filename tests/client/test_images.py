@@ -104,6 +104,7 @@ def test_a_summary_counts_repeated_images(tmp_path: Path) -> None:
         ({"labels": np.array(["kind-0", "dog", "cat", "kind-0"])}, r"image 1, label 'dog'.*and 1 more"),
         ({"patients": np.array(["a", "", "c", "a"])}, "image 1: the patient id is missing"),
         ({"patients": np.array(["a", None, "c", "a"], dtype=object)}, "cannot be read: ValueError"),
+        ({"patient_name": np.array(["x"] * 4)}, "holds what identifies patients: 'patient_name'"),
     ],
 )
 def test_what_does_not_fit_is_refused(tmp_path: Path, content: dict[str, Any], text: str) -> None:

@@ -3,6 +3,7 @@
 import io
 import random
 import sys
+import tracemalloc
 import zlib
 from pathlib import Path
 from typing import Any
@@ -219,6 +220,20 @@ def test_a_picture_too_large_for_memory_is_refused_before_it_is_decoded(tmp_path
     (tmp_path / "a.png").write_bytes(claimed)
 
     assert "a.png cannot be read: DecompressionBombError" in refusal(write(tmp_path, "a.png"))
+
+
+def test_one_picture_is_in_memory_at_a_time(tmp_path: Path) -> None:
+    """Forty pictures of a megapixel, of which the task keeps 784 pixels each: a few megabytes at the peak, not 40."""
+    save(tmp_path, "a.png", np.zeros((1000, 1000), np.uint8))
+    write(tmp_path, *(["a.png"] * 40), images={"resize": "stretch"})
+    read(tmp_path)  # what is imported on the way is not counted
+
+    tracemalloc.start()
+    read(tmp_path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+
+    assert peak < 10e6
 
 
 @examples(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

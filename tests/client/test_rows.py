@@ -206,6 +206,36 @@ def test_a_query_that_does_not_fit_is_refused_and_changes_nothing(tmp_path: Path
     check(read(database(tmp_path, QUERY)))
 
 
+def test_postgresql_is_read_and_cannot_be_written(tmp_path: Path, postgres: str) -> None:
+    """Numbers, dates and truth values as texts; a SELECT that changes something fails, and changes nothing."""
+    import sqlalchemy
+
+    engine = sqlalchemy.create_engine(postgres)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("create table stay (id text, age numeric, stage text, outcome text)")
+        connection.exec_driver_sql("create sequence counter")
+        for row in ROWS:
+            connection.execute(sqlalchemy.text("insert into stay values (:id, :age, :stage, :outcome)"), row)
+    try:
+        database(tmp_path, QUERY)
+        (tmp_path / "database.url").write_text(postgres, encoding="utf-8")
+        check(read(tmp_path))
+        hidden = {
+            "with gone as (delete from stay returning *) select * from gone": "FeatureNotSupported",  # in a cursor
+            "select nextval('counter')": "ReadOnlySqlTransaction",
+        }
+        for query, error in hidden.items():
+            (tmp_path / "data.sql").write_text(query, encoding="utf-8")
+            assert f"data.sql failed: {error}" in refusal(tmp_path)
+        (tmp_path / "data.sql").write_text(QUERY, encoding="utf-8")
+        check(read(tmp_path))
+    finally:
+        with engine.begin() as connection:
+            connection.exec_driver_sql("drop table stay")
+            connection.exec_driver_sql("drop sequence counter")
+        engine.dispose()
+
+
 def test_an_address_is_kept_from_others_and_out_of_errors(tmp_path: Path) -> None:
     """It may hold a password."""
     database(tmp_path, QUERY)

@@ -214,6 +214,8 @@ def test_what_is_left_aside_is_counted_and_shown(tmp_path: Path) -> None:
         (["stay,at,name,value,Patient Name", "s1,1,HR,50,Hans"], STAYS, {}, "identifies patients: 'Patient Name'"),
         (MEASURED, ["stay,person,outcome,MRN", "s1,a,well,17"], {}, "stays.csv holds what identifies patients: 'MRN'"),
         ([], STAYS, {}, "measured.csv"),
+        (["stay,at,name,value"], STAYS, {}, "measured.csv"),
+        ([MEASURED[0], "s1,1", *MEASURED[1:]], STAYS, {}, "measured.csv cannot be read: "),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(
@@ -244,3 +246,34 @@ def test_intensive_care_has_public_ranges_for_every_variable() -> None:
         low, high = ranges[name]
         assert low < usual < high
         assert not low <= error <= high
+
+
+@examples(max_examples=100, deadline=None)
+@given(cut=st.floats(0, 1), flips=st.lists(st.tuples(st.floats(0, 1), st.integers(1, 255)), max_size=4))
+def test_a_damaged_file_is_an_error_or_inside_the_public_ranges(
+    tmp_path_factory: pytest.TempPathFactory, cut: float, flips: list[tuple[float, int]]
+) -> None:
+    """Text has no checksum: what passes has known variables and values that are possible."""
+    folder = write(tmp_path_factory.mktemp("records"))
+    data = bytearray((folder / "measured.csv").read_bytes())
+    for place, change in flips:
+        data[int(place * (len(data) - 1))] ^= change
+    (folder / "measured.csv").write_bytes(data if flips else data[: int(cut * len(data))])
+
+    try:
+        table: Table | None = read(folder)
+    except RecordsError as error:
+        if str(folder) not in str(error):
+            raise
+        table = None
+
+    assert table is None or np.abs(table.cells["series"][:, :, :3]).max() <= 2
+
+
+def test_dates_far_apart_do_not_wrap_around(tmp_path: Path) -> None:
+    """584 years are 2**64 nanoseconds: a birthday given as 1677 must not become an hour of the stay."""
+    stays = ["stay,person,outcome,in", "s1,a,well,2262-01-01T00:00:00"]
+    measured = ["stay,at,name,value", "s1,1677-09-22T00:00:00,HR,50", "s1,2262-01-01T01:00:00,HR,60"]
+    write(tmp_path, measured, stays, long={"start": "in", "absent_variables": ["fluid", "warmth"]})
+
+    assert read(tmp_path).cells["series"][0, :, 3].tolist() == [0, 1, 0, 0]
