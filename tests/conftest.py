@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,19 +29,20 @@ def federation(tmp_path: Path) -> Federation:
 
 
 @pytest.fixture(scope="session")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """URL of a PostgreSQL server of this test run's own, on a socket in a temporary folder."""
+def postgres() -> Iterator[str]:
+    """URL of a PostgreSQL server of this test run's own, on a socket in a temporary folder.
+
+    Not in pytest's folder: a second run of pytest closes that to other users, and the server is one.
+    """
     if not POSTGRES:
         pytest.skip("PostgreSQL is not installed (Debian: apt install postgresql)")
     pytest.importorskip("psycopg", reason="psycopg is not installed: pip install konsil[postgresql]")
-    folder, binaries = tmp_path_factory.mktemp("postgres"), POSTGRES[-1]
+    folder, binaries = Path(tempfile.mkdtemp(prefix="konsil-postgres-")), POSTGRES[-1]
     as_user: list[str] = []
     if os.getuid() == 0:  # the server refuses to run as root
         if shutil.which("runuser") is None:
             pytest.skip("PostgreSQL does not run as root, and there is no runuser")
         as_user = ["runuser", "-u", "postgres", "--"]
-        for parent in (folder, *folder.parents[:2]):
-            parent.chmod(0o755)
         shutil.chown(folder, "postgres")
     data = folder / "data"
     made = [*as_user, str(binaries / "initdb"), "-D", str(data), "--auth", "trust", "--username", "konsil", "--no-sync"]
@@ -51,3 +53,4 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     subprocess.run([*control, "-l", log, "-o", options, "start"], check=True, capture_output=True)
     yield f"postgresql+psycopg://konsil@/postgres?host={folder}"
     subprocess.run([*control, "-m", "immediate", "stop"], check=True, capture_output=True)
+    shutil.rmtree(folder)
