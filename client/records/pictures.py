@@ -137,7 +137,7 @@ def _decode(place: Place, manifest: Manifest, pictures: Pictures) -> Picture:
     name = place.path.name.lower()
     if name.endswith(_PLAIN):
         return _plain(place.path, pictures)
-    if name.endswith(_DICOM):
+    if name.endswith(_DICOM) or (not name.endswith(_NIFTI) and _is_dicom(place.path)):
         from client.records.dicom import read_dicom  # noqa: PLC0415  # it imports an extra
 
         return read_dicom(place, manifest, pictures)
@@ -148,6 +148,12 @@ def _decode(place: Place, manifest: Manifest, pictures: Pictures) -> Picture:
     raise RecordsError(
         f"{place.path} is of no kind that is read", hint=f"Pictures end in {', '.join((*_PLAIN, *_DICOM, *_NIFTI))}."
     )
+
+
+def _is_dicom(path: Path) -> bool:
+    """Whether a file of any name begins as DICOM files do: archives name them by numbers."""
+    with path.open("rb") as stream:
+        return stream.read(132)[128:] == b"DICM"
 
 
 def blanked(picture: Picture, pictures: Pictures) -> Picture:

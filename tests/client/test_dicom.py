@@ -150,6 +150,18 @@ def test_lossless_encodings_of_one_picture_are_one_picture(tmp_path: Path, name:
     np.testing.assert_array_equal(plain, other)
 
 
+def test_a_file_without_a_suffix_is_known_by_its_first_bytes(tmp_path: Path) -> None:
+    """Archives name files by numbers and unique identifiers."""
+    for name in ("IM0001", "1.2.840.113619.2.5", "plain.dcm"):
+        shutil.copy(source("MR_small.dcm"), tmp_path / name)
+    (tmp_path / "IM0002").write_bytes(bytes(200))
+
+    pixels = read(write(tmp_path, "IM0001", "1.2.840.113619.2.5", "plain.dcm", drop=DROP), task(64, 64))
+
+    assert (pixels == pixels[2]).all()
+    assert "IM0002 is of no kind that is read" in refusal(write(tmp_path, "IM0002"), task(64, 64))
+
+
 def test_colours_come_out_as_red_green_and_blue(tmp_path: Path) -> None:
     """One picture of coloured bars: saved as RGB, as YBR in JPEG, as JPEG of subsampled YBR."""
     names = ["SC_rgb_rle.dcm", "SC_rgb_dcmtk_+eb+cy+np.dcm", "SC_rgb_dcmtk_+eb+cr.dcm"]

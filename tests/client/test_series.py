@@ -100,7 +100,7 @@ def test_measurements_become_values_mask_and_time_since_last_seen(tmp_path: Path
     assert records.targets.tolist() == [0, 1, 1]
 
 
-@examples(max_examples=40, deadline=None)
+@examples(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 2**32), at_once=st.integers(1, 9), parquet=st.booleans())
 def test_the_parts_in_which_a_file_is_read_change_nothing(
     tmp_path_factory: pytest.TempPathFactory, seed: int, at_once: int, parquet: bool
