@@ -93,9 +93,8 @@ def split_table(
     _check_classes(manifest, task, table.labels[~held_out], "training")
     if manifest.validation_fraction > 0:
         _check_classes(manifest, task, table.labels[held_out], "validation")
-    inputs = _encode(table, task)
     left = np.ones(len(held_out), dtype=np.bool_) if opted_out is None else ~opted_out
-    training, validation = (_records(table, task, inputs, part & left) for part in (~held_out, held_out))
+    training, validation = (_records(table, task, part & left) for part in (~held_out, held_out))
     return training, validation
 
 
@@ -265,35 +264,35 @@ def _held_out(ids: list[str], fraction: float, key: bytes) -> Flags:
     return np.array([chosen[i] for i in ids], dtype=np.bool_)
 
 
-def _records(table: Table, task: Task, inputs: NDArray[Any], part: Flags) -> Records:
+def _records(table: Table, task: Task, part: Flags) -> Records:
     """One part of the table as tensors, its patients numbered 0, 1, 2, ... as they come."""
     patients, distinct = pd.factorize(np.array(table.ids, dtype=object)[part])
     targets = torch.from_numpy(table.labels[part])
     return Records(
-        inputs=torch.from_numpy(inputs[part]),
+        inputs=torch.from_numpy(_encode(table, task, part)),
         targets=targets.to(torch.float32) if task.outputs == 1 else targets,
         patients=patients.astype(np.int64),
         patient_count=len(distinct),
     )
 
 
-def _encode(table: Table, task: Task) -> NDArray[Any]:
-    """Inputs as the task's ``input`` says: float32, or int64 for tokens."""
+def _encode(table: Table, task: Task, part: Flags) -> NDArray[Any]:
+    """Inputs of some rows, as the task's ``input`` says: float32, or int64 for tokens."""
     match task.input:
         case ImageInput():
-            return scaled(table.cells[IMAGES])
+            return scaled(table.cells[IMAGES][part])
         case SeriesInput():
-            return table.cells[SERIES]
+            return table.cells[SERIES][part]
         case TokensInput():
-            return table.cells[TEXT]
+            return table.cells[TEXT][part]
         case TableInput() as schema:
-            return _encode_columns(table, schema)
+            return _encode_columns(table, schema, part)
 
 
-def _encode_columns(table: Table, schema: TableInput) -> NDArray[np.float32]:
+def _encode_columns(table: Table, schema: TableInput, part: Flags) -> NDArray[np.float32]:
     blocks = []
     for column in schema.columns:
-        cells = table.cells[column.name]
+        cells = table.cells[column.name][part]
         if isinstance(column, Numeric):
             blocks.append(column.scaled(cells)[:, None])
         else:
