@@ -6,7 +6,7 @@ True counts are for the steward's own terminal. Nothing of this leaves the hospi
 from client.budget import Budget, Price
 from client.consent import named
 from client.membership import read_roster
-from client.records.manifest import IMAGES, SIGNALS, TEXT, Manifest, read_manifest
+from client.records.manifest import Manifest, read_manifest
 from client.records.population import Source
 from client.settings import Settings
 from shared_models.encoding import NULL_COORDINATES
@@ -16,7 +16,7 @@ from shared_models.privacy.entries import Entry
 from shared_models.privacy.mechanisms import NEIGHBOURING, UNIT
 from shared_models.secagg.protocol import plan_threshold
 from shared_models.software import software_digest
-from shared_models.tasks import ImageInput, SeriesInput, TableInput, Task, TokensInput, find_task
+from shared_models.tasks import TableInput, Task, find_task
 from shared_models.versions import RELEASE
 
 Rows = list[tuple[str, str]]
@@ -106,24 +106,15 @@ def _training(settings: Settings, plan: StudyPlan, task: Task, manifest: Manifes
 
 def _columns(manifest: Manifest, task: Task) -> str:
     """The schema's columns, with the file's own names where they differ."""
-    schema = _schema(manifest, task)
+    schema = (
+        [column.name for column in task.input.columns]
+        if isinstance(task.input, TableInput)
+        else manifest.contents(task)
+    )
     named = [(name, manifest.column(name)) for name in schema] + [(task.label, manifest.label)]
     listed = ", ".join(name if name == column else f"{name} (in the file: {column})" for name, column in named)
     patient = f"patient column: {manifest.patient}" if manifest.patient else "every row is a patient"
     return f"{listed}; the last is the label; {patient}"
-
-
-def _schema(manifest: Manifest, task: Task) -> list[str]:
-    """What a record holds, by the schema's names."""
-    match task.input:
-        case TableInput(columns=columns):
-            return [column.name for column in columns]
-        case SeriesInput(variables=variables):
-            return [variable.name for variable in variables] + ([] if manifest.series else [SIGNALS])
-        case ImageInput():
-            return [IMAGES]
-        case TokensInput():
-            return [TEXT]
 
 
 def _leaving(plan: StudyPlan, task: Task) -> Rows:

@@ -231,6 +231,18 @@ class Manifest(Frozen):
         """The file's column for a name of the schema."""
         return self.columns.get(name, name)
 
+    def contents(self, task: Task) -> list[str]:
+        """What a record holds besides columns, by the schema's names: the variables of a series, or the whole."""
+        match task.input:
+            case SeriesInput(variables=variables):
+                return [variable.name for variable in variables] + ([] if self.series else [SIGNALS])
+            case ImageInput():
+                return [IMAGES]
+            case TokensInput():
+                return [TEXT]
+            case TableInput():
+                return []
+
     @property
     def files(self) -> tuple[Path, ...]:
         """The files that the manifest itself names, which hold records."""
