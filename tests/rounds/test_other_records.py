@@ -19,6 +19,8 @@ from PIL import Image
 from pydicom.data import get_testdata_file
 
 from client.alone import evaluate_folder
+from client.books import Books
+from client.disclosure import disclose
 from server.examples import PLANS, Example, ExampleHospital
 from shared_models.plan import read_plan
 from shared_models.tasks import ICU_MORTALITY, NOTE_SPECIALTY, SeriesInput
@@ -158,3 +160,25 @@ def test_a_study_on_other_records_runs_to_its_end(tmp_path: Path, task: str) -> 
     for name in federation.names:
         assert federation.charges(name) == [(number, 1) for number in range(1, ROUNDS + 1)]
     assert evaluate_folder(folder / "model.safetensors", federation.example.test)["auroc"] > 0.8
+
+
+@pytest.mark.parametrize(
+    ("task", "columns"),
+    [
+        ("pneumonia", "images, finding; the last is the label; patient column: patient"),
+        ("note-specialty", "text, specialty; the last is the label; patient column: patient"),
+        ("icu-mortality", "albumin, alkaline_phosphatase, "),
+    ],
+)
+def test_the_steward_is_shown_what_a_record_holds(tmp_path: Path, task: str, columns: str) -> None:
+    """Before deciding: the picture, the text, or every variable of a series, and how many patients there are."""
+    federation = lay_out(tmp_path, task)
+    settings = federation.settings(federation.names[1])
+    books = Books.open(settings)
+
+    shown = dict(disclose(settings, federation.plan, books.budget))
+    books.close()
+
+    assert shown["columns"].startswith(columns)
+    patients = PATIENTS // 2 if task == "icu-mortality" else PATIENTS
+    assert shown["patients"].startswith(f"{patients} to train with, 0 to validate with")
