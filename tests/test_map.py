@@ -217,6 +217,17 @@ def imported(path: Path) -> set[str]:
     return {name.split(".")[0] for name in plain | {n.module or "" for n in nodes if isinstance(n, ast.ImportFrom)}}
 
 
+def test_reading_tables_loads_no_other_readers_library(tmp_path: Path) -> None:
+    """Extras are imported where a manifest asks for them: without them, tables are read as ever."""
+    extras = {"nibabel", "PIL", "pydicom", "pyedflib", "sqlalchemy", "wfdb"}
+
+    code = "import sys, client.records.report; print(*sys.modules)"
+    found = command("-c", code, cwd=tmp_path)
+
+    assert "client.records.pictures" in found.stdout.split(), found.stderr
+    assert extras & set(found.stdout.split()) == set()
+
+
 def test_nothing_imports_pickle() -> None:
     """A pickle is code. One test pickles, to show that a random generator refuses it."""
     refusal = ROOT / "tests" / "client" / "test_randomness.py"
