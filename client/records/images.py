@@ -6,7 +6,6 @@ Nothing is ever unpickled: an array of objects is refused. The texts of errors a
 import hashlib
 from collections.abc import Mapping
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,11 +67,11 @@ def repeated(records: NDArray[Any]) -> int:
 
 def _load(manifest: Manifest) -> Mapping[str, NDArray[Any]]:
     try:
-        with np.load(manifest.file, allow_pickle=False) as file:
+        with manifest.file.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
     except FileNotFoundError:
         raise RecordsError(f"{manifest.file} does not exist", hint="Check file = ... in the manifest.") from None
-    except (OSError, ValueError, EOFError, BadZipFile) as error:
+    except Exception as error:  # of a damaged archive: zlib's, zipfile's, numpy's, and more
         raise RecordsError(
             f"{manifest.file} cannot be read: {type(error).__name__}",
             hint="Save it with numpy.savez: numbers and texts, no objects.",

@@ -7,6 +7,9 @@ import numpy as np
 import pytest
 import tomli_w
 import torch
+from hypothesis import HealthCheck, given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
 
 from client.records.manifest import read_manifest
 from client.records.records import Records
@@ -131,3 +134,32 @@ def test_one_image_per_patient_is_held_to_its_word(tmp_path: Path) -> None:
     """Declared so, a repeated id is an error."""
     with pytest.raises(RecordsError, match="two images"):
         read(write(tmp_path, one_row_per_patient=True))
+
+
+@examples(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    packed=st.booleans(),
+    cut=st.floats(0, 1),
+    flips=st.lists(st.tuples(st.floats(0, 1), st.integers(1, 255)), max_size=3),
+)
+def test_a_damaged_archive_is_an_error_or_the_images_that_were_saved(
+    tmp_path: Path, packed: bool, cut: float, flips: list[tuple[float, int]]
+) -> None:
+    """A zip archive has checksums: cut or changed anywhere, it is never other pixels, and never a traceback."""
+    write(tmp_path)
+    whole = read(tmp_path)
+    path = tmp_path / "data.npz"
+    (np.savez_compressed if packed else np.savez)(path, **arrays())
+    data = bytearray(path.read_bytes())
+    for place, change in flips:
+        data[int(place * (len(data) - 1))] ^= change
+    path.write_bytes(data if flips else data[: int(cut * len(data))])
+
+    try:
+        found: Records | None = read(tmp_path)
+    except RecordsError as error:
+        if "data.npz" not in str(error):
+            raise
+        found = None
+
+    assert found is None or torch.equal(found.inputs, whole.inputs)
