@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import numpy as np
 import pandas as pd
 import pyarrow
+import pyarrow.parquet
 from numpy.typing import NDArray
 
 from client.records.fhir import read_export
@@ -37,7 +38,7 @@ def load(manifest: Manifest) -> pd.DataFrame:
     with explained(path):
         match path.suffix:
             case ".parquet":
-                frame = pd.read_parquet(path)
+                frame = from_arrow(pyarrow.parquet.read_table(path))
             case ".jsonl":
                 frame = _load_json_lines(path)
             case ".sql":
@@ -49,6 +50,15 @@ def load(manifest: Manifest) -> pd.DataFrame:
     if frame.empty:
         raise RecordsError(f"{path} has a header but no records", hint="Export the records again.")
     return frame
+
+
+def from_arrow(table: "pyarrow.Table | pyarrow.RecordBatch") -> pd.DataFrame:
+    """Columns as they are stored, texts checked for being texts.
+
+    What pandas wrote about a file beside its columns is not looked at: an index is a column like any other.
+    """
+    table.validate(full=True)
+    return table.to_pandas(ignore_metadata=True)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import pandas as pd
 import pyarrow.parquet
 from numpy.typing import NDArray
 
-from client.records.frames import CHECK, check_header, explained, missing, refuse, texts
+from client.records.frames import CHECK, check_header, explained, from_arrow, missing, refuse, texts
 from client.records.identifiers import refuse_columns
 from client.records.manifest import LongForm, Manifest
 from client.records.stamps import Stamp
@@ -242,7 +242,7 @@ def _parquet(path: Path, wanted: list[str]) -> tuple[list[str], Iterator[pd.Data
         before = 0
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(_AT_ONCE, columns=list(dict.fromkeys(wanted))):
-                part = batch.to_pandas()
+                part = from_arrow(batch)
                 part.index = pd.RangeIndex(before, before + len(part))
                 before += len(part)
                 yield part

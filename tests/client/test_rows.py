@@ -156,6 +156,36 @@ def test_a_parquet_file_that_was_cut_is_an_error(tmp_path: Path, cut: float) -> 
     assert "data.parquet cannot be read" in refusal(tmp_path)
 
 
+@examples(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(flips=st.lists(st.tuples(st.floats(0, 1), st.integers(1, 255)), min_size=1, max_size=3))
+def test_a_changed_parquet_file_is_an_error_or_inside_the_public_ranges(
+    tmp_path: Path, flips: list[tuple[float, int]]
+) -> None:
+    """Its pages have no checksums, unless the writer was asked for some."""
+    pd.DataFrame(ROWS).to_parquet(tmp_path / "data.parquet")
+    data = bytearray((tmp_path / "data.parquet").read_bytes())
+    for place, change in flips:
+        data[int(place * (len(data) - 1))] ^= change
+    (tmp_path / "data.parquet").write_bytes(data)
+    write(tmp_path, file="data.parquet")
+
+    try:
+        table: Table | None = read(tmp_path)
+    except RecordsError as error:
+        if "data.parquet" not in str(error):
+            raise
+        table = None
+
+    assert table is None or ((table.cells["age"] >= 0) & (table.cells["age"] <= 100)).all()
+
+
+def test_an_index_that_pandas_wrote_is_a_column(tmp_path: Path) -> None:
+    """Who exports with the id as index has not lost it."""
+    pd.DataFrame(ROWS).set_index("id").to_parquet(tmp_path / "data.parquet")
+
+    check(read(write(tmp_path, file="data.parquet")))
+
+
 # a database
 
 
