@@ -102,7 +102,11 @@ def _training(settings: Settings, plan: StudyPlan, task: Task, manifest: Manifes
 
 def _columns(manifest: Manifest, task: Task) -> str:
     """The schema's columns, with the file's own names where they differ."""
-    schema = [column.name for column in task.input.columns] if isinstance(task.input, TableInput) else []
+    schema = (
+        [column.name for column in task.input.columns]
+        if isinstance(task.input, TableInput)
+        else manifest.contents(task)
+    )
     named = [(name, manifest.column(name)) for name in schema] + [(task.label, manifest.label)]
     listed = ", ".join(name if name == column else f"{name} (in the file: {column})" for name, column in named)
     patient = f"patient column: {manifest.patient}" if manifest.patient else "every row is a patient"

@@ -25,6 +25,7 @@ class Numeric(Frozen):
         high: Greatest value that is possible.
         scale: On which scale the range is divided evenly; quantities that grow by factors are ``log``, those that do so
             from zero ``sqrt``.
+        within_step: What several values in one step of a series become. Of a sum, the range is that of the sum.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Numeric(Frozen):
     low: float
     high: float
     scale: Literal["linear", "log", "sqrt"] = "linear"
+    within_step: Literal["last", "mean", "sum"] = "last"
     description: str = ""
 
     @model_validator(mode="after")
@@ -90,7 +92,14 @@ class ImageInput(Frozen):
 
 
 class SeriesInput(Frozen):
-    """Series with missing values: float32 of shape ``(steps, 3 * variables)``: values, mask, time since last seen."""
+    """Series with missing values: float32 of shape ``(steps, 3 * variables)``: values, mask, time since last seen.
+
+    Values are encoded by ``scaled``, and 0 where the mask is. Times are in steps, counted from the step before: 1 if a
+    variable was seen there, one more for each step that it was not, and 0 in the first step.
+
+    Attributes:
+        step_unit: Length of a step: ``millisecond``, ``second``, ``minute``, ``hour`` or ``day``.
+    """
 
     kind: Literal["series"] = "series"
     variables: tuple[Numeric, ...]
@@ -99,7 +108,7 @@ class SeriesInput(Frozen):
 
 
 class TokensInput(Frozen):
-    """Token ids, int64 of shape ``(length,)``; id 0 pads."""
+    """Token ids, int64 of shape ``(length,)``, by ``tokens.encode``; id 0 pads."""
 
     kind: Literal["tokens"] = "tokens"
     vocabulary: Annotated[int, Field(ge=2, le=10_000_000)]
@@ -185,6 +194,94 @@ HEART_DISEASE = Task(
     loss="binary-cross-entropy",
 )
 
+PNEUMONIA = Task(
+    name="pneumonia",
+    description="Pneumonia or none, from a frontal chest X-ray of a child (as PneumoniaMNIST: Kermany et al. 2018).",
+    input=ImageInput(channels=1, height=28, width=28),
+    label="finding",
+    classes=("normal", "pneumonia"),
+    loss="binary-cross-entropy",
+)
+
+# Variables of the PhysioNet/CinC Challenge 2012, in its units. Ranges are what bedside monitors and laboratory
+# analysers can report of a living adult, rounded outward: limits of instruments and of physiology, not of anybody's
+# data.
+_ICU: tuple[tuple[str, str, float, float, str, str], ...] = (
+    ("albumin", "g/dL", 0.5, 7, "linear", "last"),
+    ("alkaline_phosphatase", "IU/L", 5, 5000, "log", "last"),
+    ("alanine_transaminase", "IU/L", 1, 30000, "log", "last"),
+    ("aspartate_transaminase", "IU/L", 1, 40000, "log", "last"),
+    ("bilirubin", "mg/dL", 0.05, 80, "log", "last"),
+    ("blood_urea_nitrogen", "mg/dL", 1, 300, "log", "last"),
+    ("cholesterol", "mg/dL", 20, 1000, "log", "last"),
+    ("creatinine", "mg/dL", 0.05, 40, "log", "last"),
+    ("diastolic_pressure_invasive", "mmHg", 10, 200, "linear", "last"),
+    ("inspired_oxygen", "1", 0.2, 1, "linear", "last"),
+    ("glasgow_coma_score", "1", 3, 15, "linear", "last"),
+    ("glucose", "mg/dL", 10, 2000, "log", "last"),
+    ("bicarbonate", "mmol/L", 2, 60, "linear", "last"),
+    ("haematocrit", "%", 5, 75, "linear", "last"),
+    ("heart_rate", "1/min", 10, 300, "linear", "last"),
+    ("potassium", "mmol/L", 1, 15, "linear", "last"),
+    ("lactate", "mmol/L", 0.1, 40, "log", "last"),
+    ("mean_pressure_invasive", "mmHg", 10, 250, "linear", "last"),
+    ("mechanical_ventilation", "1", 0, 1, "linear", "last"),
+    ("magnesium", "mmol/L", 0.2, 10, "linear", "last"),
+    ("diastolic_pressure", "mmHg", 10, 200, "linear", "last"),
+    ("mean_pressure", "mmHg", 10, 250, "linear", "last"),
+    ("systolic_pressure", "mmHg", 20, 300, "linear", "last"),
+    ("sodium", "mmol/L", 90, 200, "linear", "last"),
+    ("carbon_dioxide_pressure", "mmHg", 5, 200, "log", "last"),
+    ("oxygen_pressure", "mmHg", 10, 700, "log", "last"),
+    ("platelets", "1000/uL", 1, 2500, "sqrt", "last"),
+    ("respiration_rate", "1/min", 0, 100, "linear", "last"),
+    ("oxygen_saturation", "%", 20, 100, "linear", "last"),
+    ("systolic_pressure_invasive", "mmHg", 20, 300, "linear", "last"),
+    ("temperature", "degC", 25, 45, "linear", "last"),
+    ("troponin_i", "ug/L", 0, 100, "sqrt", "last"),
+    ("troponin_t", "ug/L", 0, 50, "sqrt", "last"),
+    ("urine", "mL", 0, 12000, "sqrt", "sum"),
+    ("white_cells", "1000/uL", 0, 500, "sqrt", "last"),
+    ("weight", "kg", 20, 400, "log", "last"),
+    ("ph", "1", 6.5, 8, "linear", "last"),
+)
+
+ICU_MORTALITY = Task(
+    name="icu-mortality",
+    description="Death in hospital, from the first 48 hours in intensive care (PhysioNet/CinC Challenge 2012).",
+    input=SeriesInput(
+        variables=tuple(
+            Numeric.model_validate(
+                dict(zip(("name", "unit", "low", "high", "scale", "within_step"), fields, strict=True))
+            )
+            for fields in _ICU
+        ),
+        steps=48,
+        step_unit="hour",
+    ),
+    label="outcome",
+    classes=("survived", "died"),
+    loss="binary-cross-entropy",
+)
+
+NOTE_SPECIALTY = Task(
+    name="note-specialty",
+    description="The specialty that a transcribed clinical note belongs to (eight organ specialties of MTSamples).",
+    input=TokensInput(vocabulary=8192, length=256),
+    label="specialty",
+    classes=(
+        "cardiovascular-pulmonary",
+        "orthopaedic",
+        "gastroenterology",
+        "obstetrics-gynaecology",
+        "urology",
+        "neurology",
+        "ear-nose-throat",
+        "ophthalmology",
+    ),
+    loss="cross-entropy",
+)
+
 TRIAL_IMAGES = Task(
     name="trial-images",
     description="Ten kinds of made-up pictures, for trials and benchmarks: without any clinical meaning.",
@@ -194,7 +291,9 @@ TRIAL_IMAGES = Task(
     loss="cross-entropy",
 )
 
-TASKS: Mapping[str, Task] = MappingProxyType({task.name: task for task in (BREAST_CANCER, HEART_DISEASE, TRIAL_IMAGES)})
+TASKS: Mapping[str, Task] = MappingProxyType(
+    {task.name: task for task in (BREAST_CANCER, HEART_DISEASE, PNEUMONIA, ICU_MORTALITY, NOTE_SPECIALTY, TRIAL_IMAGES)}
+)
 
 
 def find_task(name: str) -> Task:

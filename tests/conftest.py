@@ -1,5 +1,9 @@
-"""What every test shares: nothing of a hospital stays open from one test to the next."""
+"""What every test shares: nothing of a hospital stays open from one test to the next; and a database server."""
 
+import os
+import shutil
+import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,6 +11,8 @@ import pytest
 import torch
 
 from tests.federation import Federation, make_federation, restart_hospitals
+
+POSTGRES = sorted(Path("/usr/lib/postgresql").glob("*/bin")) if Path("/usr/lib/postgresql").exists() else []
 
 
 @pytest.fixture(autouse=True)
@@ -20,3 +26,31 @@ def _close_hospitals() -> Iterator[None]:
 def federation(tmp_path: Path) -> Federation:
     """Four hospitals, three rounds of the default study."""
     return make_federation(tmp_path, rounds=3)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[str]:
+    """URL of a PostgreSQL server of this test run's own, on a socket in a temporary folder.
+
+    Not in pytest's folder: a second run of pytest closes that to other users, and the server is one.
+    """
+    if not POSTGRES:
+        pytest.skip("PostgreSQL is not installed (Debian: apt install postgresql)")
+    pytest.importorskip("psycopg", reason="psycopg is not installed: pip install konsil[postgresql]")
+    folder, binaries = Path(tempfile.mkdtemp(prefix="konsil-postgres-")), POSTGRES[-1]
+    as_user: list[str] = []
+    if os.getuid() == 0:  # the server refuses to run as root
+        if shutil.which("runuser") is None:
+            pytest.skip("PostgreSQL does not run as root, and there is no runuser")
+        as_user = ["runuser", "-u", "postgres", "--"]
+        shutil.chown(folder, "postgres")
+    data = folder / "data"
+    made = [*as_user, str(binaries / "initdb"), "-D", str(data), "--auth", "trust", "--username", "konsil", "--no-sync"]
+    subprocess.run(made, check=True, capture_output=True)
+    options = f"-c listen_addresses= -c unix_socket_directories={folder}"
+    control = [*as_user, str(binaries / "pg_ctl"), "-D", str(data), "-w"]
+    log = str(folder / "log")
+    subprocess.run([*control, "-l", log, "-o", options, "start"], check=True, capture_output=True)
+    yield f"postgresql+psycopg://konsil@/postgres?host={folder}"
+    subprocess.run([*control, "-m", "immediate", "stop"], check=True, capture_output=True)
+    shutil.rmtree(folder)

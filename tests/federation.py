@@ -146,12 +146,19 @@ class Federation:
         return [e for e in read_events(self.folder / name / "events.jsonl")[0] if e["event"] == kind]
 
 
-def make_federation(folder: Path, plan: StudyPlan | None = None, *, hospitals: int = 4, **changes: Any) -> Federation:
-    """Lay out a federation on the breast-cancer example: keys, settings, data, ledgers of its own.
+def make_federation(
+    folder: Path,
+    plan: StudyPlan | None = None,
+    *,
+    hospitals: int = 4,
+    example: Example | None = None,
+    **changes: Any,
+) -> Federation:
+    """Lay out a federation: keys, settings, data, ledgers of its own; on the breast-cancer example, or on another one.
 
     ``changes`` are fields of the plan to replace; those of ``privacy`` and ``training`` by a nested dictionary.
     """
-    example = write_example("breast-cancer", folder / "data", hospitals=hospitals, seed=0)
+    example = example or write_example("breast-cancer", folder / "data", hospitals=hospitals, seed=0)
     plan = changed(plan or example.plan, **changes)
     for hospital in example.hospitals:
         home = folder / "hospitals" / hospital.name

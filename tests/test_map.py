@@ -148,7 +148,7 @@ def test_no_document_names_a_folder_of_one_machine(document: Path) -> None:
     [
         ("plan.md", 0, StudyPlan),
         ("hospital.md", 0, HospitalSettings),
-        ("hospital.md", 1, Manifest),
+        *(("hospital.md", number, Manifest) for number in range(1, 6)),
         ("coordinator.md", 0, CoordinatorSettings),
     ],
 )
@@ -215,6 +215,17 @@ def imported(path: Path) -> set[str]:
     nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
     plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     return {name.split(".")[0] for name in plain | {n.module or "" for n in nodes if isinstance(n, ast.ImportFrom)}}
+
+
+def test_reading_tables_loads_no_other_readers_library(tmp_path: Path) -> None:
+    """Extras are imported where a manifest asks for them: without them, tables are read as ever."""
+    extras = {"nibabel", "PIL", "pydicom", "pyedflib", "sqlalchemy", "wfdb"}
+
+    code = "import sys, client.records.report; print(*sys.modules)"
+    found = command("-c", code, cwd=tmp_path)
+
+    assert "client.records.pictures" in found.stdout.split(), found.stderr
+    assert extras & set(found.stdout.split()) == set()
 
 
 def test_nothing_imports_pickle() -> None:

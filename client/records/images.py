@@ -1,4 +1,4 @@
-"""Images on disk -> validated arrays: one ``.npz`` file with an array of pixels, one of labels, one of patients.
+"""Images in one ``.npz`` file -> validated arrays: one of pixels, one of labels, one of patients.
 
 Nothing is ever unpickled: an array of objects is refused. The texts of errors are for the hospital's own terminal.
 """
@@ -6,11 +6,11 @@ Nothing is ever unpickled: an array of objects is refused. The texts of errors a
 import hashlib
 from collections.abc import Mapping
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
+from client.records.identifiers import refuse_columns
 from client.records.manifest import IMAGES, Manifest
 from shared_models.errors import RecordsError
 from shared_models.tasks import ImageInput, Task
@@ -35,6 +35,8 @@ def read_images(
         RecordsError: The file is no such file; an array is missing or has another type or length; a label is unknown.
     """
     arrays = _load(manifest)
+    used = [manifest.column(IMAGES), manifest.label, *([manifest.patient] if manifest.patient else [])]
+    refuse_columns(manifest.file, arrays, drop=manifest.drop, mapped=used)
     pixels = _array(manifest, arrays, manifest.column(IMAGES))
     if pixels.ndim == 3 and schema.channels == 1:
         pixels = pixels[:, None]
@@ -52,21 +54,24 @@ def read_images(
 
 def scaled(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Pixels from 0 to 255, encoded to [-1, 1]: the range is public, and nothing is computed from the records."""
-    return pixels.astype(np.float32) / np.float32(127.5) - np.float32(1)
+    levels = pixels.astype(np.float32)
+    levels /= np.float32(127.5)  # in place: large sets of images have no room for copies
+    levels -= np.float32(1)
+    return levels
 
 
-def repeated(pixels: NDArray[np.uint8]) -> int:
-    """How many images equal an earlier one."""
-    return len(pixels) - len({_digest(image) for image in pixels})
+def repeated(records: NDArray[Any]) -> int:
+    """How many records of an array equal an earlier one."""
+    return len(records) - len({_digest(record) for record in records})
 
 
 def _load(manifest: Manifest) -> Mapping[str, NDArray[Any]]:
     try:
-        with np.load(manifest.file, allow_pickle=False) as file:
+        with manifest.file.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
     except FileNotFoundError:
         raise RecordsError(f"{manifest.file} does not exist", hint="Check file = ... in the manifest.") from None
-    except (OSError, ValueError, EOFError, BadZipFile) as error:
+    except Exception as error:  # of a damaged archive: zlib's, zipfile's, numpy's, and more
         raise RecordsError(
             f"{manifest.file} cannot be read: {type(error).__name__}",
             hint="Save it with numpy.savez: numbers and texts, no objects.",
@@ -127,5 +132,5 @@ def _patient_ids(
     return ids
 
 
-def _digest(image: NDArray[np.uint8]) -> str:
+def _digest(image: NDArray[Any]) -> str:
     return hashlib.sha256(np.ascontiguousarray(image).tobytes()).hexdigest()

@@ -4,23 +4,25 @@ Files of patients are opened for reading only. Nothing of them is written anywhe
 what is in memory is gone with the process.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from client.keys import local_key, split_key
+from client.records.frames import Flags
 from client.records.manifest import Manifest, read_manifest
 from client.records.opt_out import read_opt_outs
 from client.records.patient_ids import fingerprint, members, plain
 from client.records.records import Records
-from client.records.tabular import Flags, Table, checked_table, split_table
+from client.records.stamps import Stamp, changed, stamps
+from client.records.tabular import Table, checked_table, split_table
 from client.settings import Settings
 from shared_models.errors import RecordsError
 from shared_models.tasks import Task
 
-_Stamp = tuple[int, ...]
-_State = tuple[Manifest, _Stamp, bool, frozenset[str]]
+_State = tuple[Manifest, Mapping[Path, Stamp], bool, frozenset[str]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,11 +43,14 @@ class Population:
 
 
 class Source:
-    """Reads one hospital's records for one task, again only when manifest, file or opt-out list have changed."""
+    """Reads one hospital's records for one task, again only when manifest, a file or the opt-out list have changed.
+
+    What a database answers has no stamp: a query is run again each time.
+    """
 
     def __init__(self, task: Task) -> None:
         self._task = task
-        self._read: tuple[_State, Population] | None = None
+        self._read: tuple[_State, Mapping[Path, Stamp], Population] | None = None
 
     def current(self, settings: Settings) -> Population:
         """The population as it is on the disk now, where the settings say that it is.
@@ -61,22 +66,24 @@ class Source:
         """
         opt_outs = read_opt_outs(settings.opt_out)
         manifest = read_manifest(settings.records)
-        state = (manifest, _stamp(manifest.file), settings.opt_out is not None, opt_outs)
-        if self._read is None or self._read[0] != state:
-            population = _population(settings, manifest, self._task, opt_outs)
-            if _stamp(manifest.file) != state[1]:
-                raise RecordsError(f"{manifest.file} changed while it was read", hint="Replace it by renaming.")
-            self._read = state, population
-        return self._read[1]
+        state = (manifest, stamps(manifest.files), settings.opt_out is not None, opt_outs)
+        if self._read is None or self._read[0] != state or manifest.sql or changed(self._read[1]):
+            files, population = _population(settings, manifest, self._task, opt_outs)
+            if (path := changed(state[1])) is not None:
+                raise RecordsError(f"{path} changed while it was read", hint="Replace it by renaming.")
+            self._read = state, files, population
+        return self._read[2]
 
 
-def _population(settings: Settings, manifest: Manifest, task: Task, opt_outs: frozenset[str]) -> Population:
-    """Read and check everything, then leave out who said no."""
+def _population(
+    settings: Settings, manifest: Manifest, task: Task, opt_outs: frozenset[str]
+) -> tuple[Mapping[Path, Stamp], Population]:
+    """Read and check everything, then leave out who said no; also the files that the rows name."""
     table = checked_table(manifest, task)
     out = opted_out(table, manifest, opt_outs, listed=settings.opt_out is not None)
     parts = split_table(table, manifest, task, split_key=split_key(settings.state), opted_out=out)
     patients = {patient for patient, left in zip(table.ids, out, strict=True) if not left}
-    return Population(
+    return table.files, Population(
         *parts,
         fingerprint=fingerprint(patients, local_key(settings.state, "population fingerprint")),
         members=members(patients, local_key(settings.registry_folder, "patients")),
@@ -107,18 +114,3 @@ def opted_out(table: Table, manifest: Manifest, opt_outs: frozenset[str], *, lis
         )
     found = {patient: plain(patient) in opt_outs for patient in set(table.ids)}
     return np.array([found[patient] for patient in table.ids], dtype=np.bool_)
-
-
-def _stamp(path: Path) -> _Stamp:
-    """What changes when a file is written, replaced or restored; the inode's own time cannot be set back.
-
-    Raises:
-        RecordsError: The file is not there.
-    """
-    try:
-        found = path.stat()
-    except OSError as error:
-        raise RecordsError(
-            f"{path} cannot be read: {error.strerror}", hint="Check file = ... in the manifest."
-        ) from None
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns

@@ -1,5 +1,6 @@
 """What ``check-data`` prints: the records as a study would read them. True counts; nothing of it ever leaves."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,13 +11,23 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from client.records.images import repeated
-from client.records.manifest import IMAGES, check_fits, read_manifest
+from client.records.manifest import IMAGES, TEXT, check_fits, read_manifest
 from client.records.opt_out import read_opt_outs
 from client.records.patient_ids import plain
 from client.records.population import opted_out
 from client.records.records import Records
-from client.records.tabular import Table, checked_table, class_counts, split_table
-from shared_models.tasks import Categorical, ImageInput, Numeric, TableInput, Task, find_task
+from client.records.tabular import SERIES, Table, checked_table, class_counts, split_table
+from shared_models.tasks import (
+    Categorical,
+    ImageInput,
+    Numeric,
+    SeriesInput,
+    TableInput,
+    Task,
+    TokensInput,
+    find_task,
+)
+from shared_models.tokens import PADDING
 
 
 @dataclass(frozen=True)
@@ -24,7 +35,7 @@ class ColumnSummary:
     """One column as it was read.
 
     Attributes:
-        missing: Cells without a value.
+        missing: Cells without a value; of a series, steps.
         found: The range found, or how often each category occurs.
         public: The task's public range, with its unit; empty for categories.
     """
@@ -44,6 +55,7 @@ class Summary:
         repeated_rows: Rows equal to an earlier one in every column of the schema. Where no patient column is named, a
             hint that such a row might not be a patient of its own.
         parts: Training and validation part, less opt-outs: records, patients and records of each class.
+        set_aside: Measurements of series that were left aside, by reason.
         opt_outs: Ids on the opt-out list, and how many of them these records hold; None where there is no list.
     """
 
@@ -51,6 +63,7 @@ class Summary:
     left_out: int
     repeated_rows: int
     parts: dict[str, tuple[int, int, dict[str, int]]]
+    set_aside: Mapping[str, int]
     opt_outs: tuple[int, int] | None
     columns: tuple[ColumnSummary, ...]
 
@@ -79,6 +92,7 @@ def summarise(folder: Path, *, split_key: bytes = bytes(32), opt_out: Path | Non
         left_out=table.left_out,
         repeated_rows=repeats,
         parts={"training": _part(training, task), "validation": _part(validation, task)},
+        set_aside=table.set_aside,
         opt_outs=(len(listed), len(here)) if opt_out else None,
         columns=columns,
     )
@@ -94,6 +108,8 @@ def describe(folder: Path, *, split_key: bytes = bytes(32), opt_out: Path | None
     lines.append(
         f"left out for a missing value: {summary.left_out} rows; equal to an earlier row: {summary.repeated_rows}"
     )
+    if summary.set_aside:
+        lines.append(f"measurements left aside: {', '.join(f'{n} {why}' for why, n in summary.set_aside.items())}")
     if summary.opt_outs:
         lines.append(f"opt-out list: {summary.opt_outs[0]} ids, {summary.opt_outs[1]} of them in these records")
     grid = Grid("column", "missing", "found", "public range")
@@ -106,21 +122,44 @@ def _part(records: Records, task: Task) -> tuple[int, int, dict[str, int]]:
     return len(records), records.patient_count, class_counts(records, task)
 
 
-def _columns(schema: TableInput | ImageInput, table: Table) -> tuple[tuple[ColumnSummary, ...], int]:
+def _columns(
+    schema: TableInput | ImageInput | SeriesInput | TokensInput, table: Table
+) -> tuple[tuple[ColumnSummary, ...], int]:
     """Every column, and how many rows repeat an earlier one."""
-    if isinstance(schema, ImageInput):
-        pixels = table.cells[IMAGES]
-        found = ColumnSummary(IMAGES, 0, f"{pixels.min()} to {pixels.max()}", "0 to 255")
-        return (found,), repeated(pixels)
-    content = pd.DataFrame({**table.cells, "": table.labels})
-    return tuple(_column(column, table) for column in schema.columns), int(content.duplicated().sum())
+    match schema:
+        case TableInput():
+            content = pd.DataFrame({**table.cells, "": table.labels})
+            return tuple(_column(column, table) for column in schema.columns), int(content.duplicated().sum())
+        case ImageInput():
+            pixels = table.cells[IMAGES]
+            found = ColumnSummary(IMAGES, 0, f"{pixels.min()} to {pixels.max()}", "0 to 255")
+            return (found,), repeated(pixels)
+        case SeriesInput():
+            cells = len(table.labels) * schema.steps
+            columns = tuple(_variable(variable, table, cells) for variable in schema.variables)
+            return columns, repeated(table.cells[SERIES])
+        case TokensInput():
+            tokens = table.cells[TEXT]
+            lengths = (tokens != PADDING).sum(axis=1)
+            words = f"{lengths.min()} to {lengths.max()} words used, {int((lengths == schema.length).sum())} texts cut"
+            return (ColumnSummary(TEXT, 0, words, f"{schema.length} words"),), repeated(tokens)
+
+
+def _variable(variable: Numeric, table: Table, cells: int) -> ColumnSummary:
+    """A variable of a series: how many steps of all rows are without it."""
+    count, least, greatest = table.seen[variable.name]
+    found = f"{least:g} to {greatest:g}" if count else "never measured"
+    return ColumnSummary(variable.name, cells - count, found, _public(variable))
+
+
+def _public(column: Numeric) -> str:
+    return f"{column.low:g} to {column.high:g} {column.unit}"
 
 
 def _column(column: Numeric | Categorical, table: Table) -> ColumnSummary:
     cells, missing = table.cells[column.name], table.missing[column.name]
     if isinstance(column, Numeric):
-        public = f"{column.low:g} to {column.high:g} {column.unit}"
-        return ColumnSummary(column.name, missing, f"{cells.min():g} to {cells.max():g}", public)
+        return ColumnSummary(column.name, missing, f"{cells.min():g} to {cells.max():g}", _public(column))
     counts = np.bincount(cells, minlength=len(column.categories))
     found = ", ".join(f"{n} {category}" for category, n in zip(column.categories, counts, strict=True))
     return ColumnSummary(column.name, missing, found, "")

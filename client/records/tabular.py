@@ -1,28 +1,36 @@
 """Records on disk -> validated tensors. Patient ids stay in this folder; what leaves it is an index without meaning.
 
 All checks run when records are read, before a study is approved and before anything is charged, and their texts are for
-the hospital's own terminal: they name file, row, column and value.
+the hospital's own terminal: they name file, row, column and value. What a record is made of besides its row (pictures,
+series, texts) is read by a file of this folder each.
 """
 
+import hashlib
 import hmac
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
 
+from client.records.frames import CHECK, Flags, check_header, load, missing, refuse, texts
+from client.records.identifiers import refuse_columns
 from client.records.images import read_images, scaled
-from client.records.manifest import IMAGES, Manifest, check_fits
+from client.records.manifest import IMAGES, SIGNALS, TEXT, Manifest, check_fits, schema_names
+from client.records.pictures import read_pictures
 from client.records.records import Records
+from client.records.series import Series, read_long_form
+from client.records.signals import read_signals
+from client.records.stamps import Stamp
+from client.records.text import read_texts
 from shared_models.errors import RecordsError
-from shared_models.tasks import Categorical, ImageInput, Numeric, Task
+from shared_models.tasks import Categorical, ImageInput, Numeric, SeriesInput, TableInput, Task, TokensInput
 
-Flags = NDArray[np.bool_]
-_CHECK = "Mend the file or the manifest, then run konsil-hospital check-data again."
+SERIES = "series"
 
 
 @dataclass(frozen=True)
@@ -30,11 +38,15 @@ class Table:
     """A file, checked; it stays behind the firewall, like the file.
 
     Attributes:
-        cells: Every column of the schema: numbers as float64, categories as their index; images as one array.
+        cells: Every column of the schema: numbers as float64, categories as their index; images, series or tokens as
+            one array.
         labels: Index into the task's classes.
         ids: The patient of each row.
         missing: Cells that were missing, by schema name; their rows are not in ``cells``.
         left_out: Rows with a missing value, where the manifest leaves such rows out.
+        seen: Of each variable of a series the cells with a value, and the least and the greatest one.
+        set_aside: Measurements that were left aside, by reason.
+        files: Files that the rows name, with their stamps from before they were read.
     """
 
     cells: Mapping[str, NDArray[Any]]
@@ -42,6 +54,9 @@ class Table:
     ids: list[str]
     missing: Mapping[str, int]
     left_out: int
+    seen: Mapping[str, tuple[int, float, float]] = field(default_factory=dict)
+    set_aside: Mapping[str, int] = field(default_factory=dict)
+    files: Mapping[Path, Stamp] = field(default_factory=dict)
 
 
 def read_table(manifest: Manifest, task: Task, *, split_key: bytes) -> tuple[Records, Records]:
@@ -78,112 +93,110 @@ def split_table(
     _check_classes(manifest, task, table.labels[~held_out], "training")
     if manifest.validation_fraction > 0:
         _check_classes(manifest, task, table.labels[held_out], "validation")
-    inputs = _encode(table, task)
     left = np.ones(len(held_out), dtype=np.bool_) if opted_out is None else ~opted_out
-    training, validation = (_records(table, task, inputs, part & left) for part in (~held_out, held_out))
+    training, validation = (_records(table, task, part & left) for part in (~held_out, held_out))
     return training, validation
 
 
 def checked_table(manifest: Manifest, task: Task) -> Table:
-    """Load the file and check every cell that the task needs; see ``read_table`` for what is refused."""
+    """Load the file and check all that the task needs; see ``read_table`` for what is refused."""
     schema = check_fits(manifest, task)
-    if isinstance(schema, ImageInput):
+    if isinstance(schema, ImageInput) and manifest.file.suffix == ".npz":
         pixels, labels, ids = read_images(manifest, task, schema)
         return Table({IMAGES: pixels}, labels, ids, {}, 0)
-    frame = _load(manifest.file)
-    _check_header(frame, manifest, [manifest.column(c.name) for c in schema.columns])
-    missing = {c.name: _missing(frame[manifest.column(c.name)], manifest) for c in schema.columns}
-    missing[task.label] = _missing(frame[manifest.label], manifest)
-    incomplete = np.logical_or.reduce(list(missing.values()))
+    frame, counts, left_out = _complete_rows(manifest, task)
+    labels = _labels(frame, manifest, task)
+    match schema:
+        case TableInput():
+            cells: dict[str, NDArray[Any]] = {
+                c.name: _numbers(frame, manifest, c) if isinstance(c, Numeric) else _categories(frame, manifest, c)
+                for c in schema.columns
+            }
+            return Table(cells, labels, _patient_ids(frame, manifest, cells, labels), counts, left_out)
+        case ImageInput():
+            pixels, files = read_pictures(manifest, schema, frame)
+            cells = {IMAGES: pixels}
+            return Table(cells, labels, _patient_ids(frame, manifest, cells, labels), counts, left_out, files=files)
+        case SeriesInput():
+            reader = read_long_form if manifest.series else read_signals
+            series = reader(manifest, schema, frame)
+            return _with_series(frame, manifest, labels, counts, left_out, series)
+        case TokensInput():
+            cells = {TEXT: read_texts(manifest, schema, frame)}
+            return Table(cells, labels, _patient_ids(frame, manifest, cells, labels), counts, left_out)
+
+
+def _complete_rows(manifest: Manifest, task: Task) -> tuple[pd.DataFrame, dict[str, int], int]:
+    """Rows without a missing value, missing cells by schema name, and how many rows were left out."""
+    frame = load(manifest)
+    columns = {name: manifest.column(name) for name in _row_columns(manifest, task)}
+    wanted = [*columns.values(), manifest.label, *([manifest.patient] if manifest.patient else [])]
+    check_header(manifest.file, list(frame.columns), wanted)
+    _refuse_identifiers(manifest, frame, wanted)
+    absent = {name: missing(frame[column], manifest) for name, column in columns.items()}
+    absent[task.label] = missing(frame[manifest.label], manifest)
+    incomplete = np.logical_or.reduce(list(absent.values()))
     if manifest.incomplete_rows == "refuse":
-        for name, flags in missing.items():
-            column = manifest.label if name == task.label else manifest.column(name)
-            _refuse(manifest, frame, column, flags, "the value is missing")
+        for name, flags in absent.items():
+            column = manifest.label if name == task.label else columns[name]
+            refuse(manifest, frame, column, flags, "the value is missing")
     frame = frame[~incomplete]
     if frame.empty:
-        raise RecordsError(f"{manifest.file} has no complete row", hint=_CHECK)
-    cells = {
-        c.name: _numbers(frame, manifest, c) if isinstance(c, Numeric) else _categories(frame, manifest, c)
-        for c in schema.columns
-    }
-    label = Categorical(name=task.label, categories=task.classes)
-    labels = _categories(frame, manifest, label, column=manifest.label)
-    counts = {name: int(flags.sum()) for name, flags in missing.items()}
-    return Table(cells, labels, _patient_ids(frame, manifest, cells, labels), counts, int(incomplete.sum()))
+        raise RecordsError(f"{manifest.file} has no complete row", hint=CHECK)
+    return frame, {name: int(flags.sum()) for name, flags in absent.items()}, int(incomplete.sum())
 
 
-# the file
+def _row_columns(manifest: Manifest, task: Task) -> list[str]:
+    """Schema names whose cells stand in the rows of the manifest's file, in the schema's order."""
+    if isinstance(task.input, TableInput):
+        return [column.name for column in task.input.columns]
+    if isinstance(task.input, SeriesInput):
+        return [] if manifest.series else [SIGNALS]
+    return sorted(schema_names(task))
 
 
-def _load(path: Path) -> pd.DataFrame:
-    """Read a file as it is; the index is the row number that a spreadsheet shows, the header being row 1."""
-    try:
-        frame = pd.read_parquet(path) if path.suffix == ".parquet" else _load_csv(path)
-    except FileNotFoundError:
-        raise RecordsError(f"{path} does not exist", hint="Check file = ... in the manifest.") from None
-    except pd.errors.EmptyDataError:
-        raise RecordsError(f"{path} is empty", hint="Export the records again.") from None
-    except (OSError, ValueError) as error:  # pandas' and pyarrow's parsing errors are ValueErrors
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise RecordsError(f"{path} cannot be read: {reason}", hint="Save it as UTF-8 CSV or as Parquet.") from None
-    if frame.empty:
-        raise RecordsError(f"{path} has a header but no records", hint="Export the records again.")
-    return frame
-
-
-def _load_csv(path: Path) -> pd.DataFrame:
-    """Every cell as text, so that nothing is guessed; blank lines keep their row numbers but are no records."""
-    frame = pd.read_csv(
-        path, header=None, dtype=str, keep_default_na=False, skip_blank_lines=False, encoding="utf-8-sig"
+def _refuse_identifiers(manifest: Manifest, frame: pd.DataFrame, wanted: list[str]) -> None:
+    """Of the columns that nothing uses; of those that something does, the manifest has given the meaning."""
+    keys = (
+        [manifest.series.record, *([manifest.series.start] if manifest.series.start else [])] if manifest.series else []
     )
-    header = [str(name).strip() for name in frame.iloc[0]]
-    frame = frame.iloc[1:].fillna("").set_axis(header, axis="columns")
-    frame.index += 1
-    return frame[(frame != "").any(axis="columns")]
+    refuse_columns(manifest.file, list(frame.columns), drop=manifest.drop, mapped=[*wanted, *keys])
 
 
-def _check_header(frame: pd.DataFrame, manifest: Manifest, columns: list[str]) -> None:
-    """Refuse a file that lacks a column, or has one twice."""
-    wanted = [*columns, manifest.label, *([manifest.patient] if manifest.patient else [])]
-    names = list(frame.columns)
-    absent = [name for name in wanted if name not in names]
-    if absent:
-        raise RecordsError(f"{manifest.file} has no column {', '.join(map(repr, absent))}", hint=_CHECK)
-    repeated = [name for name in wanted if names.count(name) > 1]
-    if repeated:
-        raise RecordsError(f"{manifest.file} has column {repeated[0]!r} more than once", hint=_CHECK)
+def _with_series(
+    frame: pd.DataFrame,
+    manifest: Manifest,
+    labels: NDArray[np.int64],
+    counts: dict[str, int],
+    left_out: int,
+    series: Series,
+) -> Table:
+    """A table of series; a row without any measurement is one with a missing value."""
+    if manifest.incomplete_rows == "refuse":
+        column = manifest.series.record if manifest.series else manifest.column(SIGNALS)
+        refuse(manifest, frame, column, series.empty, "the record has no measurement that can be used", quoted=False)
+    kept = ~series.empty
+    if not kept.any():
+        raise RecordsError(f"{manifest.file} has no record with a measurement", hint=CHECK)
+    cells = {SERIES: series.inputs[kept]}
+    return Table(
+        cells,
+        labels[kept],
+        _patient_ids(frame[kept], manifest, cells, labels[kept]),
+        {**counts, SERIES: int(series.empty.sum())},
+        left_out + int(series.empty.sum()),
+        seen=series.seen,
+        set_aside=series.left_out,
+        files=series.files,
+    )
 
 
 # the cells
 
 
-def _refuse(manifest: Manifest, frame: pd.DataFrame, column: str, flags: Flags, what: str) -> None:
-    """Raise for the first flagged row of a column, with a count of the rest; return if there is none."""
-    rows = np.flatnonzero(flags)
-    if not len(rows):
-        return
-    more = f" (and {len(rows) - 1} more like it)" if len(rows) > 1 else ""
-    _refuse_cell(manifest, frame.index[rows[0]], column, frame[column].iloc[rows[0]], f"{what}{more}")
-
-
-def _refuse_cell(manifest: Manifest, row: Any, column: str, value: Any, what: str) -> NoReturn:
-    shown = repr(value if isinstance(value, str) else str(value))
-    shown = shown if len(shown) <= 40 else f"{shown[:36]}...'"
-    raise RecordsError(f"{manifest.file}, row {row}, column {column!r}, value {shown}: {what}", hint=_CHECK)
-
-
-def _texts(series: pd.Series) -> pd.Series:
-    """Cells as stripped texts; a whole number reads "1" whether the file holds 1, 1.0 or "1"."""
-    if pd.api.types.is_float_dtype(series):
-        return series.map(lambda value: f"{value:.0f}" if float(value).is_integer() else str(value)).astype(str)
-    return series.astype(str).str.strip()
-
-
-def _missing(series: pd.Series, manifest: Manifest) -> Flags:
-    """Which cells are empty, null, or one of the manifest's texts for "not known"."""
-    texts = series.astype(str).str.strip()
-    flags: Flags = (series.isna() | texts.isin(["", *manifest.missing_values])).to_numpy(dtype=np.bool_)
-    return flags
+def _labels(frame: pd.DataFrame, manifest: Manifest, task: Task) -> NDArray[np.int64]:
+    label = Categorical(name=task.label, categories=task.classes)
+    return _categories(frame, manifest, label, column=manifest.label)
 
 
 def _numbers(frame: pd.DataFrame, manifest: Manifest, column: Numeric) -> NDArray[np.float64]:
@@ -191,14 +204,14 @@ def _numbers(frame: pd.DataFrame, manifest: Manifest, column: Numeric) -> NDArra
     name = manifest.column(column.name)
     series = frame[name]
     if pd.api.types.is_bool_dtype(series):
-        _refuse(manifest, frame, name, np.ones(len(frame), dtype=np.bool_), "is a truth value, not a number")
-    texts = series if pd.api.types.is_numeric_dtype(series) else _texts(series)
-    values: NDArray[np.float64] = pd.to_numeric(texts, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
-    not_finite = texts.astype(str).str.lower().str.lstrip("+-").isin(["nan", "inf", "infinity"]).to_numpy()
-    _refuse(manifest, frame, name, not_finite | np.isinf(values), "is not a finite number")
-    _refuse(manifest, frame, name, np.isnan(values), f"is not a number ({column.unit} expected)")
+        refuse(manifest, frame, name, np.ones(len(frame), dtype=np.bool_), "is a truth value, not a number")
+    read = series if pd.api.types.is_numeric_dtype(series) else texts(series)
+    values: NDArray[np.float64] = pd.to_numeric(read, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
+    not_finite = read.astype(str).str.lower().str.lstrip("+-").isin(["nan", "inf", "infinity"]).to_numpy()
+    refuse(manifest, frame, name, not_finite | np.isinf(values), "is not a finite number")
+    refuse(manifest, frame, name, np.isnan(values), f"is not a number ({column.unit} expected)")
     outside = ~((values >= column.low) & (values <= column.high))
-    _refuse(
+    refuse(
         manifest, frame, name, outside, f"is outside the public range {column.low:g} to {column.high:g} {column.unit}"
     )
     return values
@@ -210,10 +223,10 @@ def _categories(
     """A column of categories, as indices into the schema's; the manifest's map translates codes."""
     name = column or manifest.column(schema.name)
     codes = manifest.categories.get(schema.name, {})
-    texts = _texts(frame[name]).map(lambda text: codes.get(text, text))
+    named = texts(frame[name]).map(lambda text: codes.get(text, text))
     index = {category: i for i, category in enumerate(schema.categories)}
-    found = texts.map(lambda text: index.get(text, -1)).to_numpy(dtype=np.int64)
-    _refuse(manifest, frame, name, found < 0, f"is none of {', '.join(schema.categories)}")
+    found = named.map(lambda text: index.get(text, -1)).to_numpy(dtype=np.int64)
+    refuse(manifest, frame, name, found < 0, f"is none of {', '.join(schema.categories)}")
     return found
 
 
@@ -225,17 +238,24 @@ def _patient_ids(
 ) -> list[str]:
     """An id per row: the patient column, or where there is none the row's content with a number for equal rows."""
     if manifest.patient is None:
-        content = pd.DataFrame({**cells, "": labels})
+        content = pd.DataFrame({**{name: _content(values) for name, values in cells.items()}, "": labels})
         repeat = content.groupby(list(content.columns)).cumcount()
         return [
-            repr(row) for row in zip(*(cells[name].tolist() for name in cells), labels.tolist(), repeat, strict=True)
+            repr(row) for row in zip(*(content[name].tolist() for name in cells), labels.tolist(), repeat, strict=True)
         ]
-    _refuse(manifest, frame, manifest.patient, _missing(frame[manifest.patient], manifest), "the patient id is missing")
-    ids = _texts(frame[manifest.patient])
+    refuse(manifest, frame, manifest.patient, missing(frame[manifest.patient], manifest), "the patient id is missing")
+    ids = texts(frame[manifest.patient])
     if manifest.one_row_per_patient:
         what = "the patient has an earlier row, but the manifest declares one_row_per_patient"
-        _refuse(manifest, frame, manifest.patient, ids.duplicated().to_numpy(), what)
+        refuse(manifest, frame, manifest.patient, ids.duplicated().to_numpy(), what)
     return list(ids)
+
+
+def _content(values: NDArray[Any]) -> NDArray[Any] | list[str]:
+    """What stands for a row's content: a cell itself, and of an image, a series or a text its digest."""
+    if values.ndim == 1:
+        return values
+    return [hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest() for value in values]
 
 
 def _held_out(ids: list[str], fraction: float, key: bytes) -> Flags:
@@ -244,25 +264,35 @@ def _held_out(ids: list[str], fraction: float, key: bytes) -> Flags:
     return np.array([chosen[i] for i in ids], dtype=np.bool_)
 
 
-def _records(table: Table, task: Task, inputs: NDArray[np.float32], part: Flags) -> Records:
+def _records(table: Table, task: Task, part: Flags) -> Records:
     """One part of the table as tensors, its patients numbered 0, 1, 2, ... as they come."""
     patients, distinct = pd.factorize(np.array(table.ids, dtype=object)[part])
     targets = torch.from_numpy(table.labels[part])
     return Records(
-        inputs=torch.from_numpy(inputs[part]),
+        inputs=torch.from_numpy(_encode(table, task, part)),
         targets=targets.to(torch.float32) if task.outputs == 1 else targets,
         patients=patients.astype(np.int64),
         patient_count=len(distinct),
     )
 
 
-def _encode(table: Table, task: Task) -> NDArray[np.float32]:
-    """Rows of shape ``(width,)`` as ``TableInput`` says, or images as ``ImageInput`` does."""
-    if isinstance(task.input, ImageInput):
-        return scaled(table.cells[IMAGES])
+def _encode(table: Table, task: Task, part: Flags) -> NDArray[Any]:
+    """Inputs of some rows, as the task's ``input`` says: float32, or int64 for tokens."""
+    match task.input:
+        case ImageInput():
+            return scaled(table.cells[IMAGES][part])
+        case SeriesInput():
+            return table.cells[SERIES][part]
+        case TokensInput():
+            return table.cells[TEXT][part]
+        case TableInput() as schema:
+            return _encode_columns(table, schema, part)
+
+
+def _encode_columns(table: Table, schema: TableInput, part: Flags) -> NDArray[np.float32]:
     blocks = []
-    for column in task.input.columns:  # type: ignore[union-attr]  # check_fits has refused other kinds of input
-        cells = table.cells[column.name]
+    for column in schema.columns:
+        cells = table.cells[column.name][part]
         if isinstance(column, Numeric):
             blocks.append(column.scaled(cells)[:, None])
         else:

@@ -7,13 +7,16 @@ import numpy as np
 import pytest
 import tomli_w
 import torch
+from hypothesis import HealthCheck, given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
 
 from client.records.manifest import read_manifest
 from client.records.records import Records
 from client.records.report import summarise
 from client.records.tabular import read_table
 from shared_models.errors import RecordsError
-from shared_models.tasks import TRIAL_IMAGES
+from shared_models.tasks import HEART_DISEASE, TRIAL_IMAGES
 
 MANIFEST: dict[str, Any] = {
     "task": "trial-images",
@@ -104,6 +107,7 @@ def test_a_summary_counts_repeated_images(tmp_path: Path) -> None:
         ({"labels": np.array(["kind-0", "dog", "cat", "kind-0"])}, r"image 1, label 'dog'.*and 1 more"),
         ({"patients": np.array(["a", "", "c", "a"])}, "image 1: the patient id is missing"),
         ({"patients": np.array(["a", None, "c", "a"], dtype=object)}, "cannot be read: ValueError"),
+        ({"patient_name": np.array(["x"] * 4)}, "holds what identifies patients: 'patient_name'"),
     ],
 )
 def test_what_does_not_fit_is_refused(tmp_path: Path, content: dict[str, Any], text: str) -> None:
@@ -113,10 +117,10 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, content: dict[str, Any], t
 
 
 def test_files_and_tasks_of_different_kinds_do_not_meet(tmp_path: Path) -> None:
-    """A table for images, and a file that is no archive, are errors of the records."""
-    write(tmp_path, file="data.csv")
+    """Images for a table, and a file that is no archive, are errors of the records."""
+    write(tmp_path, task="heart-disease", label="disease")
     with pytest.raises(RecordsError, match="no file of the kind"):
-        read(tmp_path)
+        read_table(read_manifest(tmp_path), HEART_DISEASE, split_key=b"the key of a test")
     write(tmp_path)
     (tmp_path / "data.npz").write_bytes(b"not a zip")
     with pytest.raises(RecordsError, match="cannot be read"):
@@ -130,3 +134,32 @@ def test_one_image_per_patient_is_held_to_its_word(tmp_path: Path) -> None:
     """Declared so, a repeated id is an error."""
     with pytest.raises(RecordsError, match="two images"):
         read(write(tmp_path, one_row_per_patient=True))
+
+
+@examples(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    packed=st.booleans(),
+    cut=st.floats(0, 1),
+    flips=st.lists(st.tuples(st.floats(0, 1), st.integers(1, 255)), max_size=3),
+)
+def test_a_damaged_archive_is_an_error_or_the_images_that_were_saved(
+    tmp_path: Path, packed: bool, cut: float, flips: list[tuple[float, int]]
+) -> None:
+    """A zip archive has checksums: cut or changed anywhere, it is never other pixels, and never a traceback."""
+    write(tmp_path)
+    whole = read(tmp_path)
+    path = tmp_path / "data.npz"
+    (np.savez_compressed if packed else np.savez)(path, **arrays())
+    data = bytearray(path.read_bytes())
+    for place, change in flips:
+        data[int(place * (len(data) - 1))] ^= change
+    path.write_bytes(data if flips else data[: int(cut * len(data))])
+
+    try:
+        found: Records | None = read(tmp_path)
+    except RecordsError as error:
+        if "data.npz" not in str(error):
+            raise
+        found = None
+
+    assert found is None or torch.equal(found.inputs, whole.inputs)

@@ -305,7 +305,7 @@ def _in_training(folder: Path, patient: str) -> bool:
         ({"patient": None}, 'name the patient column (patient = "...") or declare one_row_per_patient = true'),
         ({"file": "../data.csv"}, "file: must be a relative path to a file inside"),
         ({"file": "/etc/passwd.csv"}, "file: must be a relative path to a file inside"),
-        ({"file": "data.xlsx"}, "must end in .csv, .parquet or .npz"),
+        ({"file": "data.xlsx"}, "must end in .npz, .csv, .parquet, .jsonl, .sql or .ndjson"),
         ({"file": None}, "file: Field required"),
         ({"validation_fraction": 0.95}, "validation_fraction: "),
         ({"validation_fraction": float("nan")}, "validation_fraction: "),
@@ -314,6 +314,7 @@ def _in_training(folder: Path, patient: str) -> bool:
         ({"columns": {"agee": "age"}}, "not in the schema of small: columns.agee"),
         ({"categories": {"agee": {"1": "i"}}}, "not in the schema of small: categories.agee"),
         ({"absent_classes": ["dead"]}, "not in the schema of small: absent_classes: dead"),
+        ({"drop": ["id"]}, "drop: id is used by label, patient or [columns]"),
     ],
 )
 def test_a_manifest_that_does_not_fit_is_refused(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
@@ -345,11 +346,12 @@ def test_a_manifest_that_is_none_is_refused(tmp_path: Path, spoil: Callable[[Pat
     assert "manifest.toml" in refusal(folder)
 
 
-def test_a_task_that_reads_no_tables_is_refused(tmp_path: Path) -> None:
-    """A table cannot answer a task on tokens."""
+def test_a_manifest_for_another_kind_of_input_is_refused(tmp_path: Path) -> None:
+    """A table's columns cannot answer a task on tokens."""
     tokens = TASK.model_copy(update={"input": TokensInput(vocabulary=10, length=4)})
 
-    assert "does not read tables" in refusal(write(tmp_path), tokens)
+    assert "not in the schema of small: columns.age" in refusal(write(tmp_path, columns={"age": "years"}), tokens)
+    assert "has no column 'text'" in refusal(write(tmp_path, categories=None), tokens)
 
 
 # check-data

@@ -1,9 +1,6 @@
 """The coordinator's database: states, attempts and rounds, on SQLite and, where there is a server, on PostgreSQL."""
 
-import os
-import shutil
 import sqlite3
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,34 +11,6 @@ from server.store import OpenAttempt, State, Store, Wish
 from shared_models.errors import ConfigError, StoreError, StudyStateError, UnknownStudyError
 from shared_models.plan import StudyPlan
 from tests.federation import changed
-
-POSTGRES = sorted(Path("/usr/lib/postgresql").glob("*/bin")) if Path("/usr/lib/postgresql").exists() else []
-
-
-@pytest.fixture(scope="session")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """URL of a PostgreSQL server of this test run's own, on a socket in a temporary folder."""
-    if not POSTGRES:
-        pytest.skip("PostgreSQL is not installed (Debian: apt install postgresql)")
-    pytest.importorskip("psycopg", reason="psycopg is not installed: pip install konsil[postgresql]")
-    folder, binaries = tmp_path_factory.mktemp("postgres"), POSTGRES[-1]
-    as_user: list[str] = []
-    if os.getuid() == 0:  # the server refuses to run as root
-        if shutil.which("runuser") is None:
-            pytest.skip("PostgreSQL does not run as root, and there is no runuser")
-        as_user = ["runuser", "-u", "postgres", "--"]
-        for parent in (folder, *folder.parents[:2]):
-            parent.chmod(0o755)
-        shutil.chown(folder, "postgres")
-    data = folder / "data"
-    made = [*as_user, str(binaries / "initdb"), "-D", str(data), "--auth", "trust", "--username", "konsil", "--no-sync"]
-    subprocess.run(made, check=True, capture_output=True)
-    options = f"-c listen_addresses= -c unix_socket_directories={folder}"
-    control = [*as_user, str(binaries / "pg_ctl"), "-D", str(data), "-w"]
-    log = str(folder / "log")
-    subprocess.run([*control, "-l", log, "-o", options, "start"], check=True, capture_output=True)
-    yield f"postgresql+psycopg://konsil@/postgres?host={folder}"
-    subprocess.run([*control, "-m", "immediate", "stop"], check=True, capture_output=True)
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

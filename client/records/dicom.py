@@ -1,0 +1,166 @@
+"""One DICOM file -> grey levels or colours: modality rescale, window, photometric interpretation.
+
+Source:
+    DICOM PS3.3: C.11.1 (modality LUT), C.11.2.1.2 (window centre and width; LINEAR, LINEAR_EXACT, SIGMOID),
+    C.7.6.3.1.2 (photometric interpretation), C.7.5.1.1.2 (pixel padding), C.7.6.1.1.7 (burned-in annotation).
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from client.records.extras import needed
+from client.records.identifiers import refuse_found
+from client.records.manifest import Manifest, Pictures
+from client.records.patient_ids import plain
+from client.records.pictures import Picture, Place, blanked, check_size, to_bytes, windowed
+from shared_models.errors import RecordsError
+
+with needed("images", "pydicom"):
+    import pydicom
+    from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi, pixel_array
+
+# Of the confidentiality profile (PS3.15 table E.1-1): what names a patient, or is a number that a hospital can look up.
+IDENTIFYING = tuple(
+    """
+    PatientName PatientID PatientBirthDate PatientBirthTime PatientBirthName PatientMotherBirthName PatientAddress
+    PatientTelephoneNumbers PatientTelecomInformation OtherPatientIDs OtherPatientIDsSequence OtherPatientNames
+    MedicalRecordLocator ResponsiblePerson PatientInsurancePlanCodeSequence PatientComments AccessionNumber AdmissionID
+    IssuerOfPatientID
+    """.split()  # noqa: SIM905  # a list of words reads better as words
+)
+_GREY = {"MONOCHROME1", "MONOCHROME2"}
+_OFTEN_WRITTEN_ON = {"US", "SC", "OT", "XC", "ES", "DOC"}  # ultrasound, screenshots, photographs, endoscopy, papers
+
+
+def read_dicom(place: Place, manifest: Manifest, pictures: Pictures) -> Picture:
+    """Decode one frame.
+
+    Args:
+        place: The file, whose it is, and which frame of several.
+        manifest: Names the tags that are left aside.
+        pictures: The window, and what is known of text in the pixels.
+
+    Returns:
+        Pixels of shape ``(height, width)``, or ``(height, width, 3)`` for colours; 255 is white.
+
+    Raises:
+        RecordsError: Tags identify somebody and the manifest does not drop them; PatientID is another patient's; text
+            is, or may be, burned into the pixels; there are no pixels, too many, or several frames and none is chosen.
+        Exception: Whatever pydicom raises for a damaged file.
+    """
+    data = pydicom.dcmread(place.path)
+    if "PixelData" not in data:
+        raise RecordsError(f"{place.path} has no pixels", hint="Leave objects other than images out.")
+    _refuse_identifiers(place, data, manifest)
+    _refuse_writing(place, data, pictures)
+    frames = int(data.get("NumberOfFrames") or 1)
+    check_size(place.path, int(data.Rows), int(data.Columns), frames)
+    try:
+        pixels = pixel_array(data, index=_frame(place, frames) if frames > 1 else None)
+    except (RuntimeError, NotImplementedError):  # no decoder for this compression is installed
+        raise RecordsError(
+            f"{place.path} is compressed in a way that nothing here decodes: {data.file_meta.TransferSyntaxUID.name}",
+            hint="Decompress it, or install a decoder that pydicom knows (python-gdcm).",
+        ) from None
+    if data.PhotometricInterpretation in _GREY and data.SamplesPerPixel == 1:
+        picture = to_bytes(_levels(pixels, data, pictures))
+    else:
+        picture = _colours(pixels, data)
+    return blanked(picture, pictures)
+
+
+def _refuse_identifiers(place: Place, data: Any, manifest: Manifest) -> None:
+    """A PatientID that is the row's own patient is a pseudonym which the hospital has chosen, and a check."""
+    filled = [name for name in IDENTIFYING if str(data.get(name) or "").strip("^ ") and name not in manifest.drop]
+    if "PatientID" in filled and place.patient is not None:
+        if plain(str(data.PatientID)) != plain(place.patient):
+            raise RecordsError(
+                f"{place.path}: PatientID is not the patient that the row names",
+                hint='Mend the row; or drop = ["PatientID"], if the row has a pseudonym that the file has not.',
+            )
+        filled.remove("PatientID")
+    refuse_found(place.path, filled)
+
+
+def _refuse_writing(place: Place, data: Any, pictures: Pictures) -> None:
+    flag, kind = str(data.get("BurnedInAnnotation") or ""), str(data.get("Modality") or "")
+    if flag == "YES" and not pictures.blank:
+        raise RecordsError(
+            f"{place.path}: an annotation is burned into the pixels",
+            hint="Say where: blank = [[top, left, bottom, right]] in [images]; or leave the file out.",
+        )
+    if flag not in {"YES", "NO"} and kind in _OFTEN_WRITTEN_ON and not (pictures.pixels_checked or pictures.blank):
+        raise RecordsError(
+            f"{place.path}: nothing says that no annotation is burned into the pixels, and images of modality {kind} "
+            "often have one",
+            hint="Look at them; then pixels_checked = true, or blank = [[top, left, bottom, right]], in [images].",
+        )
+
+
+def _frame(place: Place, frames: int) -> int:
+    if place.slice is None:
+        raise RecordsError(f"{place.path} has {frames} frames", hint="Say which: slice or slice_column in [images].")
+    return round(place.slice * (frames - 1))
+
+
+def _levels(pixels: NDArray[Any], data: Any, pictures: Pictures) -> NDArray[np.float64]:
+    """Grey levels from 0 to 1, by the manifest's window, the file's own, or the range of its format."""
+    values = apply_modality_lut(pixels, data).astype(np.float64)
+    if pictures.window:
+        levels = windowed(values, *pictures.window)
+    elif "WindowCenter" in data and "WindowWidth" in data:
+        levels = _own_window(values, data)
+    elif data.get("VOILUTSequence"):
+        levels = apply_voi(values.astype(np.int64), data) / (2 ** int(data.VOILUTSequence[0].LUTDescriptor[2]) - 1)
+    else:
+        low, high = _range(data)
+        levels = windowed(values, (low + high) / 2, high - low)
+    if data.PhotometricInterpretation == "MONOCHROME1":
+        levels = 1 - levels
+    return np.where(_padding(pixels, data), 0, levels)
+
+
+def _own_window(values: NDArray[np.float64], data: Any) -> NDArray[np.float64]:
+    """The file's first window, by the function that it names."""
+    centre, width = (float(np.ravel(data[name].value)[0]) for name in ("WindowCenter", "WindowWidth"))
+    match str(data.get("VOILUTFunction") or "LINEAR"):
+        case "LINEAR" if width >= 1:
+            if width == 1:
+                return (values > centre - 0.5).astype(np.float64)
+            return windowed(values, centre - 0.5, width - 1)
+        case "LINEAR_EXACT" if width > 0:
+            return windowed(values, centre, width)
+        case "SIGMOID" if width > 0:
+            return 1 / (1 + np.exp(np.clip(-4 * (values - centre) / width, -500, 500)))
+    raise ValueError("no such window")
+
+
+def _range(data: Any) -> tuple[float, float]:
+    """The least and the greatest value that the file's format can hold, after the modality's rescale."""
+    if data.get("ModalityLUTSequence"):
+        return 0, 2 ** int(data.ModalityLUTSequence[0].LUTDescriptor[2]) - 1
+    bits = int(data.BitsStored)
+    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if data.PixelRepresentation else (0, 2**bits - 1)
+    slope, intercept = float(data.get("RescaleSlope", 1)), float(data.get("RescaleIntercept", 0))
+    ends = sorted((low * slope + intercept, high * slope + intercept))
+    return ends[0], ends[1]
+
+
+def _padding(pixels: NDArray[Any], data: Any) -> NDArray[np.bool_]:
+    """Which stored pixels are outside what was imaged: they are black, whatever the window."""
+    if "PixelPaddingValue" not in data:
+        return np.zeros(pixels.shape, dtype=np.bool_)
+    ends = sorted((int(data.PixelPaddingValue), int(data.get("PixelPaddingRangeLimit", data.PixelPaddingValue))))
+    return (pixels >= ends[0]) & (pixels <= ends[1])
+
+
+def _colours(pixels: NDArray[Any], data: Any) -> Picture:
+    """Red, green and blue from 0 to 255; pydicom has turned YBR into RGB."""
+    bits = int(data.BitsStored)
+    if data.PhotometricInterpretation == "PALETTE COLOR":
+        pixels, bits = apply_color_lut(pixels, data), int(data.RedPaletteColorLookupTableDescriptor[2])
+    if pixels.ndim != 3 or pixels.shape[2] < 3:
+        raise ValueError("no colours")
+    return to_bytes(pixels[:, :, :3].astype(np.float64) / (2**bits - 1))

@@ -1,0 +1,39 @@
+"""Libraries that only some hospitals need: imported where they are used, asked for by name where they are missing."""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from shared_models.errors import RecordsError
+
+
+@contextmanager
+def needed(extra: str, library: str) -> Iterator[None]:
+    """Around an import: say which extra brings the library.
+
+    Raises:
+        RecordsError: The library is not installed.
+    """
+    try:
+        yield
+    except ImportError:
+        raise RecordsError(
+            f"reading these records needs {library}, which is not installed",
+            hint=f"pip install --constraint deploy/constraints.txt 'konsil[{extra}]'",
+        ) from None
+
+
+@contextmanager
+def silenced(*loggers: str) -> Iterator[None]:
+    """Keep a library's warnings and log lines to itself: they quote what a file holds, and files hold patients."""
+    before = {name: logging.getLogger(name).disabled for name in loggers}
+    try:
+        for name in loggers:
+            logging.getLogger(name).disabled = True
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for name, disabled in before.items():
+            logging.getLogger(name).disabled = disabled

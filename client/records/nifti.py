@@ -1,0 +1,100 @@
+"""One slice of a NIfTI volume -> grey levels, turned as a radiologist looks at it.
+
+Rows and columns follow the body, not the file: the front of an axial slice and the head of a coronal or sagittal one
+are on top; the patient's right is on the left, and of a sagittal slice the front is. Only the slice is read; of a
+compressed file everything before it too, and once all of it, for its checksum.
+"""
+
+import gzip
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from client.records.extras import needed
+from client.records.identifiers import refuse_found
+from client.records.manifest import Manifest, Pictures
+from client.records.pictures import Picture, Place, blanked, check_size, to_bytes, windowed
+from shared_models.errors import RecordsError
+
+with needed("images", "nibabel"):
+    import nibabel
+
+_AXES = {"sagittal": 0, "coronal": 1, "axial": 2}  # of the body: to the right, to the front, to the head
+_DICOM_EXTENSION = 2  # a header extension that holds DICOM tags
+_CHUNK = 1 << 20
+
+
+def read_nifti(place: Place, manifest: Manifest, pictures: Pictures) -> Picture:
+    """Read one slice.
+
+    Args:
+        place: The file, and which slice.
+        manifest: Names the header fields that are left aside.
+        pictures: The window, which is needed, and the axis.
+
+    Returns:
+        Pixels of shape ``(height, width)``; 255 is white. Voxels are not made square: the task's size decides.
+
+    Raises:
+        RecordsError: The header names somebody and the manifest does not drop the field; there is no window; the volume
+            is not of three dimensions, or has several slices and none is chosen.
+        Exception: Whatever nibabel raises for a damaged file.
+    """
+    length = _length(place)
+    image: Any = nibabel.load(place.path)
+    if not isinstance(image, nibabel.Nifti1Image):  # a class above NIfTI-2's too
+        raise TypeError("no NIfTI")
+    _refuse_identifiers(place, image, manifest)
+    if pictures.window is None:
+        raise RecordsError(f"{place.path} needs a window", hint="window = [centre, width] in [images]: public figures.")
+    shape = tuple(image.shape)
+    if len(shape) != 3:
+        raise RecordsError(f"{place.path} has {len(shape)} dimensions", hint="One volume per file.")
+    check_size(place.path, *shape[:2])
+    if length < image.dataobj.offset + math.prod(shape) * image.get_data_dtype().itemsize:
+        raise ValueError("too short")
+    return blanked(to_bytes(windowed(_plane(place, image, pictures), *pictures.window)), pictures)
+
+
+def _plane(place: Place, image: Any, pictures: Pictures) -> NDArray[np.float64]:
+    """The slice, its rows from the top and its columns from the left."""
+    orientation = nibabel.io_orientation(image.affine)  # for each axis of the file: axis of the body, direction
+    if np.isnan(orientation).any():
+        raise RecordsError(f"{place.path} does not say how it lies in space", hint="Export it with an orientation.")
+    wanted = _AXES[pictures.axis]
+    cut = int(np.flatnonzero(orientation[:, 0] == wanted)[0])
+    depth = image.shape[cut]
+    if place.slice is None and depth > 1:
+        raise RecordsError(f"{place.path} has {depth} slices", hint="Say which: slice or slice_column in [images].")
+    number = round((place.slice or 0) * (depth - 1))
+    if orientation[cut, 1] < 0:
+        number = depth - 1 - number
+    index = tuple(number if axis == cut else slice(None) for axis in range(3))
+    plane = np.asarray(image.dataobj[index], dtype=np.float64)
+    left = [axis for axis in range(3) if axis != cut]
+    # Each axis of the plane runs against its axis of the body: from head, front or right, which are top and left.
+    plane = plane[tuple(slice(None, None, -1 if orientation[axis, 1] > 0 else 1) for axis in left)]
+    across_first = orientation[left[0], 0] < orientation[left[1], 0]  # columns are the lower of the body's axes
+    return plane.T if across_first else plane
+
+
+def _refuse_identifiers(place: Place, image: Any, manifest: Manifest) -> None:
+    found = []
+    if bytes(np.asarray(image.header["db_name"]).tobytes()).strip(b"\0 ") if "db_name" in image.header else b"":
+        found.append("db_name")
+    if any(extension.get_code() == _DICOM_EXTENSION for extension in image.header.extensions):
+        found.append("dicom-extension")
+    refuse_found(place.path, [name for name in found if name not in manifest.drop])
+
+
+def _length(place: Place) -> int:
+    """Bytes of the file; a compressed one is read to its end, where its checksum is."""
+    if not place.path.name.lower().endswith(".gz"):
+        return place.path.stat().st_size
+    length = 0
+    with gzip.open(place.path) as stream:
+        while chunk := stream.read(_CHUNK):
+            length += len(chunk)
+    return length

@@ -1,0 +1,320 @@
+"""Measurements in long form (record, time, variable, value) -> series: binned, masked, checked against public ranges.
+
+The file may be larger than memory: it is read in parts. What stays is three figures per record, step and variable.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet
+from numpy.typing import NDArray
+
+from client.records.frames import CHECK, check_header, explained, from_arrow, missing, refuse, texts
+from client.records.identifiers import refuse_columns
+from client.records.manifest import LongForm, Manifest
+from client.records.stamps import Stamp
+from shared_models.errors import RecordsError
+from shared_models.tasks import Numeric, SeriesInput
+
+_AT_ONCE = 200_000  # rows of the long form in memory
+_STEP = {
+    unit: pd.Timedelta(1, code) for unit, code in (("second", "s"), ("minute", "min"), ("hour", "h"), ("day", "D"))
+}
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Series:
+    """The series of all rows, and what was left aside.
+
+    Attributes:
+        inputs: As ``SeriesInput`` says, shape ``(n, steps, 3 * variables)``.
+        seen: Of each variable the cells with a value, the least and the greatest value.
+        left_out: Measurements that were left aside, by reason.
+        empty: Rows without any value.
+        files: The files behind the rows, with their stamps from before they were read.
+    """
+
+    inputs: NDArray[np.float32]
+    seen: Mapping[str, tuple[int, float, float]]
+    left_out: Mapping[str, int]
+    empty: NDArray[np.bool_]
+    files: Mapping[Path, Stamp]
+
+
+class Bins:
+    """Values of many records, gathered into steps.
+
+    Guarantees:
+        * A cell holds the last, the mean or the sum of the values in its step, as the task's variable says; of two at
+          the same time the later in the file is the last.
+        * The order in which values are added changes nothing else.
+
+    Args:
+        schema: Steps and variables.
+        records: How many.
+    """
+
+    def __init__(self, schema: SeriesInput, records: int) -> None:
+        self._schema = schema
+        shape = (records, schema.steps, len(schema.variables))
+        self._values = np.zeros(shape, dtype=np.float64)
+        self._counts = np.zeros(shape, dtype=np.int32)
+        self._times = np.full(shape, -np.inf, dtype=np.float64)
+        self._least, self._greatest = np.full(shape[2], np.inf), np.full(shape[2], -np.inf)
+
+    def add(self, records: NDArray[np.int64], times: Floats, variables: NDArray[np.int64], values: Floats) -> None:
+        """Add values that are inside their public range.
+
+        Args:
+            records: Row of each, shape ``(k,)``.
+            times: When, in steps since the record's start, each in ``[0, steps)``.
+            variables: Index of the variable.
+            values: In the variable's unit.
+        """
+        cells = (records, times.astype(np.int64), variables)
+        np.minimum.at(self._least, variables, values)
+        np.maximum.at(self._greatest, variables, values)
+        np.add.at(self._counts, cells, 1)
+        is_last = np.array([v.within_step == "last" for v in self._schema.variables])[variables]
+        added = tuple(index[~is_last] for index in cells)
+        np.add.at(self._values, added, values[~is_last])
+        order = np.flatnonzero(is_last)[np.argsort(times[is_last], kind="stable")]
+        order = order[times[order] >= self._times[tuple(index[order] for index in cells)]]
+        ordered = tuple(index[order] for index in cells)
+        # Of several values for one cell numpy keeps the one that comes last: the latest.
+        self._values[ordered], self._times[ordered] = values[order], times[order]
+
+    def finish(self, manifest: Manifest, left_out: Mapping[str, int], files: Mapping[Path, Stamp]) -> Series:
+        """Encode what was gathered.
+
+        Raises:
+            RecordsError: A sum of several values in one step is outside the variable's public range, and the manifest
+                does not leave such values out.
+        """
+        mask, beyond = self._counts > 0, 0
+        for number, variable in enumerate(self._schema.variables):
+            cells, here = self._values[:, :, number], mask[:, :, number]
+            if variable.within_step == "mean":
+                np.divide(cells, self._counts[:, :, number], out=cells, where=here)
+                np.clip(cells, variable.low, variable.high, out=cells, where=here)  # rounding, in the last digit
+            outside = here & ~((cells >= variable.low) & (cells <= variable.high))
+            if outside.any() and manifest.out_of_range == "refuse":
+                what = f"{variable.low:g} to {variable.high:g} {variable.unit}"
+                raise RecordsError(
+                    f"{manifest.file}: the sum of {variable.name} in one step is outside the public range {what} "
+                    f"({int(outside.sum())} times)",
+                    hint=CHECK,
+                )
+            here &= ~outside
+            beyond += int(outside.sum())
+            cells[here] = variable.scaled(cells[here])
+        self._values[~mask] = 0
+        inputs = np.concatenate([self._values, mask, elapsed(mask)], axis=2, dtype=np.float32)
+        counts = mask.sum(axis=(0, 1)).tolist()
+        fields = zip(self._schema.variables, counts, self._least.tolist(), self._greatest.tolist(), strict=True)
+        return Series(
+            inputs,
+            seen={variable.name: (count, least, greatest) for variable, count, least, greatest in fields},
+            left_out={**left_out, "out of range": left_out["out of range"] + beyond},
+            empty=np.logical_not(mask.any(axis=(1, 2))),
+            files=files,
+        )
+
+
+def elapsed(mask: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """Steps since a variable was last seen before each step; since the start where it never was.
+
+    Source:
+        Che et al. 2018 (GRU-D), equation for the time interval: 0 at the first step.
+    """
+    found = np.zeros(mask.shape, dtype=np.float32)
+    for step in range(1, mask.shape[1]):
+        found[:, step] = np.where(mask[:, step - 1], 1, found[:, step - 1] + 1)
+    return found
+
+
+def read_long_form(manifest: Manifest, schema: SeriesInput, frame: pd.DataFrame) -> Series:
+    """Read and bin the measurements of each row.
+
+    Args:
+        manifest: Names the long form and its columns.
+        schema: Variables with their public ranges, and steps.
+        frame: A row per record; its label and patient are read elsewhere.
+
+    Raises:
+        RecordsError: A column or variable is missing; two rows have one key; a time or value is no number, or a value
+            is outside its public range and the manifest does not leave such values out; with file, row and column.
+    """
+    long_form = manifest.series
+    assert long_form is not None  # noqa: S101  # whoever calls has looked
+    rows = _keys(manifest, frame, long_form)
+    starts = _starts(manifest, frame, long_form)
+    names = {manifest.column(variable.name): number for number, variable in enumerate(schema.variables)}
+    bins, found = Bins(schema, len(frame)), np.zeros(len(names), dtype=np.bool_)
+    left_out = dict.fromkeys(("of other records", "of other variables", "missing", "at other times", "out of range"), 0)
+    file = manifest.model_copy(update={"file": long_form.file})  # errors name the file that they are in
+    for part in _parts(file, long_form):
+        kept = _select(part, long_form, rows, names, left_out)
+        variables = texts(kept[long_form.variable]).map(names).to_numpy(dtype=np.int64)
+        found[variables] = True
+        records = texts(kept[long_form.record]).map(rows).to_numpy(dtype=np.int64)
+        values, times = _measured(file, kept, variables, schema), _times(file, kept, records, starts, schema)
+        inside = _inside_the_range(file, kept, variables, values, schema)
+        held = (times >= 0) & (times < schema.steps)
+        empty = np.isnan(values)
+        left_out["missing"] += int(empty.sum())
+        left_out["at other times"] += int((held < ~empty).sum())
+        left_out["out of range"] += int((~inside & held & ~empty).sum())
+        use = held & inside & ~empty
+        bins.add(records[use], times[use], variables[use], values[use])
+    _refuse_absent(schema, found, long_form)
+    return bins.finish(file, left_out, {})
+
+
+# the rows that measurements belong to
+
+
+def _keys(manifest: Manifest, frame: pd.DataFrame, long_form: LongForm) -> dict[str, int]:
+    wanted = [long_form.record, *([long_form.start] if long_form.start else [])]
+    check_header(manifest.file, list(frame.columns), wanted)
+    refuse(manifest, frame, long_form.record, missing(frame[long_form.record], manifest), "the key is missing")
+    keys = texts(frame[long_form.record])
+    refuse(manifest, frame, long_form.record, keys.duplicated().to_numpy(), "an earlier row has this key", quoted=False)
+    return {key: number for number, key in enumerate(keys)}
+
+
+def _starts(manifest: Manifest, frame: pd.DataFrame, long_form: LongForm) -> NDArray[np.datetime64] | None:
+    if long_form.start is None:
+        return None
+    return _instants(manifest, frame, long_form.start)
+
+
+def _instants(manifest: Manifest, frame: pd.DataFrame, column: str) -> NDArray[np.datetime64]:
+    """ISO 8601 times; those without a zone are all taken for one and the same."""
+    found = pd.to_datetime(texts(frame[column]), format="ISO8601", errors="coerce", utc=True)
+    refuse(manifest, frame, column, found.isna().to_numpy(), "is no ISO 8601 time", quoted=False)
+    return found.dt.tz_localize(None).to_numpy(dtype="datetime64[us]")  # of nanoseconds 300 years wrap around
+
+
+# the measurements
+
+
+def _parts(file: Manifest, long_form: LongForm) -> Iterator[pd.DataFrame]:
+    """The long form in parts, with the columns that are needed; the index is the row number of an editor."""
+    path = long_form.file
+    wanted = [long_form.record, long_form.time, long_form.variable, long_form.value]
+    with explained(path):
+        names, parts = _parquet(path, wanted) if path.suffix == ".parquet" else _csv(path, wanted)
+        check_header(path, names, wanted)
+        refuse_columns(path, names, drop=file.drop, mapped=wanted)
+        yield from parts
+
+
+def _csv(path: Path, wanted: list[str]) -> tuple[list[str], Iterator[pd.DataFrame]]:
+    options: dict[str, Any] = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig", "header": None}
+    names = [str(n).strip() for n in pd.read_csv(path, nrows=1, **options).fillna("").iloc[0]]
+
+    def parts() -> Iterator[pd.DataFrame]:
+        before = 2  # the header is row 1
+        places = sorted((names.index(name), name) for name in set(wanted))
+        reader = pd.read_csv(
+            path, skiprows=1, usecols=[p for p, _ in places], chunksize=_AT_ONCE, skip_blank_lines=False, **options
+        )
+        with reader:
+            for part in reader:
+                part = part.fillna("").set_axis([name for _, name in places], axis="columns")  # noqa: PLW2901
+                part.index = pd.RangeIndex(before, before + len(part))
+                before += len(part)
+                yield part[(part != "").any(axis="columns")]
+
+    return names, parts()
+
+
+def _parquet(path: Path, wanted: list[str]) -> tuple[list[str], Iterator[pd.DataFrame]]:
+    names = list(pyarrow.parquet.read_schema(path).names)
+
+    def parts() -> Iterator[pd.DataFrame]:
+        before = 0
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(_AT_ONCE, columns=list(dict.fromkeys(wanted))):
+                part = from_arrow(batch)
+                part.index = pd.RangeIndex(before, before + len(part))
+                before += len(part)
+                yield part
+
+    return names, parts()
+
+
+def _select(
+    part: pd.DataFrame, long_form: LongForm, rows: Mapping[str, int], names: Mapping[str, int], left_out: dict[str, int]
+) -> pd.DataFrame:
+    """Measurements of these records and of the task's variables; the others are counted."""
+    here = texts(part[long_form.record]).isin(list(rows)).to_numpy()
+    known = texts(part[long_form.variable]).isin(list(names)).to_numpy()
+    left_out["of other records"] += int((~here).sum())
+    left_out["of other variables"] += int((here & ~known).sum())
+    return part[here & known]
+
+
+def _measured(file: Manifest, kept: pd.DataFrame, variables: NDArray[np.int64], schema: SeriesInput) -> Floats:
+    """Values as numbers; NaN where one is missing."""
+    column = file.series.value  # type: ignore[union-attr]  # whoever calls has looked
+    absent = missing(kept[column], file)
+    cells = texts(kept[column])
+    values = pd.to_numeric(cells.where(~absent, "0"), errors="coerce").to_numpy(dtype=np.float64, copy=True)
+    wrong = np.flatnonzero(~np.isfinite(values))
+    if len(wrong):
+        unit = schema.variables[variables[wrong[0]]].unit
+        refuse(file, kept, column, ~np.isfinite(values), f"is not a number ({unit} expected)", quoted=False)
+    values[absent] = np.nan
+    return values
+
+
+def _times(
+    file: Manifest,
+    kept: pd.DataFrame,
+    records: NDArray[np.int64],
+    starts: NDArray[np.datetime64] | None,
+    schema: SeriesInput,
+) -> Floats:
+    """Steps since each record's start."""
+    column = file.series.time  # type: ignore[union-attr]  # whoever calls has looked
+    if starts is not None:
+        if schema.step_unit not in _STEP:
+            raise RecordsError(
+                f"the task counts in {schema.step_unit}, and [series] names a start", hint="Give times as numbers."
+            )
+        since = _instants(file, kept, column) - starts[records]
+        return since / _STEP[schema.step_unit].to_timedelta64()
+    times = pd.to_numeric(texts(kept[column]), errors="coerce").to_numpy(dtype=np.float64)
+    refuse(file, kept, column, ~np.isfinite(times), f"is not a time ({schema.step_unit} expected)", quoted=False)
+    return times
+
+
+def _inside_the_range(
+    file: Manifest, kept: pd.DataFrame, variables: NDArray[np.int64], values: Floats, schema: SeriesInput
+) -> NDArray[np.bool_]:
+    """Which values are inside their variable's public range, or missing; refuses others unless they are left out."""
+    low, high = (np.array([getattr(v, end) for v in schema.variables])[variables] for end in ("low", "high"))
+    outside = (values < low) | (values > high)
+    if file.out_of_range == "refuse" and outside.any():
+        variable: Numeric = schema.variables[variables[np.flatnonzero(outside)[0]]]
+        what = f"{variable.name} is outside the public range {variable.low:g} to {variable.high:g} {variable.unit}"
+        refuse(file, kept, file.series.value, outside, what, quoted=False)  # type: ignore[union-attr]
+    return ~outside
+
+
+def _refuse_absent(schema: SeriesInput, found: NDArray[np.bool_], long_form: LongForm) -> None:
+    """A variable without a single measurement is more likely misspelt than never measured."""
+    names = [variable.name for variable, here in zip(schema.variables, found, strict=True) if not here]
+    absent = [name for name in names if name not in long_form.absent_variables]
+    if absent:
+        raise RecordsError(
+            f"{long_form.file} has no measurement of {', '.join(absent)}",
+            hint="Translate the name in [columns]; or declare absent_variables = [...] in [series].",
+        )

@@ -1,0 +1,152 @@
+"""Recordings (WFDB, EDF), named by the rows of a table -> series: resampled to the task's steps.
+
+Each file is decoded by ``wfdb_files.py`` or ``edf.py``, one recording in memory at a time. A step holds the mean of its
+samples (or their last or sum, as the task's variable says); where a recording has fewer samples than steps, the steps
+between are masked.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from client.records.frames import check_header, texts
+from client.records.manifest import SIGNALS, Manifest
+from client.records.pictures import decoding, inside
+from client.records.series import Bins, Series
+from client.records.stamps import changed, stamps
+from shared_models.errors import RecordsError
+from shared_models.tasks import Numeric, SeriesInput
+
+STEP_S = {"millisecond": 1e-3, "second": 1.0, "minute": 60.0, "hour": 3600.0}
+_VOLT = {"v": 1.0, "mv": 1e-3, "uv": 1e-6, "\N{GREEK SMALL LETTER MU}v": 1e-6, "nv": 1e-9}  # of the case-folded unit
+
+
+@dataclass(frozen=True)
+class Channel:
+    """One channel of one recording.
+
+    Attributes:
+        name: As the file has it.
+        unit: Of the samples, as the file has it.
+        frequency: Samples per second.
+        read: Reads the samples, shape ``(k,)``; NaN where the file says that there is none.
+    """
+
+    name: str
+    unit: str
+    frequency: float
+    read: Callable[[], NDArray[np.float64]]
+
+
+def read_signals(manifest: Manifest, schema: SeriesInput, frame: pd.DataFrame) -> Series:
+    """Read and resample the recording of each row.
+
+    Args:
+        manifest: Names the column of paths (WFDB's header ``.hea``, or ``.edf``) and translates channels' names.
+        schema: Variables with their units and public ranges, and steps.
+        frame: A row per record.
+
+    Raises:
+        RecordsError: A file is damaged or identifies somebody; a channel is missing, of another unit, or there twice; a
+            sample is outside its public range and the manifest does not leave such samples out; names the file.
+    """
+    if schema.step_unit not in STEP_S:
+        raise RecordsError(
+            f"the task counts in {schema.step_unit}, and recordings in seconds",
+            hint="Give series in long form: [series].",
+        )
+    column = manifest.column(SIGNALS)
+    check_header(manifest.file, list(frame.columns), [column])
+    paths = inside(manifest, frame, column)
+    before = stamps(dict.fromkeys(file for path in paths for file in _files(path)))
+    bins, left_out = Bins(schema, len(paths)), {"missing": 0, "at other times": 0, "out of range": 0}
+    patients = texts(frame[manifest.patient]) if manifest.patient else [None] * len(paths)
+    for number, (path, patient) in enumerate(zip(paths, patients, strict=True)):
+        with decoding(path):
+            channels = _channels(path, patient, manifest)
+            for variable in range(len(schema.variables)):
+                _add(bins, path, number, variable, channels, schema, manifest, left_out)
+    if (path_changed := changed(before)) is not None:
+        raise RecordsError(f"{path_changed} changed while it was read", hint="Replace it by renaming.")
+    return bins.finish(manifest, left_out, before)
+
+
+def _add(
+    bins: Bins,
+    path: Path,
+    record: int,
+    number: int,
+    channels: list[Channel],
+    schema: SeriesInput,
+    manifest: Manifest,
+    left_out: dict[str, int],
+) -> None:
+    """One channel of one recording into its bins."""
+    variable = schema.variables[number]
+    channel = _find(path, channels, manifest.column(variable.name))
+    values = channel.read() * _factor(path, channel, variable)
+    # The small shift keeps a sample that is due exactly at a step's begin from falling into the step before.
+    times = np.arange(len(values)) / channel.frequency / STEP_S[schema.step_unit] * (1 + 1e-12)
+    known, held = np.isfinite(values), times < schema.steps
+    good = (values >= variable.low) & (values <= variable.high)
+    outside = known & held & ~good
+    if manifest.out_of_range == "refuse" and outside.any():
+        raise RecordsError(
+            f"{path}, sample {np.flatnonzero(outside)[0]} of channel {channel.name!r}: is outside the public range "
+            f"{variable.low:g} to {variable.high:g} {variable.unit} (and {int(outside.sum()) - 1} more like it)",
+            hint='Mend the recording; or out_of_range = "leave-out" in the manifest.',
+        )
+    left_out["missing"] += int((~known).sum())
+    left_out["at other times"] += int((known & ~held).sum())
+    left_out["out of range"] += int(outside.sum())
+    use = np.flatnonzero(good & held)
+    bins.add(np.full(len(use), record), times[use], np.full(len(use), number), values[use])
+
+
+def _find(path: Path, channels: list[Channel], name: str) -> Channel:
+    found = [channel for channel in channels if channel.name == name]
+    if len(found) != 1:
+        raise RecordsError(
+            f"{path} has {'no' if not found else 'more than one'} channel {name!r}",
+            hint="Translate the task's variables to the file's channels in [columns].",
+        )
+    return found[0]
+
+
+def _factor(path: Path, channel: Channel, variable: Numeric) -> float:
+    """From the file's unit to the task's: equal, or both of them volts."""
+    here, there = (unit.strip().replace("\N{MICRO SIGN}", "u").casefold() for unit in (channel.unit, variable.unit))
+    if here == there:
+        return 1.0
+    if here in _VOLT and there in _VOLT:
+        return _VOLT[here] / _VOLT[there]
+    raise RecordsError(
+        f"{path}: channel {channel.name!r} is in {channel.unit.strip() or 'no unit'}, the task in {variable.unit}",
+        hint="Convert before the export.",
+    )
+
+
+def _channels(path: Path, patient: str | None, manifest: Manifest) -> list[Channel]:
+    if path.name.lower().endswith(".hea"):
+        from client.records.wfdb_files import read_wfdb  # noqa: PLC0415  # it imports an extra
+
+        return read_wfdb(path, manifest)
+    if path.name.lower().endswith((".edf", ".bdf")):
+        from client.records.edf import read_edf  # noqa: PLC0415  # it imports an extra
+
+        return read_edf(path, patient, manifest)
+    raise RecordsError(f"{path} is of no kind that is read", hint="Recordings end in .hea (WFDB), .edf or .bdf.")
+
+
+def _files(path: Path) -> list[Path]:
+    """The files of a recording: a WFDB header has its samples beside it."""
+    if not path.name.lower().endswith(".hea"):
+        return [path]
+    with decoding(path):
+        from client.records.wfdb_files import sample_files  # noqa: PLC0415  # it imports an extra
+
+        return [path, *sample_files(path)]
