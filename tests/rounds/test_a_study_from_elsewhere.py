@@ -113,7 +113,7 @@ def test_a_study_is_run_from_elsewhere(tmp_path: Path) -> None:
     assert model["bytes"] == (tmp_path / "model").stat().st_size > 0
     assert (tmp_path / "model").read_bytes() == Path(event_of("finished", events)["model"]).read_bytes()
     assert len((tmp_path / "evidence" / STUDY / "sums.jsonl").read_bytes().splitlines()) >= 2
-    assert verified.count("holds") == 3
+    assert verified.count("holds    ") == 3
     assert log.startswith("holds")
     assert "1 of them refused" in log
     assert own.startswith("holds")
