@@ -1,13 +1,13 @@
 """Seconds and memory of a private step, relative to plain SGD: ours, and each of Opacus's modes.
 
-A plain step is the identical network, eager, in the same process and with as many threads: forward, mean loss, backward,
-``torch.optim.SGD``. Ours is ``client.dp_sgd.local_steps``, with everybody drawn, noise included. Opacus's modes are its
-own privacy engine with its own noise: hooks, functorch, expanded weights (``ew``) and ghost clipping.
+A plain step is the identical network, eager, in the same process and with as many threads: forward, mean loss,
+backward, ``torch.optim.SGD``. Ours is ``client.dp_sgd.local_steps``, with everybody drawn, noise included. Opacus's
+modes are its own privacy engine with its own noise: hooks, functorch, expanded weights (``ew``) and ghost clipping.
 
-All contenders take turns in one process; the figures are medians of processor seconds per step over the repeats, so that
-other work on the machine does not count (with one thread, on a quiet machine, that is the time it takes). Memory is how
-far a fresh process grows from before the network is built to the highest point of three steps. A mode that cannot run
-a network is left out, with the reason. ``NAME_opacus_best`` is the fastest of Opacus's modes over plain SGD.
+All contenders take turns in one process; the figures are medians of processor seconds per step over the repeats, so
+that other work on the machine counts little (with one thread, on a quiet machine, that is the time it takes). Memory is
+how far a fresh process grows from before the network is built to the highest point of three steps. A mode that cannot
+run a network is left out, with the reason. ``NAME_opacus_best`` is the fastest of Opacus's modes over plain SGD.
 """
 
 import argparse
@@ -58,14 +58,14 @@ class Case(NamedTuple):
 def cases() -> dict[str, list[Case]]:
     """What is measured; where a name has two networks, its figures are those of the worse one."""
     number = [Numeric(name=f"v{i}", unit="1", low=-1, high=1) for i in range(784)]
-    channels = (24, 32, 64, 136)
-    images = {size: ImageInput(channels=depth, height=size, width=size) for size, depth in ((28, 1), (64, 3))}
+    small = ImageInput(channels=1, height=28, width=28)
+    middle = ImageInput(channels=3, height=64, width=64)
     long = SeriesInput(variables=(number[0],), steps=140, step_unit="min")
     wide = SeriesInput(variables=tuple(number[:37]), steps=48, step_unit="h")
     words = TokensInput(vocabulary=1000, length=128)
     return {
-        "cnn28": [Case(plan.Cnn(name="cnn", channels=channels), task_of(images[28], 10), 64)],
-        "cnn64": [Case(plan.Cnn(name="cnn", channels=channels), task_of(images[64], 10), 64)],
+        "cnn28": [Case(plan.Cnn(name="cnn"), task_of(small, 10), 64)],
+        "cnn64": [Case(plan.Cnn(name="cnn"), task_of(middle, 10), 64)],
         "lstm140": [Case(plan.Lstm(name="lstm", hidden=64, layers=1), task_of(long, 2), 64)],
         "lstm48": [Case(plan.Lstm(name="lstm", hidden=64, layers=1), task_of(wide, 2), 64)],
         "transformer": [
@@ -121,7 +121,8 @@ def plain(model: nn.Module, optimizer: torch.optim.Optimizer, task: Task, record
     """Steps without privacy."""
     for _ in range(STEPS):
         optimizer.zero_grad()
-        loss_per_record(task, model(records.inputs), records.targets).mean().backward()
+        loss: Tensor = loss_per_record(task, model(records.inputs), records.targets).mean()
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it so
         optimizer.step()
 
 
@@ -199,7 +200,7 @@ def seconds_per_step(case: Case, repeats: int) -> dict[str, float]:
 
 def peak_mb(contender: str, case: Case) -> float | None:
     """Growth of a fresh process up to its highest point; None where the contender cannot run the network."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")  # fresh, but imports are done once
     there, here = context.Pipe()
     child = context.Process(target=report_growth, args=(here, contender, case))
     child.start()

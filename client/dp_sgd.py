@@ -165,7 +165,7 @@ def local_steps(
             noisy = add_noise(total, standard_deviation=standard_deviation, random=random)
             if start is not None:
                 gradients.return_towards(start, share=pull)
-            gradients.descend(noisy / expected_batch, learning_rate=learning_rate)
+            gradients.descend(noisy.div_(expected_batch), learning_rate=learning_rate)
             if null is not None and standard_deviation:
                 null *= 1 - pull  # they start at zero and are pulled back to it, as the parameters are
                 null -= learning_rate * standard_deviation / expected_batch * random.gaussian(len(null))
@@ -174,10 +174,10 @@ def local_steps(
 
 
 def add_noise(total: Tensor, *, standard_deviation: float, random: SecureRandom) -> Tensor:
-    """Add independent Gaussian noise in float64 to every coordinate, also where the sum is empty or zero."""
+    """Add independent Gaussian noise in float64, in place, to every coordinate, also where the sum is empty or zero."""
     if standard_deviation == 0:
         return total
-    return total + torch.from_numpy(random.gaussian(total.numel())).to(total.device).mul_(standard_deviation)
+    return total.add_(torch.from_numpy(random.gaussian(total.numel())).to(total.device), alpha=standard_deviation)
 
 
 def gradients_for(

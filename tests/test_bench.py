@@ -28,6 +28,7 @@ def test_there_are_benchmarks() -> None:
     """An empty folder would let every other claim here hold for nothing."""
     known = {
         "demo.py",
+        "dp_sgd.py",
         "heart_disease.py",
         "ledger.py",
         "peers.py",
@@ -62,6 +63,7 @@ def test_an_unknown_option_is_refused_before_anything_is_measured(script: Path, 
     ("script", "option"),
     [
         ("demo", "--runs"),
+        ("dp_sgd", "--runs"),
         ("heart_disease", "--seeds"),
         ("ledger", "--entries"),
         ("peers", "--runs"),

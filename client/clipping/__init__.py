@@ -1,1 +1,1 @@
-"""Gradients clipped per patient: what both engines share, and the one that keeps books of layers instead of gradients."""
+"""Gradients clipped per patient: what both engines share, and the one that keeps books instead of gradients."""

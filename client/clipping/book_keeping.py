@@ -1,13 +1,15 @@
-"""Clipped sums without gradients per record: one forward pass, one backward pass, and books of what passed each layer.
+"""Clipped sums without gradients per record: one forward, one backward pass, and books of what passed each layer.
 
-Weight gradients are never asked for. The backward pass gives the gradient of each layer's output; with the layer's input
-that is all that any patient's gradient is made of (``client/clipping/layers.py``). Norms come first, then the clip, then
-one weighted sum per layer.
+Weight gradients are never asked for. The backward pass gives the gradient of each layer's output; with the layer's
+input that is all that any patient's gradient is made of (``client/clipping/layers.py``). Norms come first, then the
+clip, then one weighted sum per layer.
 """
 
 from collections import Counter
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -19,6 +21,11 @@ from client.clipping.gradients import Gradients
 from client.clipping.layers import Call, Share, covered, shares
 from shared_models.errors import ConfigError
 from shared_models.nets.losses import loss_per_record
+
+_FEWEST_RECORDS = 16  # of a pass
+_NUMBERS_AT_ONCE = 1 << 21  # numbers that the layers of a pass give: 8 MB of float32
+_NUMBERS_PER_CALL = 1 << 16  # numbers that a layer should give in a call, lest Python take longer than the arithmetic
+_PASSES: WeakKeyDictionary[nn.Module, dict[torch.Size, tuple[int, int]]] = WeakKeyDictionary()
 
 
 def covers(model: nn.Module) -> bool:
@@ -64,8 +71,9 @@ class BookKeeping(Gradients):
         Bu, Wang, Zha and Karypis, arXiv:2210.00038, section 3.
     """
 
-    # A norm's blocks are summed in float32: 256 squares in at most 40 additions after one another, 40 * 2**-24 / 2.
-    rounding = 1 - 2.0**-19
+    # Norms are sums of 256 squares in float32: at most 40 additions follow each other, which is 20 * 2**-24 of a norm,
+    # and a norm may be the product of two.
+    rounding = 1 - 2.0**-18
 
     def _hook(self) -> None:
         self._hooks: list[RemovableHandle] = []
@@ -73,6 +81,7 @@ class BookKeeping(Gradients):
         self._runs: list[Run] = []
         self._waiting: Counter[nn.Module] = Counter()
         self._calls: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
+        self._numbers = self._number_of_calls = 0
         self._shares: list[tuple[slice, slice, Share]] = []
         ends = np.cumsum(self._sizes)
         self._places = {
@@ -86,6 +95,22 @@ class BookKeeping(Gradients):
         self._forget()
         for handle in self._hooks:
             handle.remove()
+
+    def _at_once(self) -> int:
+        """As many records as keep the books near the processor's cache, but enough to make each call worth its while.
+
+        The two numbers that this takes, of one record's forward pass, are asked for once per network.
+        """
+        shape = self._records.inputs.shape[1:]
+        known = _PASSES.setdefault(self._model, {})
+        if shape not in known:
+            self._numbers = self._number_of_calls = 0
+            with torch.no_grad():
+                self._model(self._records.inputs[:1].to(self._device))
+            known[shape] = max(1, self._numbers), self._number_of_calls
+        numbers, calls = known[shape]
+        wanted = max(_FEWEST_RECORDS, _NUMBERS_AT_ONCE // numbers, _NUMBERS_PER_CALL * calls // numbers)
+        return min(self._micro_batch, wanted)
 
     def _add_group(self, total: Tensor, patients: NDArray[np.int64], clip: float) -> None:
         inputs, targets, owners = self._records.select(patients)
@@ -136,9 +161,13 @@ class BookKeeping(Gradients):
             raise ConfigError("a network does not give one loss per record", hint="Mend the network.")
         return losses
 
-    def _passed(self, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> Tensor | None:
+    def _passed(
+        self, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any], output: Tensor
+    ) -> Tensor | None:
         """After each call of a layer: note its input, and mark its output for the backward pass."""
         if not self._runs:
+            self._numbers += output.numel()
+            self._number_of_calls += 1
             return None
         inputs = given[0] if given else named["input"]
         records = self._runs[-1].records.stop
@@ -210,7 +239,7 @@ def _runs(counts: NDArray[np.int64]) -> Iterator[Run]:
     """Cut a group, ascending in records per patient, where that number changes."""
     cuts = [0, *(np.flatnonzero(np.diff(counts)) + 1).tolist(), len(counts)]
     row = 0
-    for first, stop in zip(cuts[:-1], cuts[1:], strict=True):
+    for first, stop in pairwise(cuts):
         each = int(counts[first])
         rows = (stop - first) * each
         yield Run(slice(first, stop), slice(row, row + rows), each)

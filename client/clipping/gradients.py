@@ -29,7 +29,7 @@ class Gradients(ABC):
     """
 
     rounding: float
-    """Clip to this part of C, a little below 1, so that the rounding of a computed norm cannot lift a patient above C."""
+    """Clip to this part of C, below 1, so that the rounding of a computed norm cannot lift a patient above C."""
 
     def __init__(
         self, model: nn.Module, records: Records, task: Task, *, device: str | torch.device, micro_batch: int
@@ -112,19 +112,25 @@ class Gradients(ABC):
         """Add the clipped gradients of one of ``_groups`` to ``total``, shape ``(d,)``."""
 
     def _groups(self, patients: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-        """Split patients, those with few records first, so that no group has more than ``micro_batch`` records.
+        """Split patients, those with few records first, so that no group has more than ``_at_once`` records.
 
         A patient with more than that is a group alone.
         """
         counts = self._records.record_counts[patients]
+        at_once = self._at_once() if len(patients) else 1
+        at_once = -(-int(counts.sum()) // -(-int(counts.sum()) // at_once)) if len(patients) else 1
         order = np.argsort(counts, kind="stable")
         ends = np.cumsum(counts[order])
         cuts, first, before = [], 0, 0
         while first < len(ends):
-            first = max(first + 1, int(np.searchsorted(ends, before + self._micro_batch, side="right")))
+            first = max(first + 1, int(np.searchsorted(ends, before + at_once, side="right")))
             before = ends[first - 1]
             cuts.append(first)
         return np.split(patients[order], cuts[:-1]) if cuts else []
+
+    def _at_once(self) -> int:
+        """Most records of one group; the engine may want fewer than there is memory for."""
+        return self._micro_batch
 
     def _clip_factors(self, norms: Tensor, clip: float) -> Tensor:
         """For each patient, what to multiply the mean gradient with: at most 1, and 0 if its norm is not finite."""

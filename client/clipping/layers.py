@@ -29,7 +29,8 @@ _BLOCK = 256  # numbers whose squares are added in the gradients' own precision,
 _PATIENTS_PER_BLOCK = 8  # patients whose gradients are added in their own precision, before float64 takes over
 _MOVED = 48  # multiplications that cost as much as writing, measuring and weighing one number of a gradient
 _LARGEST_DIRECT = 4  # a stored gradient takes at most this many times the memory of what it is made from
-_NARROW = 32  # inputs of a convolution's output pixel, below which patches and a product beat a grouped convolution
+_FEW_PIXELS = 512  # numbers of a convolution's weight per output pixel, above which patches beat a grouped convolution
+_SMALL = 1 << 16  # numbers that are worth no blocks: turned into float64 as a whole
 
 
 class Share(Protocol):
@@ -78,6 +79,9 @@ class Direct:
 
     def add_to(self, total: Tensor, factors: Tensor) -> None:
         """See ``Share``."""
+        if self._gradients.numel() <= _SMALL:
+            total += factors @ self._gradients.double()
+            return
         weights = factors.to(self._gradients.dtype)
         for some, weight in zip(
             self._gradients.split(_PATIENTS_PER_BLOCK), weights.split(_PATIENTS_PER_BLOCK), strict=True
@@ -102,10 +106,10 @@ class Factored:
         Positions of opposite sign may cancel, down to a sum that is all rounding. The bound on that rounding, relative
         to the positions' norms, is added: a norm is over-stated there, never under-stated.
         """
+        if self._inputs.shape[1] == 1:  # a product of two vectors is as long as the product of their lengths
+            return Direct(self._inputs[:, 0]).squares() * Direct(self._grads[:, 0]).squares()
         inputs, grads = self._inputs.double(), self._grads.double()
         lengths = inputs.square().sum(dim=2) * grads.square().sum(dim=2)
-        if inputs.shape[1] == 1:
-            return lengths[:, 0]
         gram = (inputs @ inputs.mT).mul_(grads @ grads.mT).sum(dim=(1, 2))
         return gram.clamp(min=0) + 2.0**-40 * lengths.sqrt().sum(dim=1).square()
 
@@ -168,7 +172,7 @@ def shares(module: nn.Module, calls: Sequence[Call]) -> Iterator[tuple[nn.Parame
 
 def covered(module: nn.Module) -> bool:
     """Whether the shares of this layer are known: its exact type, because a subclass may compute something else."""
-    if type(module) in CONVOLUTIONS:
+    if isinstance(module, CONVOLUTIONS) and type(module) in CONVOLUTIONS:
         return module.padding_mode == "zeros" and _padding(module) is not None
     if type(module) is nn.Embedding:
         return module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
@@ -218,14 +222,11 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 
 def _convolution(module: Convolution, call: Call) -> Share:
-    """One call without channel groups: by patches where that is cheaper or the gradient would be large, else direct."""
-    p, width = module.out_channels, module.weight[0].numel()
-    positions = call.grad[0].numel() // p
-    large = p * width > _LARGEST_DIRECT * positions * (p + width)
-    if width > _NARROW and not large:
+    """One call without channel groups: by patches where the map is small for the weight, else directly."""
+    pixels = math.prod(call.grad.shape[3:])
+    if module.weight.numel() <= _FEW_PIXELS * pixels:
         return Direct(_by_groups(module, call))
-    grads = call.grad.transpose(1, 2).flatten(2).mT
-    return linear(patches(module, call.input), grads)
+    return linear(patches(module, call.input), call.grad.transpose(1, 2).flatten(2).mT)
 
 
 def _by_groups(module: Convolution, call: Call) -> Tensor:
@@ -255,6 +256,7 @@ def patches(module: Convolution, inputs: Tensor) -> Tensor:
     """What each output pixel of a convolution without channel groups is made from.
 
     Args:
+        module: The convolution.
         inputs: Shape ``(m, k, channels, ...)``, one to three dimensions of space.
 
     Returns:
@@ -267,15 +269,17 @@ def patches(module: Convolution, inputs: Tensor) -> Tensor:
     pixels = [(size - dilation * (kernel - 1) - 1) // stride + 1 for size, kernel, stride, dilation in space]
     record, channel, *steps = padded.stride()
     windows = padded.as_strided(
-        (m * k, *pixels, padded.shape[1], *module.kernel_size),
+        (m * k, padded.shape[1], *module.kernel_size, *pixels),
         (
             record,
-            *(step * stride for step, stride in zip(steps, module.stride, strict=True)),
             channel,
             *(step * dilation for step, dilation in zip(steps, module.dilation, strict=True)),
+            *(step * stride for step, stride in zip(steps, module.stride, strict=True)),
         ),
     )
-    return windows.reshape(m, k * math.prod(pixels), -1)
+    # Pixels last, as they lie in memory: copying is fastest so.
+    flat = windows.reshape(m, k, module.weight[0].numel(), math.prod(pixels))
+    return flat.transpose(1, 2).flatten(2).mT
 
 
 def _padding(module: Convolution) -> tuple[int, ...] | None:
