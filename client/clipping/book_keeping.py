@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from client.clipping.gradients import Gradients
-from client.clipping.layers import Call, Share, covered, shares
+from client.clipping.layers import Call, Share, covered, is_extreme, shares
 from shared_models.errors import ConfigError
 from shared_models.nets.losses import loss_per_record
 
@@ -118,10 +118,7 @@ class BookKeeping(Gradients):
             self._add_large(total, inputs, targets, clip)
             return
         self._keep_books(inputs, targets, self._records.record_counts[patients])
-        squares = torch.zeros(len(patients), dtype=torch.float64, device=self._device)
-        for _, members, share in self._shares:
-            squares[members] += share.squares()
-        norms = squares.sqrt()
+        norms = self._norms(len(patients))
         factors = self._clip_factors(norms, clip)
         broken = ~norms.isfinite()
         some_broken = bool(broken.any())
@@ -130,6 +127,19 @@ class BookKeeping(Gradients):
                 share.silence(broken[members])
             share.add_to(total[place], factors[members])
         self._forget()
+
+    def _norms(self, patients: int) -> Tensor:
+        """Norm of each patient's gradient over all layers, float64; exact where it is extreme."""
+
+        def squares(*, exact: bool) -> Tensor:
+            found = torch.zeros(patients, dtype=torch.float64, device=self._device)
+            for _, members, share in self._shares:
+                found[members] += share.squares(exact=exact)
+            return found
+
+        quick = squares(exact=False)
+        extreme = is_extreme(quick)
+        return (torch.where(extreme, squares(exact=True), quick) if extreme.any() else quick).sqrt()
 
     def _add_large(self, total: Tensor, inputs: Tensor, targets: Tensor, clip: float) -> None:
         """One patient with more records than a micro-batch: their plain gradient, part by part."""

@@ -29,6 +29,7 @@ _BLOCK = 256  # numbers whose squares are added in the gradients' own precision,
 _PATIENTS_PER_BLOCK = 8  # patients whose gradients are added in their own precision, before float64 takes over
 _MOVED = 48  # multiplications that cost as much as writing, measuring and weighing one number of a gradient
 _LARGEST_DIRECT = 4  # a stored gradient takes at most this many times the memory of what it is made from
+_NARROW = 32  # inputs of an output pixel of a convolution, up to which patches beat a grouped convolution
 _FEW_PIXELS = 512  # numbers of a convolution's weight per output pixel, above which patches beat a grouped convolution
 _SMALL = 1 << 16  # numbers that are worth no blocks: turned into float64 as a whole
 
@@ -36,10 +37,11 @@ _SMALL = 1 << 16  # numbers that are worth no blocks: turned into float64 as a w
 class Share(Protocol):
     """The gradients of one parameter, for some patients."""
 
-    def squares(self) -> Tensor:
-        """Squared L2 norm of each patient's gradient, shape ``(m,)``, float64, relative error at most 2**-18 or above.
+    def squares(self, *, exact: bool) -> Tensor:
+        """Squared L2 norm of each patient's gradient, shape ``(m,)``, float64.
 
-        It overflows or is NaN where, and only where, a number of the gradient is not finite.
+        It is never under-stated by more than 2**-18 of itself and 2**-100. Not exact, it may overflow where numbers are
+        large; exact, it is not finite only where a number of the gradient is not.
         """
         ...
 
@@ -58,20 +60,9 @@ class Direct:
     def __init__(self, gradients: Tensor) -> None:
         self._gradients = gradients
 
-    def squares(self) -> Tensor:
-        """See ``Share``. Blocks of squares keep their own precision; sums of blocks do not."""
-        found = self._gradients
-        whole = found.shape[1] // _BLOCK * _BLOCK
-        norms = torch.linalg.vector_norm(found[:, whole:], dim=1, keepdim=True).double()
-        if whole:
-            blocks = torch.linalg.vector_norm(found[:, :whole].unflatten(1, (-1, _BLOCK)), dim=2)
-            norms = torch.cat([blocks.double(), norms], dim=1)
-        squares = norms.square().sum(dim=1)
-        # Far from one, squares overflow or vanish in float32; these few patients are measured in float64 throughout.
-        extreme = ~((squares > 1e-24) & (squares < 1e30))
-        if extreme.any():
-            squares[extreme] = found[extreme].double().square().sum(dim=1)
-        return squares
+    def squares(self, *, exact: bool) -> Tensor:
+        """See ``Share``."""
+        return self._gradients.double().square().sum(dim=1) if exact else _squares(self._gradients)
 
     def silence(self, patients: Tensor) -> None:
         """See ``Share``."""
@@ -100,14 +91,14 @@ class Factored:
     def __init__(self, inputs: Tensor, grads: Tensor) -> None:
         self._inputs, self._grads = inputs, grads
 
-    def squares(self) -> Tensor:
+    def squares(self, *, exact: bool) -> Tensor:  # noqa: ARG002 - always exact
         """See ``Share``: the ghost norm, in float64.
 
         Positions of opposite sign may cancel, down to a sum that is all rounding. The bound on that rounding, relative
         to the positions' norms, is added: a norm is over-stated there, never under-stated.
         """
         if self._inputs.shape[1] == 1:  # a product of two vectors is as long as the product of their lengths
-            return Direct(self._inputs[:, 0]).squares() * Direct(self._grads[:, 0]).squares()
+            return _careful_squares(self._inputs[:, 0]) * _careful_squares(self._grads[:, 0])
         inputs, grads = self._inputs.double(), self._grads.double()
         lengths = inputs.square().sum(dim=2) * grads.square().sum(dim=2)
         gram = (inputs @ inputs.mT).mul_(grads @ grads.mT).sum(dim=(1, 2))
@@ -139,9 +130,9 @@ class Rows:
     def __init__(self, rows: Tensor, tokens: Tensor, owners: Tensor, patients: int) -> None:
         self._rows, self._tokens, self._owners, self._patients = rows, tokens, owners, patients
 
-    def squares(self) -> Tensor:
+    def squares(self, *, exact: bool) -> Tensor:
         """See ``Share``."""
-        lengths = Direct(self._rows).squares()
+        lengths = Direct(self._rows).squares(exact=exact)
         return lengths.new_zeros(self._patients).index_add_(0, self._owners, lengths)
 
     def silence(self, patients: Tensor) -> None:
@@ -152,6 +143,30 @@ class Rows:
         """See ``Share``."""
         weighted = self._rows * factors[self._owners, None]  # float64, as the factors are
         total.view(-1, weighted.shape[1]).index_add_(0, self._tokens, weighted)
+
+
+def _squares(values: Tensor) -> Tensor:
+    """Squared L2 norm of each row, float64: blocks of squares keep their own precision, sums of blocks do not."""
+    if values.shape[1] <= _BLOCK:
+        return torch.linalg.vector_norm(values, dim=1).double().square()
+    whole = values.shape[1] // _BLOCK * _BLOCK
+    blocks = torch.linalg.vector_norm(values[:, :whole].unflatten(1, (-1, _BLOCK)), dim=2)
+    rest = torch.linalg.vector_norm(values[:, whole:], dim=1, keepdim=True)
+    return torch.cat([blocks, rest], dim=1).double().square().sum(dim=1)
+
+
+def _careful_squares(values: Tensor) -> Tensor:
+    """The same for factors, whose product may be of any size where they are extreme: these are measured again."""
+    squares = _squares(values)
+    extreme = is_extreme(squares)
+    if extreme.any():
+        squares[extreme] = values[extreme].double().square().sum(dim=1)
+    return squares
+
+
+def is_extreme(squares: Tensor) -> Tensor:
+    """Where squares are so far from one that some may have overflowed or vanished in float32; NaN too."""
+    return ~((squares > 1e-24) & (squares < 1e30))
 
 
 class Call(NamedTuple):
@@ -222,9 +237,9 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 
 def _convolution(module: Convolution, call: Call) -> Share:
-    """One call without channel groups: by patches where the map is small for the weight, else directly."""
+    """One call without channel groups: by patches where they are narrow, or the map small for the weight."""
     pixels = math.prod(call.grad.shape[3:])
-    if module.weight.numel() <= _FEW_PIXELS * pixels:
+    if module.weight[0].numel() > _NARROW and module.weight.numel() <= _FEW_PIXELS * pixels:
         return Direct(_by_groups(module, call))
     return linear(patches(module, call.input), call.grad.transpose(1, 2).flatten(2).mT)
 
