@@ -1,8 +1,8 @@
 """Local steps of DP-SGD: gradient per patient, clip, sum, add noise, descend.
 
-Opacus computes gradients per record (its ``hooks`` mode) and nothing else: its privacy engine, optimizer, loader and
-accountant are not used. Each step is one sampled Gaussian mechanism over *patients*; what it costs is charged in the
-ledger before this file is called, and nothing here can refund it.
+Gradients come from ``client/clipping``, or from Opacus's hooks where a layer is not covered there; Opacus's privacy
+engine, optimizer, loader and accountant are not used. Each step is one sampled Gaussian mechanism over *patients*; what
+it costs is charged in the ledger before this file is called, and nothing here can refund it.
 """
 
 import copy
@@ -272,10 +272,11 @@ def _gradient_per_record(parameter: nn.Parameter, records: int) -> Tensor:
 def self_check(model: nn.Module, task: Task, *, clip: float, micro_batch: int = 2) -> None:
     """Refuse a network for which gradients per patient would be wrong, before any record is read.
 
-    Opacus is silently wrong for some modules: one that owns a parameter and receives its input by keyword, one that
-    broadcasts from batch 1, one that mixes records. So a copy of the network sees a few made-up records, its gradients
-    are computed once more by autograd, one record at a time, and everything is compared. The copy's parameters are
-    moved a little first: a layer that starts at zero would hide every layer before it.
+    Each engine is silently wrong for some modules: both for one that mixes records, book-keeping for one that uses a
+    layer's weight past the layer, Opacus for one that owns a parameter and receives its input by keyword. So a copy of
+    the network sees a few made-up records, its gradients are computed once more by autograd, one record at a time, and
+    everything is compared. The copy's parameters are moved a little first: a layer that starts at zero would hide every
+    layer before it.
 
     Guarantees (for the made-up records, up to relative 1e-4):
         * The clipped sum equals the sum of clipped brute-force gradients, with clipping off, at C, and at a clip that

@@ -31,6 +31,7 @@ _MOVED = 48  # multiplications that cost as much as writing, measuring and weigh
 _LARGEST_DIRECT = 4  # a stored gradient takes at most this many times the memory of what it is made from
 _NARROW = 32  # inputs of an output pixel of a convolution, up to which patches beat a grouped convolution
 _FEW_PIXELS = 512  # numbers of a convolution's weight per output pixel, above which patches beat a grouped convolution
+_TINY = 1e-30  # factors below lose digits in float32
 _SMALL = 1 << 16  # numbers that are worth no blocks: turned into float64 as a whole
 
 
@@ -70,7 +71,8 @@ class Direct:
 
     def add_to(self, total: Tensor, factors: Tensor) -> None:
         """See ``Share``."""
-        if self._gradients.numel() <= _SMALL:
+        # A factor that float32 holds with few digits only, or not at all, is not rounded to it.
+        if self._gradients.numel() <= _SMALL or (factors < _TINY).any():
             total += factors @ self._gradients.double()
             return
         weights = factors.to(self._gradients.dtype)

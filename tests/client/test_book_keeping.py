@@ -396,6 +396,26 @@ def test_extreme_factors_of_any_product_are_measured(inputs: float, grads: float
     assert float(share.squares(exact=False).sqrt()) == pytest.approx(math.sqrt(600) * inputs * grads, rel=1e-5)
 
 
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e20, 1e36])
+@pytest.mark.parametrize("clip", [1e-8, 1.0])
+def test_a_long_vector_is_never_added_with_more_than_the_clip(size: float, clip: float) -> None:
+    """Where gradients are added in float32: also where a factor is too small for it."""
+    gradients = torch.randn(9, 30_000, generator=torch.Generator().manual_seed(0)) * size
+    share = Direct(gradients)
+    norms = share.squares(exact=size > 1e15).sqrt()
+    factors = (clip * BookKeeping.rounding / norms).clamp(max=1)
+
+    for patient in range(9):
+        total = torch.zeros(30_000, dtype=torch.float64)
+        share.add_to(total, torch.eye(9, dtype=torch.float64)[patient] * factors)
+        assert total.norm() <= clip
+        assert total.norm() == pytest.approx(min(clip, float(norms[patient])), rel=1e-5)
+    total = torch.zeros(30_000, dtype=torch.float64)
+    share.add_to(total, factors)
+    wanted = factors @ gradients.double()
+    assert (total - wanted).norm() <= 1e-6 * wanted.norm()  # eight additions in float32: 8 * 2**-24
+
+
 def test_broken_patients_change_nobody_elses_share() -> None:
     """One record that is no number, among good ones: its patient is left out, the rest is as it was, and counted."""
     records = table_records([0, 1, 1, 2, 3])
