@@ -370,14 +370,16 @@ def test_positions_that_cancel_are_never_found_too_short(size: float) -> None:
         assert total.norm() <= norms[patient] * (1 + 2**-20)
 
 
+@pytest.mark.parametrize("positions", [1, 60])
 @pytest.mark.parametrize("size", [1e-25, 1e-15, 1e15, 1e25])
-def test_extreme_gradients_are_measured_and_clipped(size: float) -> None:
+def test_extreme_gradients_are_measured_and_clipped(size: float, positions: int) -> None:
     """Where squares would overflow or vanish in float32: the patient still counts, with C or with what there is."""
-    model = nn.Linear(4, 1)
-    inputs = torch.ones(3, 4) * torch.tensor([size, 1.0, -size])[:, None]
+    layer = nn.Linear(4, 1)
+    model = nn.Sequential(layer, Mean(-1))
+    inputs = torch.ones(3, positions, 4) * torch.tensor([size, 1.0, -size])[:, None, None]
     records = Records(inputs, torch.ones(3), np.array([0, 1, 2]), 3)
-    nn.init.zeros_(model.weight)
-    nn.init.zeros_(model.bias)  # each gradient is half the input, and half for the bias
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)  # each gradient is half the input, and half for the bias
 
     for clip in (size, 1e-30):
         with engine(model, records) as gradients:
