@@ -22,7 +22,7 @@ from client.clipping.layers import Call, Share, covered, is_extreme, shares
 from shared_models.errors import ConfigError
 from shared_models.nets.losses import loss_per_record
 
-_FEWEST_RECORDS = 16  # of a pass
+_FEWEST_RECORDS = 32  # of a pass
 _NUMBERS_AT_ONCE = 1 << 21  # numbers that the layers of a pass give: 8 MB of float32
 _NUMBERS_PER_CALL = 1 << 16  # numbers that a layer should give in a call, lest Python take longer than the arithmetic
 _PASSES: WeakKeyDictionary[nn.Module, dict[torch.Size, tuple[int, int]]] = WeakKeyDictionary()
