@@ -1,16 +1,15 @@
 """Local steps of DP-SGD: gradient per patient, clip, sum, add noise, descend.
 
-Opacus computes gradients per record (its ``hooks`` mode) and nothing else: its privacy engine, optimizer, loader and
-accountant are not used. Each step is one sampled Gaussian mechanism over *patients*; what it costs is charged in the
-ledger before this file is called, and nothing here can refund it.
+Gradients come from ``client/clipping``, or from Opacus's hooks where a layer is not covered there; Opacus's privacy
+engine, optimizer, loader and accountant are not used. Each step is one sampled Gaussian mechanism over *patients*; what
+it costs is charged in the ledger before this file is called, and nothing here can refund it.
 """
 
 import copy
+import logging
 import math
 import warnings
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 import torch
@@ -18,6 +17,8 @@ from numpy.typing import NDArray
 from opacus.grad_sample import GradSampleModule
 from torch import Tensor, nn
 
+from client.clipping.book_keeping import BookKeeping, covers
+from client.clipping.gradients import Gradients
 from client.loader import PoissonLoader
 from client.randomness import SecureRandom, require_system_key
 from client.records.records import Records
@@ -26,10 +27,11 @@ from shared_models.nets.losses import loss_per_record
 from shared_models.plan import PrivacyPlan, TrainingPlan
 from shared_models.tasks import SeriesInput, TableInput, Task, TokensInput
 
+log = logging.getLogger("konsil.hospital")
+
 # Opacus hooks the input of every layer; that the first layer's input needs no gradient is expected, not a fault.
 warnings.filterwarnings("ignore", message="Full backward hook is firing when gradients are computed")
 
-_ROUNDING = 1 - 2.0**-40  # clip this much below C, so that rounding in float64 cannot lift a patient above C
 _TOLERANCE = 1e-4  # of the self-check, relative: float32 rounding stays below 1e-5, the traps are off by 1e-2 to 1e2
 
 
@@ -154,7 +156,7 @@ def local_steps(
     loader = PoissonLoader(records, sample_rate, random)
     standard_deviation = noise_multiplier * clip if noise_multiplier else 0.0  # 0 times an infinite clip is NaN
     drawn = 0
-    with PatientGradients(model, records, task, device=device, micro_batch=micro_batch) as gradients:
+    with gradients_for(model, records, task, device=device, micro_batch=micro_batch) as gradients:
         start = gradients.position() if pull else None
         for _ in range(steps):
             patients = loader.draw()
@@ -163,7 +165,7 @@ def local_steps(
             noisy = add_noise(total, standard_deviation=standard_deviation, random=random)
             if start is not None:
                 gradients.return_towards(start, share=pull)
-            gradients.descend(noisy / expected_batch, learning_rate=learning_rate)
+            gradients.descend(noisy.div_(expected_batch), learning_rate=learning_rate)
             if null is not None and standard_deviation:
                 null *= 1 - pull  # they start at zero and are pulled back to it, as the parameters are
                 null -= learning_rate * standard_deviation / expected_batch * random.gaussian(len(null))
@@ -172,110 +174,54 @@ def local_steps(
 
 
 def add_noise(total: Tensor, *, standard_deviation: float, random: SecureRandom) -> Tensor:
-    """Add independent Gaussian noise in float64 to every coordinate, also where the sum is empty or zero."""
+    """Add independent Gaussian noise in float64, in place, to every coordinate, also where the sum is empty or zero."""
     if standard_deviation == 0:
         return total
-    return total + torch.from_numpy(random.gaussian(total.numel())).to(total.device).mul_(standard_deviation)
+    return total.add_(torch.from_numpy(random.gaussian(total.numel())).to(total.device), alpha=standard_deviation)
 
 
-class PatientGradients:
-    """Gradients per patient of one network over one set of records; a context that hooks the network and frees it.
+def gradients_for(
+    model: nn.Module, records: Records, task: Task, *, device: str | torch.device, micro_batch: int
+) -> Gradients:
+    """The engine for a network: book-keeping where it covers every layer that trains, else Opacus's hooks.
+
+    The choice depends on the network's layers alone, so that the self-check tries the engine that training will use.
+    Arguments as for ``Gradients``.
+    """
+    if covers(model):
+        return BookKeeping(model, records, task, device=device, micro_batch=micro_batch)
+    log.info("gradients per patient come from Opacus's hooks: a layer is not covered by book-keeping")
+    return PatientGradients(model, records, task, device=device, micro_batch=micro_batch)
+
+
+class PatientGradients(Gradients):
+    """Gradients per patient by Opacus's hooks: for networks with a layer that the book-keeping engine does not cover.
 
     Opacus is wrapped around the network once per round, not once per step. Its bookkeeping on the network is wiped
     before every batch: a layer whose output is not used in a batch would otherwise leave a half-finished gradient that
     is added to the next batch's.
-
-    Args:
-        model: Network; stays usable as a plain module afterwards. Parameters that are frozen stay as they are.
-        records: Training records.
-        task: Names the loss.
-        device: Where gradients are computed.
-        micro_batch: Most records at once on the device.
     """
 
-    def __init__(
-        self, model: nn.Module, records: Records, task: Task, *, device: str | torch.device, micro_batch: int
-    ) -> None:
-        if not micro_batch >= 1:
-            raise ConfigError("micro_batch must be at least 1", hint="Mend the hospital's settings.")
-        self._model = model.to(device)
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
-        self._records = records
-        self._task = task
-        self._device = device
-        self._micro_batch = micro_batch
-        self._sizes = [p.numel() for p in self._parameters]
-        self._counts = torch.zeros(2, dtype=torch.int64, device=device)
-        self._was_training = model.training
+    rounding = 1 - 2.0**-40  # norms and sums are taken in float64
 
-    def __enter__(self) -> Self:
-        # Opacus records nothing for a layer in evaluation mode.
-        self._model.train()
+    def _hook(self) -> None:
         try:
             # strict: a trainable layer with buffers, such as BatchNorm, mixes patients and is refused.
             self._hooked = GradSampleModule(self._model, loss_reduction="sum", strict=True)
         except NotImplementedError as error:
             raise _refused("a trainable layer has buffers") from error
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def _unhook(self) -> None:
         self._forget()
         self._hooked.cleanup()
-        self._model.train(self._was_training)
 
-    def clipped_sum(self, patients: NDArray[np.int64], *, clip: float) -> Tensor:
-        """Sum over patients of their mean gradient, each clipped to L2 norm ``clip``.
-
-        Guarantees:
-            * With or without any one patient the result differs by at most ``clip`` in L2 norm, up to the rounding
-              of a float64 sum.
-            * Nobody drawn is left out: a large draw runs in micro-batches; an empty draw gives zero.
-
-        Args:
-            patients: Distinct patient indices.
-            clip: C; ``math.inf`` to leave gradients as they are.
-
-        Returns:
-            Shape ``(d,)``, float64, over the trainable parameters in their own order.
-        """
-        total = torch.zeros(sum(self._sizes), dtype=torch.float64, device=self._device)
-        for group in self._groups(patients):
-            means = self._means(group)
-            factors = self._clip_factors(means, clip)
-            # A NaN times zero is NaN: patients who count as zero are emptied as well.
-            total += torch.cat([factors @ mean.nan_to_num_(0, 0, 0).double() for mean in means])
-        return total
-
-    def descend(self, gradient: Tensor, *, learning_rate: float) -> None:
-        """One plain SGD step; the difference is taken in float64, then rounded to the parameters' float32."""
-        with torch.no_grad():
-            for parameter, part in zip(self._parameters, gradient.split(self._sizes), strict=True):
-                parameter.sub_(part.view_as(parameter), alpha=learning_rate)
-
-    def position(self) -> list[Tensor]:
-        """A copy of the parameters as they are."""
-        return [parameter.detach().clone() for parameter in self._parameters]
-
-    def return_towards(self, start: list[Tensor], *, share: float) -> None:
-        """Move the parameters this share of the way to ``start``: a step on the proximal term, by its gradient."""
-        with torch.no_grad():
-            for parameter, origin in zip(self._parameters, start, strict=True):
-                parameter.lerp_(origin, share)
-
-    def counts(self) -> tuple[int, int]:
-        """Patients so far whose gradient was clipped, and whose gradient was not finite."""
-        clipped, not_finite = self._counts.tolist()
-        return clipped, not_finite
-
-    def _groups(self, patients: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-        """Split patients, in order, so that at most ``micro_batch`` of them are in one group."""
-        if len(patients) == 0:
-            return []
-        counts = self._records.record_counts[patients]
-        first_record = np.cumsum(counts) - counts
-        return np.split(patients, np.flatnonzero(np.diff(first_record // self._micro_batch)) + 1)
+    def _add_group(self, total: Tensor, patients: NDArray[np.int64], clip: float) -> None:
+        means = self._means(patients)
+        # In float64 the norm of finite float32 numbers cannot overflow.
+        norms = torch.stack([torch.linalg.vector_norm(mean, dim=1, dtype=torch.float64) for mean in means]).norm(dim=0)
+        factors = self._clip_factors(norms, clip)
+        # A NaN times zero is NaN: patients who count as zero are emptied as well.
+        total += torch.cat([factors @ mean.nan_to_num_(0, 0, 0).double() for mean in means])
 
     def _means(self, patients: NDArray[np.int64]) -> list[Tensor]:
         """Each patient's mean gradient over all own records: per parameter, shape ``(patients, size)``."""
@@ -297,14 +243,6 @@ class PatientGradients:
         # The sum: a mean would divide by the number of records drawn, which is private.
         losses.sum().backward()
         return [_gradient_per_record(parameter, len(inputs)) for parameter in self._parameters]
-
-    def _clip_factors(self, means: list[Tensor], clip: float) -> Tensor:
-        """For each patient, what to multiply the mean gradient with: at most 1, and 0 if it is not finite."""
-        # In float64 the norm of finite float32 numbers cannot overflow.
-        norms = torch.stack([torch.linalg.vector_norm(mean, dim=1, dtype=torch.float64) for mean in means]).norm(dim=0)
-        finite = norms.isfinite()
-        self._counts += torch.stack([(finite & (norms > clip)).sum(), (~finite).sum()])
-        return torch.where(finite, (clip * _ROUNDING / norms).clamp(max=1), 0)
 
     def _forget(self) -> None:
         """Wipe what Opacus and autograd left on the network."""
@@ -334,10 +272,11 @@ def _gradient_per_record(parameter: nn.Parameter, records: int) -> Tensor:
 def self_check(model: nn.Module, task: Task, *, clip: float, micro_batch: int = 2) -> None:
     """Refuse a network for which gradients per patient would be wrong, before any record is read.
 
-    Opacus is silently wrong for some modules: one that owns a parameter and receives its input by keyword, one that
-    broadcasts from batch 1, one that mixes records. So a copy of the network sees a few made-up records, its gradients
-    are computed once more by autograd, one record at a time, and everything is compared. The copy's parameters are
-    moved a little first: a layer that starts at zero would hide every layer before it.
+    Each engine is silently wrong for some modules: both for one that mixes records, book-keeping for one that uses a
+    layer's weight past the layer, Opacus for one that owns a parameter and receives its input by keyword. So a copy of
+    the network sees a few made-up records, its gradients are computed once more by autograd, one record at a time, and
+    everything is compared. The copy's parameters are moved a little first: a layer that starts at zero would hide every
+    layer before it.
 
     Guarantees (for the made-up records, up to relative 1e-4):
         * The clipped sum equals the sum of clipped brute-force gradients, with clipping off, at C, and at a clip that
@@ -363,7 +302,7 @@ def self_check(model: nn.Module, task: Task, *, clip: float, micro_batch: int = 
     records = made_up_records(task, generator)
     try:
         truth = _gradients_by_brute_force(trial, records, task)
-        with PatientGradients(trial, records, task, device="cpu", micro_batch=micro_batch) as gradients:
+        with gradients_for(trial, records, task, device="cpu", micro_batch=micro_batch) as gradients:
             _compare(gradients, truth, clip)
     except ConfigError:
         raise
@@ -372,7 +311,7 @@ def self_check(model: nn.Module, task: Task, *, clip: float, micro_batch: int = 
         raise _refused(f"{type(error).__name__} while gradients per patient were computed") from error
 
 
-def _compare(gradients: PatientGradients, truth: Tensor, clip: float) -> None:
+def _compare(gradients: Gradients, truth: Tensor, clip: float) -> None:
     """The self-check's comparisons; ``truth`` holds each patient's mean gradient, shape ``(patients, d)``."""
     norms = truth.norm(dim=1)
     if not (norms > 0).all():

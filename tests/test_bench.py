@@ -29,6 +29,7 @@ def test_there_are_benchmarks() -> None:
     known = {
         "attack.py",
         "demo.py",
+        "dp_sgd.py",
         "heart_disease.py",
         "ledger.py",
         "peers.py",
@@ -64,6 +65,7 @@ def test_an_unknown_option_is_refused_before_anything_is_measured(script: Path, 
     [
         ("attack", "--runs"),
         ("demo", "--runs"),
+        ("dp_sgd", "--runs"),
         ("heart_disease", "--seeds"),
         ("ledger", "--entries"),
         ("peers", "--runs"),

@@ -370,17 +370,6 @@ class _Keyword(nn.Module):
         return self.head(self.scale(inputs, more=inputs**2))
 
 
-class _KeywordLinear(nn.Module):
-    """A plain layer that is handed its input by keyword."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.head = nn.Linear(5, 1)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return self.head(input=inputs)
-
-
 class _Broadcast(nn.Module):
     """Positions looked up once for the whole batch."""
 
@@ -458,7 +447,7 @@ class _Frozen(nn.Module):
 
 @pytest.mark.parametrize(
     "build",
-    [_Keyword, _KeywordLinear, _Broadcast, _Unused, _Mixing, _HiddenByZero, _Recurrent, _WholeBatchLogit, _Frozen],
+    [_Keyword, _Broadcast, _Unused, _Mixing, _HiddenByZero, _Recurrent, _WholeBatchLogit, _Frozen],
 )
 def test_a_network_with_wrong_gradients_is_refused(build: Callable[[], nn.Module]) -> None:
     """Each trap of Opacus, and each way of mixing patients, is found before a record is read."""

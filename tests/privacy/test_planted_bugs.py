@@ -13,8 +13,9 @@ from opacus.grad_sample import GradSampleModule
 from torch import Tensor, nn
 
 from client import cli, dp_sgd
+from client.clipping.book_keeping import BookKeeping
+from client.clipping.gradients import Gradients
 from client.conformance import conform
-from client.dp_sgd import PatientGradients
 from client.loader import PoissonLoader
 from client.randomness import SecureRandom
 from client.records.records import Records
@@ -62,23 +63,27 @@ def noise_divided_twice(patch: Patch) -> None:
 
 
 def clipped_after_averaging(patch: Patch) -> None:
-    right = PatientGradients.clipped_sum
+    right = Gradients.clipped_sum
 
-    def wrong(self: PatientGradients, patients: NDArray[np.int64], *, clip: float) -> Tensor:
+    def wrong(self: Gradients, patients: NDArray[np.int64], *, clip: float) -> Tensor:
         mean = right(self, patients, clip=float("inf")) / max(len(patients), 1)
         return len(patients) * mean * min(1.0, clip / float(mean.norm()) if len(patients) else 1.0)
 
-    patch.setattr(PatientGradients, "clipped_sum", wrong)
+    patch.setattr(Gradients, "clipped_sum", wrong)
 
 
 def clipped_per_record(patch: Patch) -> None:
     """Each record's gradient is clipped, not each patient's: who has three records counts three times."""
 
-    def wrong(self: PatientGradients, patients: NDArray[np.int64]) -> list[Tensor]:
-        inputs, targets, _ = self._records.select(patients)
-        return self._record_gradients(inputs, targets)
+    def wrong(self: BookKeeping, total: Tensor, patients: NDArray[np.int64], clip: float) -> None:
+        inputs, targets, owners = self._records.select(patients)
+        self._keep_books(inputs, targets, np.ones(len(owners), dtype=np.int64))
+        factors = self._clip_factors(self._norms(len(owners)), clip)
+        for place, records, share in self._shares:
+            share.add_to(total[place], factors[records])
+        self._forget()
 
-    patch.setattr(PatientGradients, "_means", wrong)
+    patch.setattr(BookKeeping, "_add_group", wrong)
 
 
 class ShuffledLoader(PoissonLoader):

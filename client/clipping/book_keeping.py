@@ -1,0 +1,262 @@
+"""Clipped sums without gradients per record: one forward, one backward pass, and books of what passed each layer.
+
+Weight gradients are never asked for. The backward pass gives the gradient of each layer's output; with the layer's
+input that is all that any patient's gradient is made of (``client/clipping/layers.py``). Norms come first, then the
+clip, then one weighted sum per layer.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from client.clipping.gradients import Gradients
+from client.clipping.layers import Call, Share, covered, is_extreme, shares
+from shared_models.errors import ConfigError
+from shared_models.nets.losses import loss_per_record
+
+_FEWEST_RECORDS = 32  # of a pass
+_NUMBERS_AT_ONCE = 1 << 21  # numbers that the layers of a pass give: 8 MB of float32
+_NUMBERS_PER_CALL = 1 << 16  # numbers that a layer should give in a call, lest Python take longer than the arithmetic
+_PASSES: WeakKeyDictionary[nn.Module, dict[torch.Size, tuple[int, int]]] = WeakKeyDictionary()
+
+
+def covers(model: nn.Module) -> bool:
+    """Whether the engine knows every layer that trains.
+
+    A layer must be of a known type, with settings that are known, own its parameters alone, and have no hooks of
+    somebody else's, which could change what the layer seems to give. What cannot be seen before a forward pass (layers
+    that mix records, that broadcast over the batch, whose input is changed in place) the self-check finds.
+    """
+    owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False) if p.requires_grad)
+    return all(
+        covered(module) and not module._forward_hooks and all(owners[id(p)] == 1 for p in _own(module))
+        for module in _layers(model)
+    )
+
+
+class Run(NamedTuple):
+    """Patients who follow each other and have equally many records.
+
+    Attributes:
+        patients: Their positions in the group.
+        records: Their rows in the batch.
+        each: Records of each.
+    """
+
+    patients: slice
+    records: slice
+    each: int
+
+
+class BookKeeping(Gradients):
+    """Gradients per patient of a network that ``covers`` knows; see ``Gradients``.
+
+    Guarantees, beside those of ``Gradients``:
+        * A patient's part of the sum is at most C long, whatever the network computes: its norm and its part are made
+          from the same stored numbers. A network that mixes records breaks this; the self-check refuses it.
+        * Sums over patients are in float64, except within eight patients of one micro-batch, in float32; that is as
+          exact as the float32 gradients of patients who share a batch are themselves.
+        * Memory is that of one micro-batch: its inputs of layers, gradients of outputs, and per layer whichever of
+          gradients per patient or the former two costs less.
+
+    Source:
+        Bu, Wang, Zha and Karypis, arXiv:2210.00038, section 3.
+    """
+
+    # Norms are sums of 256 squares in float32: at most 40 additions follow each other, which is 20 * 2**-24 of a norm,
+    # and a norm may be the product of two.
+    rounding = 1 - 2.0**-18
+
+    def _hook(self) -> None:
+        self._hooks: list[RemovableHandle] = []
+        self._anchor = torch.zeros((), device=self._device, requires_grad=True)
+        self._runs: list[Run] = []
+        self._waiting: Counter[nn.Module] = Counter()
+        self._calls: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
+        self._numbers = self._number_of_calls = 0
+        self._shares: list[tuple[slice, slice, Share]] = []
+        ends = np.cumsum(self._sizes)
+        self._places = {
+            parameter: slice(int(end) - parameter.numel(), int(end))
+            for parameter, end in zip(self._parameters, ends, strict=True)
+        }
+        for module in _layers(self._model):
+            self._hooks.append(module.register_forward_hook(self._passed, with_kwargs=True))
+
+    def _unhook(self) -> None:
+        self._forget()
+        for handle in self._hooks:
+            handle.remove()
+
+    def _at_once(self) -> int:
+        """As many records as keep the books near the processor's cache, but enough to make each call worth its while.
+
+        The two numbers that this takes, of one record's forward pass, are asked for once per network.
+        """
+        shape = self._records.inputs.shape[1:]
+        known = _PASSES.setdefault(self._model, {})
+        if shape not in known:
+            self._numbers = self._number_of_calls = 0
+            with torch.no_grad():
+                self._model(self._records.inputs[:1].to(self._device))
+            known[shape] = max(1, self._numbers), self._number_of_calls
+        numbers, calls = known[shape]
+        wanted = max(_FEWEST_RECORDS, _NUMBERS_AT_ONCE // numbers, _NUMBERS_PER_CALL * calls // numbers)
+        return min(self._micro_batch, wanted)
+
+    def _add_group(self, total: Tensor, patients: NDArray[np.int64], clip: float) -> None:
+        inputs, targets, owners = self._records.select(patients)
+        if len(owners) > self._micro_batch:
+            self._add_large(total, inputs, targets, clip)
+            return
+        self._keep_books(inputs, targets, self._records.record_counts[patients])
+        norms = self._norms(len(patients))
+        factors = self._clip_factors(norms, clip)
+        broken = ~norms.isfinite()
+        some_broken = bool(broken.any())
+        for place, members, share in self._shares:
+            if some_broken:  # a NaN times zero is NaN
+                share.silence(broken[members])
+            share.add_to(total[place], factors[members])
+        self._forget()
+
+    def _norms(self, patients: int) -> Tensor:
+        """Norm of each patient's gradient over all layers, float64; exact where it is extreme."""
+
+        def squares(*, exact: bool) -> Tensor:
+            found = torch.zeros(patients, dtype=torch.float64, device=self._device)
+            for _, members, share in self._shares:
+                found[members] += share.squares(exact=exact)
+            return found
+
+        quick = squares(exact=False)
+        extreme = is_extreme(quick)
+        return (torch.where(extreme, squares(exact=True), quick) if extreme.any() else quick).sqrt()
+
+    def _add_large(self, total: Tensor, inputs: Tensor, targets: Tensor, clip: float) -> None:
+        """One patient with more records than a micro-batch: their plain gradient, part by part."""
+        mean = torch.zeros_like(total)
+        for rows in torch.arange(len(inputs)).split(self._micro_batch):
+            losses = self._losses(inputs[rows], targets[rows])
+            found = torch.autograd.grad(
+                losses.sum() / len(inputs), self._parameters, allow_unused=True, materialize_grads=True
+            )
+            mean += torch.cat([gradient.flatten() for gradient in found])
+        factor = self._clip_factors(mean.norm()[None], clip)
+        total += factor * mean.nan_to_num_(0, 0, 0)
+
+    def _keep_books(self, inputs: Tensor, targets: Tensor, counts: NDArray[np.int64]) -> None:
+        """One forward and one backward pass over whole patients, ordered by their number of records."""
+        self._forget()
+        self._runs = list(_runs(counts))
+        losses = self._losses(inputs, targets)
+        if counts[-1] > 1:
+            share = torch.from_numpy(np.repeat(1 / counts, counts)).to(self._device, losses.dtype)
+            losses = losses * share
+        torch.autograd.grad(losses.sum(), self._anchor, allow_unused=True)
+        for module in list(self._calls):  # a layer one of whose outputs was not used: what was used counts
+            self._close(module)
+
+    def _losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        losses = loss_per_record(self._task, self._model(inputs.to(self._device)), targets.to(self._device))
+        if losses.shape != (len(inputs),):
+            raise ConfigError("a network does not give one loss per record", hint="Mend the network.")
+        return losses
+
+    def _passed(
+        self, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any], output: Tensor
+    ) -> Tensor | None:
+        """After each call of a layer: note its input, and mark its output for the backward pass."""
+        if not self._runs:
+            self._numbers += output.numel()
+            self._number_of_calls += 1
+            return None
+        inputs = given[0] if given else named["input"]
+        records = self._runs[-1].records.stop
+        if len(inputs) != records or len(output) != records or inputs.dim() < 2 - isinstance(module, nn.Embedding):
+            raise ConfigError(
+                "a layer does not keep records apart: its input has another batch size than the network's",
+                hint="Use a network from shared_models/nets; layers must not broadcast over the batch.",
+            )
+        self._waiting[module] += 1
+        version = inputs._version
+
+        def arrive(grad: Tensor) -> None:
+            if inputs._version != version:
+                raise ConfigError("a layer's input was changed in place after its use", hint="Mend the network.")
+            calls = self._calls.setdefault(module, [])
+            calls.append((inputs.detach(), grad))
+            if len(calls) == self._waiting[module]:
+                self._close(module)
+
+        return _Mark.apply(output, self._anchor, arrive)
+
+    def _close(self, module: nn.Module) -> None:
+        """All calls of a layer are in: make the shares, and let go of what is not needed for them."""
+        calls = self._calls.pop(module)
+        for run in self._runs:
+            cut = [Call(_by_patient(inputs, run), _by_patient(grad, run)) for inputs, grad in calls]
+            for parameter, share in shares(module, cut):
+                self._shares.append((self._places[parameter], run.patients, share))
+
+    def _forget(self) -> None:
+        """Drop the books of a pass."""
+        self._runs = []
+        self._waiting.clear()
+        self._calls.clear()
+        self._shares.clear()
+
+
+class _Mark(torch.autograd.Function):
+    """Passes a layer's output on, and hands its gradient over on the way back.
+
+    All marks depend on one anchor. Asked for the gradient of the anchor alone, autograd visits every mark, computes no
+    gradient of a weight, and stops at the first layer.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, _anchor: Tensor, arrive: Any) -> Tensor:
+        """The output as it is."""
+        ctx.arrive = arrive
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        """The gradient as it is."""
+        ctx.arrive(grads[0])
+        return grads[0], None, None
+
+
+def _own(module: nn.Module) -> list[nn.Parameter]:
+    """Trainable parameters of the module itself."""
+    return [p for p in module.parameters(recurse=False) if p.requires_grad]
+
+
+def _layers(model: nn.Module) -> list[nn.Module]:
+    """Modules that own a trainable parameter, each once."""
+    return [module for module in model.modules() if _own(module)]
+
+
+def _runs(counts: NDArray[np.int64]) -> Iterator[Run]:
+    """Cut a group, ascending in records per patient, where that number changes."""
+    cuts = [0, *(np.flatnonzero(np.diff(counts)) + 1).tolist(), len(counts)]
+    row = 0
+    for first, stop in pairwise(cuts):
+        each = int(counts[first])
+        rows = (stop - first) * each
+        yield Run(slice(first, stop), slice(row, row + rows), each)
+        row += rows
+
+
+def _by_patient(values: Tensor, run: Run) -> Tensor:
+    """Shape ``(m, k, ...)`` of a run's rows."""
+    rows = values if run.records == slice(0, len(values)) else values[run.records]
+    return rows.unflatten(0, (-1, run.each))

@@ -1,0 +1,349 @@
+"""From a layer's inputs and output gradients to each patient's norm and to the clipped sum, layer by layer.
+
+A layer's gradient for one patient is a short formula of what went in and of the gradient of what came out. A ``Share``
+keeps the smallest form of it that answers two questions: how long is each patient's gradient, and what is their
+weighted sum. Both answers are made from the same stored numbers, so that no rounding before them, and no mistake in a
+network, can make a patient's part of the sum longer than its norm says.
+
+Shapes: ``m`` patients with ``k`` records each; ``T`` positions of a patient, over all its records; a linear layer from
+``d`` to ``p``.
+
+Source:
+    Goodfellow, arXiv:1510.01799 (one position); Li et al., arXiv:2110.05679 (ghost norm over positions); Bu et al.,
+    arXiv:2210.00038 (book-keeping: one backward pass, and the choice between both forms per layer). Convolutions as
+    grouped convolutions: Rochette et al., arXiv:1912.06015.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+_BLOCK = 256  # numbers whose squares are added in the gradients' own precision, before float64 takes over
+_PATIENTS_PER_BLOCK = 8  # patients whose gradients are added in their own precision, before float64 takes over
+_MOVED = 48  # multiplications that cost as much as writing, measuring and weighing one number of a gradient
+_LARGEST_DIRECT = 4  # a stored gradient takes at most this many times the memory of what it is made from
+_NARROW = 32  # inputs of an output pixel of a convolution, up to which patches beat a grouped convolution
+_FEW_PIXELS = 512  # numbers of a convolution's weight per output pixel, above which patches beat a grouped convolution
+_TINY = 1e-30  # factors below lose digits in float32
+_SMALL = 1 << 16  # numbers that are worth no blocks: turned into float64 as a whole
+
+
+class Share(Protocol):
+    """The gradients of one parameter, for some patients."""
+
+    def squares(self, *, exact: bool) -> Tensor:
+        """Squared L2 norm of each patient's gradient, shape ``(m,)``, float64.
+
+        It is never under-stated by more than 2**-18 of itself and 2**-100. Not exact, it may overflow where numbers are
+        large; exact, it is not finite only where a number of the gradient is not.
+        """
+        ...
+
+    def silence(self, patients: Tensor) -> None:
+        """Make the gradients of these patients zero; a mask, shape ``(m,)``."""
+        ...
+
+    def add_to(self, total: Tensor, factors: Tensor) -> None:
+        """Add the sum of all gradients, each times its factor, to the parameter's part of the sum, float64, flat."""
+        ...
+
+
+class Direct:
+    """Gradients written out: shape ``(m, size)``."""
+
+    def __init__(self, gradients: Tensor) -> None:
+        self._gradients = gradients
+
+    def squares(self, *, exact: bool) -> Tensor:
+        """See ``Share``."""
+        return self._gradients.double().square().sum(dim=1) if exact else _squares(self._gradients)
+
+    def silence(self, patients: Tensor) -> None:
+        """See ``Share``."""
+        self._gradients[patients] = 0
+
+    def add_to(self, total: Tensor, factors: Tensor) -> None:
+        """See ``Share``."""
+        # A factor that float32 holds with few digits only, or not at all, is not rounded to it.
+        if self._gradients.numel() <= _SMALL or (factors < _TINY).any():
+            total += factors @ self._gradients.double()
+            return
+        weights = factors.to(self._gradients.dtype)
+        for some, weight in zip(
+            self._gradients.split(_PATIENTS_PER_BLOCK), weights.split(_PATIENTS_PER_BLOCK), strict=True
+        ):
+            total += weight @ some
+
+
+class Factored:
+    """Gradients of a linear layer as what they are products of: ``sum over t of outer(grads[t], inputs[t])``.
+
+    Args:
+        inputs: Shape ``(m, T, d)``.
+        grads: Gradient of the output, shape ``(m, T, p)``.
+    """
+
+    def __init__(self, inputs: Tensor, grads: Tensor) -> None:
+        self._inputs, self._grads = inputs, grads
+
+    def squares(self, *, exact: bool) -> Tensor:  # noqa: ARG002 - always exact
+        """See ``Share``: the ghost norm, in float64.
+
+        Positions of opposite sign may cancel, down to a sum that is all rounding. The bound on that rounding, relative
+        to the positions' norms, is added: a norm is over-stated there, never under-stated.
+        """
+        if self._inputs.shape[1] == 1:  # a product of two vectors is as long as the product of their lengths
+            return _careful_squares(self._inputs[:, 0]) * _careful_squares(self._grads[:, 0])
+        inputs, grads = self._inputs.double(), self._grads.double()
+        lengths = inputs.square().sum(dim=2) * grads.square().sum(dim=2)
+        gram = (inputs @ inputs.mT).mul_(grads @ grads.mT).sum(dim=(1, 2))
+        return gram.clamp(min=0) + 2.0**-40 * lengths.sqrt().sum(dim=1).square()
+
+    def silence(self, patients: Tensor) -> None:
+        """See ``Share``."""
+        self._inputs, self._grads = self._inputs.clone(), self._grads.clone()  # they may be the network's own
+        self._inputs[patients] = 0
+        self._grads[patients] = 0
+
+    def add_to(self, total: Tensor, factors: Tensor) -> None:
+        """See ``Share``."""
+        weighted = (self._grads * factors[:, None, None]).flatten(0, 1)  # float64, as the factors are
+        inputs = self._inputs.double().flatten(0, 1)
+        total.view(weighted.shape[1], inputs.shape[1]).addmm_(weighted.T, inputs)
+
+
+class Rows:
+    """Gradients of an embedding: a few rows for each patient, the rest zero.
+
+    Args:
+        rows: Shape ``(u, d)``; no patient has two of the same token.
+        tokens: Which row of the table each is, shape ``(u,)``.
+        owners: Which patient's each is, shape ``(u,)``.
+        patients: m.
+    """
+
+    def __init__(self, rows: Tensor, tokens: Tensor, owners: Tensor, patients: int) -> None:
+        self._rows, self._tokens, self._owners, self._patients = rows, tokens, owners, patients
+
+    def squares(self, *, exact: bool) -> Tensor:
+        """See ``Share``."""
+        lengths = Direct(self._rows).squares(exact=exact)
+        return lengths.new_zeros(self._patients).index_add_(0, self._owners, lengths)
+
+    def silence(self, patients: Tensor) -> None:
+        """See ``Share``."""
+        self._rows[patients[self._owners]] = 0
+
+    def add_to(self, total: Tensor, factors: Tensor) -> None:
+        """See ``Share``."""
+        weighted = self._rows * factors[self._owners, None]  # float64, as the factors are
+        total.view(-1, weighted.shape[1]).index_add_(0, self._tokens, weighted)
+
+
+def _squares(values: Tensor) -> Tensor:
+    """Squared L2 norm of each row, float64: blocks of squares keep their own precision, sums of blocks do not."""
+    if values.shape[1] <= _BLOCK:
+        return torch.linalg.vector_norm(values, dim=1).double().square()
+    whole = values.shape[1] // _BLOCK * _BLOCK
+    blocks = torch.linalg.vector_norm(values[:, :whole].unflatten(1, (-1, _BLOCK)), dim=2)
+    rest = torch.linalg.vector_norm(values[:, whole:], dim=1, keepdim=True)
+    return torch.cat([blocks, rest], dim=1).double().square().sum(dim=1)
+
+
+def _careful_squares(values: Tensor) -> Tensor:
+    """The same for factors, whose product may be of any size where they are extreme: these are measured again."""
+    squares = _squares(values)
+    extreme = is_extreme(squares)
+    if extreme.any():
+        squares[extreme] = values[extreme].double().square().sum(dim=1)
+    return squares
+
+
+def is_extreme(squares: Tensor) -> Tensor:
+    """Where squares are so far from one that some may have overflowed or vanished in float32; NaN too."""
+    return ~((squares > 1e-24) & (squares < 1e30))
+
+
+class Call(NamedTuple):
+    """What one call of a layer leaves: input and gradient of the output, both of shape ``(m, k, ...)``."""
+
+    input: Tensor
+    grad: Tensor
+
+
+def shares(module: nn.Module, calls: Sequence[Call]) -> Iterator[tuple[nn.Parameter, Share]]:
+    """Each trainable parameter of a layer, and its gradients over all calls of the layer in one forward pass."""
+    weight, bias = module.weight, module.bias if not isinstance(module, nn.Embedding) else None
+    if isinstance(weight, nn.Parameter) and weight.requires_grad:
+        yield weight, _weight_share(module, calls)
+    if isinstance(bias, nn.Parameter) and bias.requires_grad:
+        yield bias, Direct(sum_of([_over_positions(call.grad, _places(module, call.grad)) for call in calls]))
+
+
+def covered(module: nn.Module) -> bool:
+    """Whether the shares of this layer are known: its exact type, because a subclass may compute something else."""
+    if isinstance(module, CONVOLUTIONS) and type(module) in CONVOLUTIONS:
+        return module.padding_mode == "zeros" and _padding(module) is not None
+    if type(module) is nn.Embedding:
+        return module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
+    return type(module) in {nn.Linear, nn.LayerNorm, nn.GroupNorm}
+
+
+def sum_of(parts: list[Tensor]) -> Tensor:
+    """Their sum, by itself where there is one."""
+    first, *rest = parts
+    return sum(rest, start=first)
+
+
+def _weight_share(module: nn.Module, calls: Sequence[Call]) -> Share:
+    if isinstance(module, nn.Linear):
+        return linear(_joined([call.input for call in calls]), _joined([call.grad for call in calls]))
+    if isinstance(module, CONVOLUTIONS):
+        if len(calls) == 1 and module.groups == 1:
+            return _convolution(module, calls[0])
+        return Direct(sum_of([_by_groups(module, call) for call in calls]))
+    if isinstance(module, nn.Embedding):
+        return _embedding(module, calls)
+    return Direct(sum_of([_scale(module, call) for call in calls]))
+
+
+def linear(inputs: Tensor, grads: Tensor) -> Share:
+    """The gradients ``sum over t of outer(grads[t], inputs[t])``, in the form that costs less.
+
+    Written out, a patient's gradient takes T p d multiplications, and p d numbers are stored, measured and weighed.
+    Factored, the norm takes T^2 (p + d) multiplications, the sum T p d, in float64, which costs twice as much.
+
+    Args:
+        inputs: Shape ``(m, T, d)``.
+        grads: Shape ``(m, T, p)``.
+    """
+    positions, d, p = inputs.shape[1], inputs.shape[2], grads.shape[2]
+    direct = positions * p * d + _MOVED * p * d
+    factored = 2 * (positions * positions * (p + d) + positions * p * d)
+    if positions > 1 and direct <= factored and p * d <= _LARGEST_DIRECT * positions * (p + d):
+        return Direct(torch.bmm(grads.mT, inputs).flatten(1))
+    return Factored(inputs, grads)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Shape ``(m, T, width)``: all positions of a patient, of all its records and all calls."""
+    flat = [part.reshape(len(part), -1, part.shape[-1]) for part in parts]
+    return flat[0] if len(flat) == 1 else torch.cat(flat, dim=1)
+
+
+def _convolution(module: Convolution, call: Call) -> Share:
+    """One call without channel groups: by patches where they are narrow, or the map small for the weight."""
+    pixels = math.prod(call.grad.shape[3:])
+    if module.weight[0].numel() > _NARROW and module.weight.numel() <= _FEW_PIXELS * pixels:
+        return Direct(_by_groups(module, call))
+    return linear(patches(module, call.input), call.grad.transpose(1, 2).flatten(2).mT)
+
+
+def _by_groups(module: Convolution, call: Call) -> Tensor:
+    """Shape ``(m, size)``: one convolution whose channel groups are the patients, and whose batch is their records."""
+    m, k = call.input.shape[:2]
+    inputs = call.input.transpose(0, 1).reshape(k, m * module.in_channels, *call.input.shape[3:])
+    grads = call.grad.transpose(0, 1).reshape(k, m * module.out_channels, *call.grad.shape[3:])
+    weight = grads.new_empty(1).expand(m * module.out_channels, *module.weight.shape[1:])
+    dims = len(module.kernel_size)
+    _, found, _ = torch.ops.aten.convolution_backward(
+        grads,
+        inputs,
+        weight,
+        None,
+        list(module.stride),
+        list(_padding(module) or ()),
+        list(module.dilation),
+        False,
+        [0] * dims,
+        m * module.groups,
+        [False, True, False],
+    )
+    return found.reshape(m, -1)
+
+
+def patches(module: Convolution, inputs: Tensor) -> Tensor:
+    """What each output pixel of a convolution without channel groups is made from.
+
+    Args:
+        module: The convolution.
+        inputs: Shape ``(m, k, channels, ...)``, one to three dimensions of space.
+
+    Returns:
+        Shape ``(m, k * pixels, channels * kernel)``, in the order of the weight's own numbers.
+    """
+    m, k = inputs.shape[:2]
+    margins = [margin for padding in reversed(_padding(module) or ()) for margin in (padding, padding)]
+    padded = functional.pad(inputs.flatten(0, 1), margins)
+    space = zip(padded.shape[2:], module.kernel_size, module.stride, module.dilation, strict=True)
+    pixels = [(size - dilation * (kernel - 1) - 1) // stride + 1 for size, kernel, stride, dilation in space]
+    record, channel, *steps = padded.stride()
+    windows = padded.as_strided(
+        (m * k, padded.shape[1], *module.kernel_size, *pixels),
+        (
+            record,
+            channel,
+            *(step * dilation for step, dilation in zip(steps, module.dilation, strict=True)),
+            *(step * stride for step, stride in zip(steps, module.stride, strict=True)),
+        ),
+    )
+    # Pixels last, as they lie in memory: copying is fastest so.
+    flat = windows.reshape(m, k, module.weight[0].numel(), math.prod(pixels))
+    return flat.transpose(1, 2).flatten(2).mT
+
+
+def _padding(module: Convolution) -> tuple[int, ...] | None:
+    """Zeros on either side, per dimension of space; None where the sides differ."""
+    if not isinstance(module.padding, str):
+        return module.padding
+    if module.padding == "valid":
+        return (0,) * len(module.kernel_size)
+    both = [dilation * (kernel - 1) for kernel, dilation in zip(module.kernel_size, module.dilation, strict=True)]
+    return tuple(zeros // 2 for zeros in both) if all(zeros % 2 == 0 for zeros in both) else None
+
+
+def _embedding(module: nn.Embedding, calls: Sequence[Call]) -> Share:
+    """Rows of one patient and token are added up first: the norm of a sum is not the sum of norms."""
+    tokens = torch.cat([call.input.flatten(1) for call in calls], dim=1)
+    grads = _joined([call.grad for call in calls])
+    if module.padding_idx is not None:
+        grads = grads.masked_fill((tokens == module.padding_idx).unsqueeze(2), 0)
+    m, vocabulary = len(tokens), module.num_embeddings
+    keys = tokens + vocabulary * torch.arange(m, device=tokens.device)[:, None]
+    found, place = keys.unique(return_inverse=True)
+    rows = grads.new_zeros(len(found), module.embedding_dim).index_add_(0, place.flatten(), grads.flatten(0, 1))
+    return Rows(rows, found % vocabulary, found // vocabulary, m)
+
+
+def _scale(module: nn.Module, call: Call) -> Tensor:
+    """Gradients of a normalisation's scale, shape ``(m, size)``: the normalised input, weighed by the gradient."""
+    if isinstance(module, nn.LayerNorm):
+        normal = functional.layer_norm(call.input, module.normalized_shape, eps=module.eps)
+    elif isinstance(module, nn.GroupNorm):
+        flat = functional.group_norm(call.input.flatten(0, 1), module.num_groups, eps=module.eps)
+        normal = flat.view(call.input.shape)
+    else:
+        raise TypeError(f"{type(module).__name__} is not a layer that is covered")
+    return _over_positions(normal.mul_(call.grad), _places(module, call.grad))
+
+
+def _places(module: nn.Module, grad: Tensor) -> list[int]:
+    """Dimensions of an output gradient ``(m, k, ...)`` that are records or positions, not parameters."""
+    if isinstance(module, nn.LayerNorm):
+        return list(range(1, grad.dim() - len(module.normalized_shape)))
+    if isinstance(module, nn.Linear):
+        return list(range(1, grad.dim() - 1))
+    return [1, *range(3, grad.dim())]  # channels come third
+
+
+def _over_positions(values: Tensor, places: list[int]) -> Tensor:
+    """Sum over these dimensions, the rest flat: shape ``(m, size)``."""
+    crowded = [place for place in places if values.shape[place] > 1]
+    return (values.sum(dim=crowded) if crowded else values).reshape(len(values), -1)
