@@ -1,11 +1,11 @@
 """One audit: read everything that was shown, check each party by itself, then all of them side by side."""
 
-import hashlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from itertools import chain
 from pathlib import Path
+from typing import TypeVar, get_args
 
 from auditor.approvals import check_approvals
 from auditor.checkpoints import check_checkpoints, read_checkpoints
@@ -13,7 +13,7 @@ from auditor.claims import compare_claims
 from auditor.conformance import check_conformance
 from auditor.cross_check import attempts, cross_check, participants
 from auditor.evidence import StudyFolder, Transcripts, Witness, read_bundle, read_ledger_file, read_study
-from auditor.findings import COORDINATOR, Finding
+from auditor.findings import COORDINATOR, Finding, Severity
 from auditor.noise import check_noise
 from auditor.recompute import report_facts
 from auditor.record import Audit, HospitalRecord
@@ -26,10 +26,11 @@ from shared_models.identity import fingerprint
 from shared_models.privacy.checkpoint import SignedCheckpoint
 from shared_models.privacy.evidence import Bundle, open_bundle
 
-_SEVERITIES = ("critical", "warning", "note")
+_SEVERITIES = get_args(Severity)  # the worst first
 _CLOCK = timedelta(minutes=5)  # a ledger bears a clock that is set back by so much
 
 Progress = Callable[[str], None]
+Read = TypeVar("Read")
 
 
 @dataclass
@@ -88,7 +89,7 @@ def audit(
     files, case = _Sources(), _Case()
     for path in sources:
         _sort(path, files, case)
-    bundles = list(_opened(files.bundles, case))
+    bundles = list(_each(files.bundles, open_bundle, "bundle-broken", case))
     rosters = read_rosters(bundles, root)
     case.findings += rosters.findings
     transcripts = Transcripts(rosters.by_digest)
@@ -98,24 +99,10 @@ def audit(
     for path in files.ledgers:
         progress(str(path))
         _read_ledger(path, keys, case)
-    for path in files.studies:
-        progress(str(path))
-        try:
-            case.studies.append(read_study(path, transcripts))
-        except FederationError as error:
-            case.broken(path, error, "study-broken")
-    for path in files.logs:
-        progress(str(path))
-        try:
-            verify_export(read_export(path))
-        except FederationError as error:
-            case.broken(path, error, "log-broken")
-    for path in files.checkpoints:
-        progress(str(path))
-        try:
-            case.checkpoints += read_checkpoints(path)
-        except FederationError as error:
-            case.broken(path, error, "checkpoints-broken")
+    case.studies += _each(files.studies, lambda path: read_study(path, transcripts), "study-broken", case, progress)
+    list(_each(files.logs, lambda path: verify_export(read_export(path)), "log-broken", case, progress))
+    lists = _each(files.checkpoints, lambda path: list(read_checkpoints(path)), "checkpoints-broken", case, progress)
+    case.checkpoints += chain.from_iterable(lists)
     progress("comparing")
     case.findings += (found for record in case.records for found in check_checkpoints(record, case.checkpoints))
     case.findings += cross_check(case.witnesses, case.studies, rosters.by_digest)
@@ -184,12 +171,16 @@ def _is_evidence(path: Path) -> bool:
     return path.suffix in {".zip", ".evidence", ".sqlite"} or path.name in {"audit-log.jsonl", CHECKPOINTS}
 
 
-def _opened(paths: Sequence[Path], case: _Case) -> Iterator[Bundle]:
+def _each(
+    paths: Iterable[Path], read: Callable[[Path], Read], code: str, case: _Case, progress: Progress = lambda _: None
+) -> Iterator[Read]:
+    """What is in each file; one that does not hold is a finding."""
     for path in paths:
+        progress(str(path))
         try:
-            yield open_bundle(path)
+            yield read(path)
         except FederationError as error:
-            case.broken(path, error, "bundle-broken")
+            case.broken(path, error, code)
 
 
 def _read_hospital(bundle: Bundle, keys: Collection[bytes], transcripts: Transcripts, case: _Case) -> None:
@@ -260,12 +251,3 @@ def _unpinned(root: bytes | None, keys: Collection[bytes]) -> Iterator[Finding]:
 def _members(rosters: Rosters) -> dict[str, str]:
     members = rosters.newest.members if rosters.newest else ()
     return {member.name: fingerprint(bytes.fromhex(member.identity)) for member in members}
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal, read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()

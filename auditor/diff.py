@@ -142,12 +142,12 @@ def _break(before: History, after: History) -> list[Finding]:
     for entry in before.entries:
         other = hashes.get(entry.seq)
         if other is None:
-            what = f"the older evidence reaches to entry {before.entries[-1].seq}, the newer one lacks entry "
-            f"{entry.seq}"
+            what = (
+                f"the older evidence reaches to entry {before.entries[-1].seq}, the newer one lacks entry {entry.seq}"
+            )
             return [_found("history-rolled-back", before, entry, what)]
         if other != entry.hash:
-            what = f"entry {entry.seq} was {entry.hash[:16]}… in the older evidence, and is {other[:16]}… in the "
-            "newer one"
+            what = f"entry {entry.seq} was {entry.hash[:16]}… in the older evidence, {other[:16]}… in the newer one"
             return [_found("history-forked", before, entry, what)]
     return []
 

@@ -180,7 +180,7 @@ def filter_epsilon(counts: Mapping[_Mechanism, int], *, delta: float, order: int
 
 
 # Hospitals of one study charge the same steps, and each figure takes up to a second.
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=4096)
 def _filter(steps: _Steps, delta: float, order: int) -> float:
     accountant = rdp_privacy_accountant.RdpAccountant([order], _ADD_OR_REMOVE_ONE).compose(_event(steps))
     return float(accountant.get_epsilon(delta)) if steps else 0.0

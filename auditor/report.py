@@ -9,7 +9,6 @@ from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from functools import lru_cache
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -424,30 +423,10 @@ def _curve(charges: Sequence[Line], *, delta: float, order: int) -> tuple[Point,
                     round=line.round or 0,
                     time=line.time,
                     entry=line.seq,
-                    spent=_spent(counts, delta=delta, order=order),
+                    spent=filter_epsilon(counts, delta=delta, order=order),
                 )
             )
     return tuple(points)
-
-
-def _spent(counts: _Counts, *, delta: float, order: int) -> float:
-    """The filter's figure; hospitals that differ in size only are computed once."""
-    bare: Counter[tuple[float, float]] = Counter()
-    for mechanism, times in counts.items():
-        if isinstance(mechanism, PoissonGaussian):
-            bare[mechanism.sample_rate, mechanism.noise_multiplier] += mechanism.steps * times
-        else:
-            bare[1.0, mechanism.noise_multiplier] += mechanism.releases * times
-    return _filter(tuple(sorted(bare.items())), delta, order)
-
-
-@lru_cache(maxsize=4096)
-def _filter(steps: tuple[tuple[tuple[float, float], int], ...], delta: float, order: int) -> float:
-    counts: _Counts = Counter()
-    for (q, sigma), times in steps:
-        one = PoissonGaussian(sample_rate=q, noise_multiplier=sigma, steps=1, clip=1.0, expected_batch=1.0)
-        counts[one] += times
-    return filter_epsilon(counts, delta=delta, order=order)
 
 
 # Studies
@@ -536,8 +515,8 @@ def _price(everything: _Counts, training: _Counts, *, delta: float, order: int) 
     """What is added to epsilon by whatever is no training."""
     if everything == training:
         return 0.0
-    without = _spent(training, delta=delta, order=order) if training else 0.0
-    return _spent(everything, delta=delta, order=order) - without
+    without = filter_epsilon(training, delta=delta, order=order)
+    return filter_epsilon(everything, delta=delta, order=order) - without
 
 
 def _attendance(audit: Audit, study: str) -> Iterator[Attendance]:

@@ -59,6 +59,7 @@ def test_the_other_way_round_it_is_a_rollback(told: Told) -> None:
     (finding,) = compare(histories(before), histories(after)).findings
 
     assert (finding.code, finding.severity) == ("history-rolled-back", "critical")
+    assert finding.what.endswith(f"the newer one lacks entry {finding.entry}")
     assert finding.entry == len(after.hospitals[0].lines) + 1
     assert finding.study == "lungs"
 
