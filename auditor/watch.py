@@ -6,7 +6,6 @@ that a history that was replaced contradicts it.
 
 import fcntl
 import hashlib
-import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Collection
@@ -15,7 +14,7 @@ from typing import NamedTuple
 
 from auditor.checkpoints import contradiction, read_checkpoints
 from auditor.findings import COORDINATOR, Finding
-from shared_models.durable import append_whole, replace_file, sync_folder
+from shared_models.durable import append_whole, drop_cut_line, replace_file, sync_folder
 from shared_models.errors import CheckpointError, ConfigError, EvidenceError
 from shared_models.identity import fingerprint
 from shared_models.privacy.checkpoint import CheckpointHistory, SignedCheckpoint, read_checkpoint
@@ -122,7 +121,7 @@ class Memory:
     def _open(self) -> None:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _drop_cut_line(self._path)
+            drop_cut_line(self._path)
             sync_folder(self._path.absolute().parent)
         except BlockingIOError:
             raise ConfigError(
@@ -184,15 +183,6 @@ class Memory:
 
 def _digest(checkpoint: SignedCheckpoint) -> bytes:
     return hashlib.sha256(checkpoint.line()).digest()
-
-
-def _drop_cut_line(path: Path) -> None:
-    with path.open("rb+") as file:
-        end = file.seek(0, os.SEEK_END)
-        while end and (file.seek(end - 1), file.read(1))[1] != b"\n":
-            end -= 1
-        file.truncate(end)
-        os.fsync(file.fileno())
 
 
 def _unwritable(path: Path, error: OSError) -> ConfigError:

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from shared_models.durable import drop_cut_line
 from shared_models.errors import LedgerError
 
 REFUSALS = "refusals.jsonl"
@@ -53,7 +54,7 @@ class EvidenceFile:
         line = text + b"\n"
         try:
             with self._alone():
-                _drop_cut_line(self.path)
+                drop_cut_line(self.path)
                 self._make_room(len(line))
                 file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
                 try:
@@ -79,16 +80,6 @@ class EvidenceFile:
         if self.path.exists() and self.path.stat().st_size + more > self._largest:
             first, last = evidence_files(self.path)[0], self.path.with_name(f"{self.path.name}.last")
             self.path.replace(last if first.exists() else first)
-
-
-def _drop_cut_line(path: Path) -> None:
-    if not path.exists():
-        return
-    with path.open("rb+") as file:
-        end = file.seek(0, os.SEEK_END)
-        while end and (file.seek(end - 1), file.read(1))[1] != b"\n":
-            end -= 1
-        file.truncate(end)
 
 
 def read_evidence(path: Path) -> Iterator[dict[str, Any]]:

@@ -123,3 +123,20 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def drop_cut_line(path: Path) -> None:
+    """Take away what a crash has left behind a file's last whole line; on the disk when it returns.
+
+    Raises:
+        OSError: It could not be done.
+    """
+    if not path.exists():
+        return
+    with path.open("rb+") as file:
+        end = whole = file.seek(0, os.SEEK_END)
+        while whole and (file.seek(whole - 1), file.read(1))[1] != b"\n":
+            whole -= 1
+        if whole < end:
+            file.truncate(whole)
+            os.fsync(file.fileno())
