@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from auditor import cli_attack, cli_remote, cli_report
+from auditor.cli_options import Evidence, Keys, Partial, Root, describe, refuse_unverified, run_audit
 from shared_models import terminal
 
 if TYPE_CHECKING:
@@ -20,26 +21,9 @@ app = typer.Typer(
     add_completion=False,
 )
 
-Evidence = Annotated[
-    list[Path],
-    typer.Argument(
-        metavar="EVIDENCE...",
-        help="Evidence bundles of hospitals, ledger files, folders of studies at the coordinator, exports of its audit "
-        "log, files of checkpoints; or folders that hold such.",
-    ),
-]
 Studies = Annotated[
     list[Path] | None,
     typer.Option("--study", help="A study's folder at the coordinator; the same as to name it among the evidence."),
-]
-Keys = Annotated[
-    list[Path] | None, typer.Option("--key", help="Public key file of a hospital; can be given more than once.")
-]
-Root = Annotated[
-    Path | None, typer.Option("--root", help="The consortium's root public key (root.pub), as it came from elsewhere.")
-]
-Partial = Annotated[
-    bool, typer.Option("--partial", help="Not every hospital that took part is to be here: who is missing is a note.")
 ]
 Json = Annotated[Path | None, typer.Option("--json", help="Also write everything that was found to this file.")]
 
@@ -57,14 +41,14 @@ def verify(
 
     Every file is looked at, whatever was wrong with those before. The exit status is 0 only if all hold and agree.
     """
-    result = _audit([*files, *(study or [])], root, key, partial=partial)
+    result = run_audit([*files, *(study or [])], root, key, partial=partial)
     for record in result.hospitals:
         typer.echo(_describe(record, result))
     for finding in result.findings:
-        typer.echo(f"{finding.severity.upper():8} {finding.place}: {finding.what} [{finding.code}]")
+        typer.echo(describe(finding))
     if json_file is not None:
         _write_json(json_file, summary(result))
-    _refuse_unverified(result)
+    refuse_unverified(result, "not verified: ")
     typer.echo(
         f"verified {len(result.hospitals)} hospitals, {sum(len(record.lines) for record in result.hospitals)} entries, "
         f"{len(result.attempts)} attempts; everything holds and agrees"
@@ -74,8 +58,8 @@ def verify(
 @app.command()
 def budget(files: Evidence, root: Root = None, key: Keys = None, json_file: Json = None) -> None:
     """Verify the evidence, then compute epsilon again from the recorded mechanisms with an independent accountant."""
-    result = _audit(files, root, key, partial=True)
-    _refuse_unverified(result)
+    result = run_audit(files, root, key, partial=True)
+    refuse_unverified(result, "not verified: ")
     reports = [record.budget for record in result.hospitals if record.budget is not None]
     for report in reports:
         typer.echo("\n".join(_lines(report)))
@@ -105,29 +89,6 @@ def log(
             f"holds   {path}: {found.entries} lines, {found.calls} calls, {found.refused} of them refused; "
             f"signed by {word} ({found.key[:19]}…)"
         )
-
-
-def _audit(files: list[Path], root: Path | None, keys: list[Path] | None, *, partial: bool) -> "Audit":
-    from auditor.audit import audit
-    from shared_models.identity import read_public
-
-    return audit(
-        files,
-        root=read_public(root) if root else None,
-        keys={read_public(path) for path in keys or []},
-        partial=partial,
-        progress=terminal.progress(),
-    )
-
-
-def _refuse_unverified(result: "Audit") -> None:
-    """Nothing is computed from evidence that does not hold, and no exit status says that it does."""
-    from shared_models.errors import EvidenceError
-
-    problems = [finding for finding in result.findings if finding.severity != "note"]
-    if problems:
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise EvidenceError(f"not verified: {problems[0].place}: {problems[0].what}{more}", hint=problems[0].meaning)
 
 
 def summary(found: "Audit") -> dict[str, Any]:

@@ -5,28 +5,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shared_models import terminal
+from auditor.cli_options import Evidence, Keys, Partial, Root, describe, refuse_unverified, run_audit
 
 if TYPE_CHECKING:
     from auditor.diff import Comparison, Difference, History
-    from auditor.record import Audit
-
-Evidence = Annotated[
-    list[Path],
-    typer.Argument(
-        metavar="EVIDENCE...",
-        help="Evidence bundles of hospitals, ledger files, folders of studies at the coordinator; or folders of such.",
-    ),
-]
-Root = Annotated[
-    Path | None, typer.Option("--root", help="The consortium's root public key (root.pub), as it came from elsewhere.")
-]
-Keys = Annotated[
-    list[Path] | None, typer.Option("--key", help="Public key file of a hospital; can be given more than once.")
-]
-Partial = Annotated[
-    bool, typer.Option("--partial", help="Not every hospital that took part is to be here: who is missing is a note.")
-]
 
 
 def register(app: typer.Typer) -> None:
@@ -53,7 +35,7 @@ def report(
     from auditor.report import make_report, write, write_json
 
     _refuse_evidence([output, *([json_file] if json_file else [])], evidence)
-    found = _audit(evidence, root, key, partial=partial)
+    found = run_audit(evidence, root, key, partial=partial)
     made = make_report(found)
     write(output, render_report(made, found))
     typer.echo(f"report    {output}")
@@ -61,7 +43,7 @@ def report(
         write_json(json_file, made, found)
         typer.echo(f"JSON      {json_file}")
     typer.echo(made.verdict)
-    _exit_unless_passed(found)
+    refuse_unverified(found)
 
 
 def statement(
@@ -85,7 +67,7 @@ def statement(
     from shared_models.errors import ConfigError
 
     _refuse_evidence([output], evidence)
-    found = _audit(evidence, root, key, partial=partial)
+    found = run_audit(evidence, root, key, partial=partial)
     made = make_statement(found, study)
     data = made.model_dump_json(indent=1) + "\n"
     text = {paper.name: as_markdown(paper, made) for paper in made.papers}
@@ -108,7 +90,7 @@ def statement(
         write(path, content)
         typer.echo(f"wrote     {path}")
     typer.echo(made.verdict)
-    _exit_unless_passed(found)
+    refuse_unverified(found)
 
 
 def diff(
@@ -136,7 +118,7 @@ def diff(
     for difference in found.differences:
         typer.echo("\n".join(_lines(difference)))
     for finding in found.findings:
-        typer.echo(f"{finding.severity.upper():8} {finding.place}: {finding.what} [{finding.code}]")
+        typer.echo(describe(finding))
     if json_file is not None:
         write(json_file, found.model_dump_json(indent=1) + "\n")
     if found.findings:
@@ -155,28 +137,6 @@ def _refuse_evidence(outputs: list[Path], evidence: list[Path]) -> None:
             raise ConfigError(f"{path} is evidence, and would be written over", hint="Choose another file with -o.")
 
 
-def _audit(evidence: list[Path], root: Path | None, keys: list[Path] | None, *, partial: bool) -> "Audit":
-    from auditor.audit import audit
-    from shared_models.identity import read_public
-
-    return audit(
-        evidence,
-        root=read_public(root) if root else None,
-        keys={read_public(path) for path in keys or []},
-        partial=partial,
-        progress=terminal.progress(),
-    )
-
-
-def _exit_unless_passed(found: "Audit") -> None:
-    from shared_models.errors import EvidenceError
-
-    problems = [finding for finding in found.findings if finding.severity != "note"]
-    if problems:
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise EvidenceError(f"{problems[0].place}: {problems[0].what}{more}", hint=problems[0].meaning)
-
-
 def _histories(path: Path, root: Path | None, keys: list[Path] | None) -> "list[History]":
     """What a bundle or a report shows; a bundle that does not hold is an error, because nothing follows from it."""
     from auditor.diff import histories, is_report, read_report
@@ -184,7 +144,7 @@ def _histories(path: Path, root: Path | None, keys: list[Path] | None) -> "list[
 
     if is_report(path):
         return read_report(path)
-    found = _audit([path], root, keys, partial=True)
+    found = run_audit([path], root, keys, partial=True)
     broken = next((finding for finding in found.findings if finding.severity == "critical"), None)
     if broken is not None:
         raise EvidenceError(f"{path}: {broken.what}", hint=broken.meaning)
