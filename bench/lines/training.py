@@ -47,6 +47,7 @@ class Plain(Frozen):
         learning_rate: Of the local steps; the largest of any round.
         schedule: How it falls from round to round.
         averaging: How the global parameters move.
+        weight_cap: A hospital weighs min(1, records / cap); None is by its number of records.
     """
 
     task: Name
@@ -57,10 +58,15 @@ class Plain(Frozen):
     learning_rate: Positive
     schedule: Schedule = ConstantRate(name="constant")
     averaging: Averaging = FedAvg(name="fedavg")
+    weight_cap: Count | None = None
 
     def rate(self, round_number: int) -> float:
         """Learning rate of a round, counted from 1."""
         return self.learning_rate * self.schedule.factor(round_number, self.rounds)
+
+    def weight(self, records: Records) -> float:
+        """Of a hospital in the average."""
+        return float(len(records)) if self.weight_cap is None else min(1.0, len(records) / self.weight_cap)
 
 
 def read_plain(name: str) -> Plain:
@@ -72,16 +78,13 @@ def read_plain(name: str) -> Plain:
     return read_settings(PLANS / f"{name}.toml", Plain, described_in="bench/lines/training.py")
 
 
-def federate(
-    plain: Plain, hospitals: Sequence[Records], *, seed: int, weights: Sequence[float] | None = None
-) -> nn.Module:
+def federate(plain: Plain, hospitals: Sequence[Records], *, seed: int) -> nn.Module:
     """Average the hospitals' local steps round by round, without clipping, noise or masks.
 
     Args:
         plain: Network, rounds, steps.
         hospitals: Training records of each.
         seed: Of the initial parameters and of the order of records.
-        weights: Of each hospital; None for its number of records.
 
     Returns:
         The model after the last round.
@@ -90,14 +93,14 @@ def federate(
     model = build_network(plain.network, task, seed=seed)
     parameters = parameters_to_vector(model)
     averaging = server_step(plain.averaging, len(parameters))
-    shares = [float(len(records)) for records in hospitals] if weights is None else list(weights)
+    weights = [plain.weight(records) for records in hospitals]
     for number in range(1, plain.rounds + 1):
         total = np.zeros(len(parameters))
-        for place, (records, share) in enumerate(zip(hospitals, shares, strict=True)):
+        for place, (records, weight) in enumerate(zip(hospitals, weights, strict=True)):
             vector_to_parameters(parameters, model)
             _steps(plain, model, records, task, number, steps=plain.steps, seed=_seed(seed, number, place))
-            total += share * (parameters_to_vector(model).astype(np.float64) - parameters)
-        parameters = averaging.step(parameters, total, math.fsum(shares))
+            total += weight * (parameters_to_vector(model).astype(np.float64) - parameters)
+        parameters = averaging.step(parameters, total, math.fsum(weights))
     vector_to_parameters(parameters, model)
     return model
 
