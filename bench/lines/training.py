@@ -25,9 +25,10 @@ from server.fedavg import server_step
 from server.simulate import Options, run_simulation
 from shared_models.config import Count, Frozen, Name, Positive, read_settings
 from shared_models.errors import ConfigError
-from shared_models.metrics import EXACT_BINS, compute_metrics
+from shared_models.metrics import EXACT_BINS
 from shared_models.model_file import read_model
 from shared_models.nets.build import build_network
+from shared_models.outcomes import compute_metrics
 from shared_models.plan import Averaging, ConstantRate, FedAvg, Network, Schedule
 from shared_models.tasks import Task, find_task
 from shared_models.update import parameters_to_vector, vector_to_parameters
@@ -151,7 +152,7 @@ def single(inputs: NDArray[np.float32], targets: NDArray[np.float32] | NDArray[n
 
 def measure_model(model: nn.Module, records: Records, task: Task) -> dict[str, float]:
     """The project's metrics of a model, by name; scores are exact to 1/2000, decisions exact."""
-    return compute_metrics(len(task.classes), statistics(model, records, task, bins=EXACT_BINS), bins=EXACT_BINS)
+    return compute_metrics(task, statistics(model, records, task, bins=EXACT_BINS), bins=EXACT_BINS)
 
 
 @dataclass(frozen=True)
