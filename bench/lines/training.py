@@ -99,7 +99,15 @@ def federate(plain: Plain, hospitals: Sequence[Records], *, seed: int) -> nn.Mod
         total = np.zeros(len(parameters))
         for place, (records, weight) in enumerate(zip(hospitals, weights, strict=True)):
             vector_to_parameters(parameters, model)
-            _steps(plain, model, records, task, number, steps=plain.steps, seed=_seed(seed, number, place))
+            train_without_privacy(
+                model,
+                records,
+                task,
+                steps=plain.steps,
+                learning_rate=plain.rate(number),
+                batch_size=plain.batch_size,
+                seed=_seed(seed, number, place),
+            )
             total += weight * (parameters_to_vector(model).astype(np.float64) - parameters)
         parameters = averaging.step(parameters, total, math.fsum(weights))
     vector_to_parameters(parameters, model)
@@ -110,22 +118,13 @@ def train_in_one_place(plain: Plain, records: Records, *, seed: int, hospitals: 
     """Take the same steps on one set of records: a hospital alone, or all of them pooled.
 
     Args:
-        plain: As for ``federate``; its averaging is not used.
+        plain: As for ``federate``; what the coordinator would remember between rounds is remembered here.
         records: All training records.
         seed: Of the initial parameters and of the order of records.
         hospitals: How many were pooled: a round has ``steps`` for each, so that the data is passed over as often as in
             the federation.
     """
-    task = find_task(plain.task)
-    model = build_network(plain.network, task, seed=seed)
-    for number in range(1, plain.rounds + 1):
-        _steps(plain, model, records, task, number, steps=plain.steps * hospitals, seed=_seed(seed, number, 0))
-    return model
-
-
-def _steps(plain: Plain, model: nn.Module, records: Records, task: Task, number: int, *, steps: int, seed: int) -> None:
-    rate = plain.rate(number)
-    train_without_privacy(model, records, task, steps=steps, learning_rate=rate, batch_size=plain.batch_size, seed=seed)
+    return federate(plain.model_copy(update={"steps": plain.steps * hospitals}), [records], seed=seed)
 
 
 def _seed(seed: int, number: int, place: int) -> int:
@@ -172,13 +171,14 @@ class Study:
     delta: float
 
 
-def run_study(plan: Path, records: Path, folder: Path) -> Study:
+def run_study(plan: Path, records: Path, folder: Path, *, public_size: int | None = None) -> Study:
     """Run a study with ledgers, masks and noise over all hospitals of a folder, in this process.
 
     Args:
         plan: File of the study plan.
-        records: Folder of the hospitals' folders, with ``example.json`` as ``write_example`` leaves it.
+        records: Folder of the hospitals' folders.
         folder: Where the study's files go; must not exist.
+        public_size: Of each hospital; None where ``example.json`` says it, as ``write_example`` leaves it.
 
     Raises:
         FederationError: What stopped it.
@@ -189,7 +189,7 @@ def run_study(plan: Path, records: Path, folder: Path) -> Study:
         records=records,
         hospitals=None,
         patients=0,
-        public_size=None,
+        public_size=public_size,
         seed=0,
         threads=1,
         json_file=None,
