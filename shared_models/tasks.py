@@ -366,24 +366,43 @@ BREAST_CANCER = Task(
     heads=(Choice(name="diagnosis", classes=("benign", "malignant")),),
 )
 
+_HEART: tuple[Numeric | Categorical, ...] = (
+    Numeric(name="age", unit="year", low=18, high=100),
+    Categorical(name="sex", categories=("female", "male")),
+    Categorical(
+        name="chest_pain",
+        categories=("typical-angina", "atypical-angina", "non-anginal-pain", "asymptomatic"),
+    ),
+    Numeric(name="resting_blood_pressure", unit="mmHg", low=0, high=250, description="0: not measured"),
+    Numeric(name="cholesterol", unit="mg/dl", low=0, high=650, description="serum; 0: not measured"),
+    Categorical(name="fasting_blood_sugar", categories=("normal", "above-120-mg-dl")),
+    Categorical(name="resting_ecg", categories=("normal", "st-t-abnormality", "left-ventricular-hypertrophy")),
+    Numeric(name="maximum_heart_rate", unit="1/min", low=50, high=220),
+    Categorical(name="exercise_angina", categories=("no", "yes")),
+    Numeric(name="st_depression", unit="mm", low=-3, high=7, description="exercise against rest"),
+)
+
 HEART_DISEASE = Task(
     name="heart-disease",
     description="Coronary artery disease (a diameter narrowed by more than half), from ten routine findings.",
+    input=TableInput(columns=_HEART),
+    heads=(Choice(name="disease", classes=("absent", "present")),),
+)
+
+# As above where cholesterol is often not measured: what a zero would have said is a finding of its own.
+CORONARY_DISEASE = Task(
+    name="coronary-disease",
+    description="Coronary artery disease (a diameter narrowed by more than half), from ten findings; "
+    "cholesterol may be missing.",
     input=TableInput(
         columns=(
-            Numeric(name="age", unit="year", low=18, high=100),
-            Categorical(name="sex", categories=("female", "male")),
-            Categorical(
-                name="chest_pain",
-                categories=("typical-angina", "atypical-angina", "non-anginal-pain", "asymptomatic"),
+            *(
+                column.model_copy(update={"description": "serum; write 240 where it was not measured"})
+                if column.name == "cholesterol"
+                else column
+                for column in _HEART
             ),
-            Numeric(name="resting_blood_pressure", unit="mmHg", low=0, high=250, description="0: not measured"),
-            Numeric(name="cholesterol", unit="mg/dl", low=0, high=650, description="serum; 0: not measured"),
-            Categorical(name="fasting_blood_sugar", categories=("normal", "above-120-mg-dl")),
-            Categorical(name="resting_ecg", categories=("normal", "st-t-abnormality", "left-ventricular-hypertrophy")),
-            Numeric(name="maximum_heart_rate", unit="1/min", low=50, high=220),
-            Categorical(name="exercise_angina", categories=("no", "yes")),
-            Numeric(name="st_depression", unit="mm", low=-3, high=7, description="exercise against rest"),
+            Categorical(name="cholesterol_measured", categories=("yes", "no")),
         )
     ),
     heads=(Choice(name="disease", classes=("absent", "present")),),
@@ -589,6 +608,7 @@ TASKS: Mapping[str, Task] = MappingProxyType(
         for task in (
             BREAST_CANCER,
             HEART_DISEASE,
+            CORONARY_DISEASE,
             BREAST_CANCER_SURVIVAL,
             PNEUMONIA,
             CHEST_FINDINGS,
