@@ -495,6 +495,125 @@ NOTE_SPECIALTY = Task(
     ),
 )
 
+# Indicators of TCGA's clinical tables, in the selection of FLamby (Ogier du Terrail et al., arXiv:2210.04620).
+_TUMOUR: tuple[str, ...] = (
+    "ethnicity_not_hispanic",
+    "ethnicity_not_reported",
+    "race_asian",
+    "race_black",
+    "race_not_reported",
+    "race_white",
+    "metastasis_mx",
+    "nodes_n0_i_minus",
+    "nodes_n1",
+    "nodes_n1a",
+    "nodes_n2",
+    "nodes_n2a",
+    "pathologic_stage_ia",
+    "pathologic_stage_iia",
+    "pathologic_stage_iib",
+    "pathologic_stage_iiia",
+    "pathologic_stage_iiic",
+    "tumour_t1c",
+    "tumour_t2",
+    "tumour_t3",
+    "staging_edition_5",
+    "staging_edition_6",
+    "staging_edition_7",
+    "icd_c50_9",
+    "morphology_8500_3",
+    "morphology_8520_3",
+    "infiltrating_duct_carcinoma",
+    "lobular_carcinoma",
+    "prior_malignancy",
+    "synchronous_malignancy_not_reported",
+    "therapy_not_reported",
+    "therapy",
+    "stage_i",
+    "stage_ia",
+    "stage_iia",
+    "stage_iib",
+    "stage_iiia",
+    "stage_iiic",
+)
+
+BREAST_CANCER_SURVIVAL = Task(
+    name="breast-cancer-survival",
+    description="Death after the diagnosis of breast cancer, within ten years, from age, stage and treatment.",
+    input=TableInput(
+        columns=(
+            Numeric(name="age", unit="year", low=18, high=100),
+            *(Categorical(name=name, categories=("no", "yes")) for name in _TUMOUR),
+        )
+    ),
+    heads=(
+        Survival(
+            name="death", time="days", event="died", unit="day", edges=tuple(365.25 * year for year in range(1, 11))
+        ),
+    ),
+)
+
+CHEST_FINDINGS = Task(
+    name="chest-findings",
+    description="Fourteen findings that a frontal chest X-ray may show together (as ChestMNIST: Wang et al. 2017).",
+    input=ImageInput(channels=1, height=28, width=28),
+    heads=tuple(
+        Choice(name=name, classes=("absent", "present"))
+        for name in (
+            "atelectasis",
+            "cardiomegaly",
+            "effusion",
+            "infiltration",
+            "mass",
+            "nodule",
+            "pneumonia",
+            "pneumothorax",
+            "consolidation",
+            "oedema",
+            "emphysema",
+            "fibrosis",
+            "pleural_thickening",
+            "hernia",
+        )
+    ),
+)
+
+ICU_OUTCOMES = Task(
+    name="icu-outcomes",
+    description="Death in hospital and length of stay, from the first 48 hours in intensive care.",
+    input=ICU_MORTALITY.input,
+    heads=(
+        *ICU_MORTALITY.heads,
+        Quantity(measure=Numeric(name="length_of_stay", unit="day", low=0.1, high=365, scale="log")),
+    ),
+)
+
+LUNG_OUTLINE = Task(
+    name="lung-outline",
+    description="Which pixels of a frontal chest X-ray are lung.",
+    input=ImageInput(channels=1, height=64, width=64),
+    heads=(Outline(name="lungs"),),
+)
+
+ATTENDANCES = Task(
+    name="attendances",
+    description="Emergency attendances of the next month, from the last twelve; a row is a month, no patient.",
+    input=TableInput(
+        columns=tuple(
+            Numeric(
+                name=f"months_ago_{ago}",
+                unit="1",
+                low=0.25,
+                high=4,
+                scale="log",
+                description="attendances a day in that month, over their mean in the twelve months",
+            )
+            for ago in range(1, 13)
+        )
+    ),
+    heads=(Quantity(measure=Numeric(name="next_month", unit="1", low=0.25, high=4, scale="log")),),
+)
+
 TRIAL_IMAGES = Task(
     name="trial-images",
     description="Ten kinds of made-up pictures, for trials and benchmarks: without any clinical meaning.",
@@ -509,9 +628,14 @@ TASKS: Mapping[str, Task] = MappingProxyType(
             BREAST_CANCER,
             HEART_DISEASE,
             CORONARY_DISEASE,
+            BREAST_CANCER_SURVIVAL,
             PNEUMONIA,
+            CHEST_FINDINGS,
+            LUNG_OUTLINE,
             ICU_MORTALITY,
+            ICU_OUTCOMES,
             NOTE_SPECIALTY,
+            ATTENDANCES,
             TRIAL_IMAGES,
         )
     }

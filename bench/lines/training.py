@@ -50,6 +50,7 @@ class Plain(Frozen):
         schedule: How it falls from round to round.
         averaging: How the global parameters move.
         weight_cap: A hospital weighs min(1, records / cap); None is by its number of records.
+        cohort: Hospitals of a round, drawn anew for each; None takes all.
     """
 
     task: Name
@@ -61,6 +62,7 @@ class Plain(Frozen):
     schedule: Schedule = ConstantRate(name="constant")
     averaging: Averaging = FedAvg(name="fedavg")
     weight_cap: Count | None = None
+    cohort: Count | None = None
 
     def rate(self, round_number: int) -> float:
         """Learning rate of a round, counted from 1."""
@@ -86,7 +88,7 @@ def federate(plain: Plain, hospitals: Sequence[Records], *, seed: int) -> nn.Mod
     Args:
         plain: Network, rounds, steps.
         hospitals: Training records of each.
-        seed: Of the initial parameters and of the order of records.
+        seed: Of the initial parameters, of the cohorts and of the order of records.
 
     Returns:
         The model after the last round.
@@ -94,11 +96,14 @@ def federate(plain: Plain, hospitals: Sequence[Records], *, seed: int) -> nn.Mod
     task = find_task(plain.task)
     model = build_network(plain.network, task, seed=seed)
     parameters = parameters_to_vector(model)
+    cohorts = np.random.default_rng(seed)
     averaging = server_step(plain.averaging, len(parameters))
     weights = [plain.weight(records) for records in hospitals]
     for number in range(1, plain.rounds + 1):
         total = np.zeros(len(parameters))
-        for place, (records, weight) in enumerate(zip(hospitals, weights, strict=True)):
+        chosen = cohorts.choice(len(hospitals), plain.cohort or len(hospitals), replace=False)
+        for place in sorted(chosen.tolist()):
+            records, weight = hospitals[place], weights[place]
             vector_to_parameters(parameters, model)
             train_without_privacy(
                 model,
@@ -110,7 +115,7 @@ def federate(plain: Plain, hospitals: Sequence[Records], *, seed: int) -> nn.Mod
                 seed=_seed(seed, number, place),
             )
             total += weight * (parameters_to_vector(model).astype(np.float64) - parameters)
-        parameters = averaging.step(parameters, total, math.fsum(weights))
+        parameters = averaging.step(parameters, total, math.fsum(weights[place] for place in chosen))
     vector_to_parameters(parameters, model)
     return model
 
