@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from client.augment import augmented
 from client.clipping.book_keeping import BookKeeping, covers
 from client.clipping.gradients import Gradients
 from client.loader import PoissonLoader
@@ -23,8 +24,18 @@ from client.randomness import SecureRandom, require_system_key
 from client.records.records import Records
 from shared_models.errors import ConfigError
 from shared_models.nets.losses import loss_per_record
-from shared_models.plan import PrivacyPlan, TrainingPlan
-from shared_models.tasks import SeriesInput, TableInput, Task, TokensInput
+from shared_models.plan import Augmentation, PrivacyPlan, TrainingPlan
+from shared_models.tasks import (
+    Choice,
+    Head,
+    Outline,
+    Quantity,
+    SeriesInput,
+    Survival,
+    TableInput,
+    Task,
+    TokensInput,
+)
 
 log = logging.getLogger("konsil.hospital")
 
@@ -82,7 +93,7 @@ def train(
         model: A network that passed ``self_check``; changed in place and moved to ``device``.
         records: Training records.
         task: Names the loss.
-        training: Steps, learning rate of this round, and the proximal term.
+        training: Steps, learning rate of this round, the proximal term, and how records are changed each time.
         privacy: Clip C, noise multiplier and sample rate q.
         expected_batch: Denominator of every step, in patients: q times the *public* size, never a true count.
         random: Source of sampling and noise, fresh for every charge.
@@ -109,6 +120,7 @@ def train(
         steps=training.steps,
         learning_rate=training.learning_rate,
         proximal=training.proximal,
+        augmentation=training.augmentation,
         clip=privacy.clip,
         noise_multiplier=privacy.noise_multiplier,
         sample_rate=privacy.sample_rate,
@@ -133,6 +145,7 @@ def local_steps(
     expected_batch: float,
     random: SecureRandom,
     proximal: float = 0.0,
+    augmentation: Augmentation | None = None,
     device: str | torch.device = "cpu",
     micro_batch: int = 256,
     null: NDArray[np.float64] | None = None,
@@ -152,6 +165,8 @@ def local_steps(
     pull = learning_rate * proximal  # the share of the way back to the global parameters that a step goes
     if not 0 <= pull <= 1:
         raise ConfigError("learning rate times proximal is not in 0..1", hint="Mend the study plan.")
+    if augmentation is not None:
+        records = augmented(records, task, augmentation, random)
     loader = PoissonLoader(records, sample_rate, random)
     standard_deviation = noise_multiplier * clip if noise_multiplier else 0.0  # 0 times an infinite clip is NaN
     drawn = 0
@@ -365,8 +380,31 @@ def made_up_records(task: Task, generator: torch.Generator) -> Records:
         mask.copy_((mask > 0).float())
         values.mul_(mask)
         since.abs_()
-    targets = torch.arange(n) % len(task.classes)
-    return Records(inputs, targets.float() if task.outputs == 1 else targets, patients, int(patients.max()) + 1)
+    return Records(inputs, _made_up_targets(task, n, generator), patients, int(patients.max()) + 1)
+
+
+def _made_up_targets(task: Task, n: int, generator: torch.Generator) -> Tensor:
+    """Every class, intervals with and without an event, and of several heads one that is not known."""
+    if task.choice is not None:
+        classes = torch.arange(n) % len(task.choice.classes)
+        return classes.float() if task.outputs == 1 else classes
+    parts = [_made_up_target(head, n, width[1], generator) for head, width in zip(task.heads, task.widths, strict=True)]
+    for number, (head, part) in enumerate(zip(task.heads, parts, strict=True)):
+        if len(parts) > 1 and isinstance(head, Choice | Quantity):
+            part[number % n] = torch.nan
+    return torch.cat(parts, dim=1)
+
+
+def _made_up_target(head: Head, n: int, width: int, generator: torch.Generator) -> Tensor:
+    match head:
+        case Choice(classes=names):
+            return (torch.arange(n) % len(names)).float()[:, None]
+        case Quantity():
+            return torch.rand(n, 1, generator=generator) * 4 - 2
+        case Survival(edges=edges):
+            return torch.stack([torch.arange(n) % len(edges), torch.arange(n) % 2], dim=1).float()
+        case Outline():
+            return (torch.rand(n, width, generator=generator) < 0.5).float()
 
 
 def _input_shape(task: Task) -> tuple[int, ...]:
