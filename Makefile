@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := pytest
-# As many tests at once as there are cores, up to four; a file's tests share fixtures and stay together.
-WORKERS := -n logical --maxprocesses 4 --dist loadfile
+# As many tests at once as there are cores, up to four. The tests of a file share fixtures and stay together; files in
+# their order, because those with few tests run longest and would else come last, alone.
+WORKERS := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 DONE := $(VENV)/.done
 
 .PHONY: help setup demo test soak chaos check proto bench clean
