@@ -80,7 +80,8 @@ def asked(script: Path) -> Answers:
         )
         assert said.returncode == 0, said.stderr
         left = [file.name for file in Path(folder).iterdir()]
-        return Answers(*(Answer(*answer) for answer in json.loads(said.stdout)), left)
+        answers = [Answer(*answer) for answer in json.loads(said.stdout)]
+        return Answers(help=answers[0], unknown=answers[1], zero=answers[2], files=left)
 
 
 def test_there_are_benchmarks() -> None:
