@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from client import cli_conformance, cli_enrol
+from client import cli_conformance, cli_enrol, cli_use
 from shared_models import terminal
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ app = typer.Typer(
 )
 cli_enrol.add_to(app)
 cli_conformance.add_to(app)
+cli_use.add_to(app)
 
 ledger_app = typer.Typer(help="Show, verify or export this hospital's privacy ledger.", no_args_is_help=True)
 app.add_typer(ledger_app, name="ledger")

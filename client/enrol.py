@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +61,8 @@ order = {order}
 
 # What may happen here. Yours to change: it is read again before every message.
 [policy]
-tasks = ["breast-cancer", "heart-disease"]
-networks = ["logistic-regression", "mlp"]
+tasks = {tasks}
+networks = {networks}
 minimum_noise_multiplier = 1.0
 maximum_epsilon_per_study = {epsilon!r}
 minimum_hospitals = 3
@@ -87,12 +87,26 @@ def init(
     epsilon: float,
     delta: float,
     order: int,
+    tasks: Sequence[str] = ("breast-cancer", "heart-disease"),
+    networks: Sequence[str] = ("logistic-regression", "mlp"),
 ) -> tuple[Path, Request]:
     """Make a hospital's folder: keys, settings, ledger, and the request to be admitted.
 
     Guarantees:
         * Nothing that is there is overwritten.
         * Private keys are 0600 and never leave the folder; the request holds public halves only.
+
+    Args:
+        folder: Made if missing.
+        name: On the roster.
+        display_name: For people.
+        coordinator: host:port.
+        public_size: Of the population, rounded.
+        epsilon: Of its budget.
+        delta: Of its budget.
+        order: Of the budget's filter.
+        tasks: That the policy permits, until somebody changes it.
+        networks: The same.
 
     Returns:
         The request's file, and the request.
@@ -109,6 +123,8 @@ def init(
         epsilon=epsilon,
         delta=delta,
         order=order,
+        tasks=json.dumps(list(tasks)),
+        networks=json.dumps(list(networks)),
     )
     create_new(settings_file, text.encode(), mode=0o600)
     try:

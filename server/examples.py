@@ -11,61 +11,28 @@ has is fixed by a rule, not by a seed.
 import csv
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import tomli_w
 from numpy.typing import NDArray
 
 from shared_models.config import Frozen
 from shared_models.errors import ConfigError
 from shared_models.plan import StudyPlan, read_plan
-from shared_models.tasks import find_task
+from shared_models.public_data import (
+    HEART_CODES,
+    HEART_COLUMNS,
+    HEART_HOSPITALS,
+    Table,
+    breast_cancer_table,
+    declared_size,
+    every_fourth,
+    write_table_folder,
+)
 
 PLANS = Path(__file__).parent / "plans"
 MAXIMUM_HOSPITALS = 20
 HEART_TRAIN_FRACTION, HEART_SPLIT_SEED = 0.66, 43  # FLamby's fed_heart_disease
-HEART_HOSPITALS = {  # FLamby's order of centres, and the name that each file has at UCI
-    "cleveland": "cleveland",
-    "hungary": "hungarian",
-    "switzerland": "switzerland",
-    "long-beach": "va",
-}
-HEART_COLUMNS = {  # schema name -> UCI's name, in the order of UCI's columns 0 to 9
-    "age": "age",
-    "sex": "sex",
-    "chest_pain": "cp",
-    "resting_blood_pressure": "trestbps",
-    "cholesterol": "chol",
-    "fasting_blood_sugar": "fbs",
-    "resting_ecg": "restecg",
-    "maximum_heart_rate": "thalach",
-    "exercise_angina": "exang",
-    "st_depression": "oldpeak",
-}
-HEART_CODES = {  # UCI's codes -> the task's categories
-    "sex": {"0": "female", "1": "male"},
-    "chest_pain": {"1": "typical-angina", "2": "atypical-angina", "3": "non-anginal-pain", "4": "asymptomatic"},
-    "fasting_blood_sugar": {"0": "normal", "1": "above-120-mg-dl"},
-    "resting_ecg": {"0": "normal", "1": "st-t-abnormality", "2": "left-ventricular-hypertrophy"},
-    "exercise_angina": {"0": "no", "1": "yes"},
-    "disease": {"0": "absent", "1": "present", "2": "present", "3": "present", "4": "present"},
-}
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows as they stand in a file: texts, in the order of ``header``; ``labels`` index the task's classes."""
-
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    labels: NDArray[np.int64]
-
-    def take(self, indices: NDArray[np.int64]) -> "Table":
-        """The rows at ``indices``, in that order."""
-        return Table(self.header, tuple(self.rows[i] for i in indices), self.labels[indices])
 
 
 class ExampleHospital(Frozen):
@@ -135,14 +102,6 @@ def example_plan(study: str, hospitals: int) -> StudyPlan:
     return plan.model_copy(update={"minimum_hospitals": min(plan.minimum_hospitals, hospitals)})
 
 
-def declared_size(patients: int) -> int:
-    """What a steward declares as public size: patients to the nearest ten, halves up, at least 10.
-
-    Rounding keeps the exact number, which depends on each single patient, out of everything that leaves.
-    """
-    return max(10, (patients + 5) // 10 * 10)
-
-
 # breast-cancer: one real data set, artificial hospitals
 
 
@@ -152,8 +111,8 @@ def _write_breast_cancer(root: Path, hospitals: int, seed: int) -> Example:
             f"the breast-cancer example has 2 to {MAXIMUM_HOSPITALS} hospitals, not {hospitals}",
             hint=f"Pass --hospitals with a number from 2 to {MAXIMUM_HOSPITALS}.",
         )
-    table = _breast_cancer_table()
-    training, test = _every_fourth(table.labels)
+    table = breast_cancer_table()
+    training, test = every_fourth(table.labels)
     parts = [training[p] for p in _skewed_parts(table.labels[training], hospitals, np.random.default_rng(seed))]
     manifest = {
         "task": "breast-cancer",
@@ -165,7 +124,7 @@ def _write_breast_cancer(root: Path, hospitals: int, seed: int) -> Example:
     folders = {name: table.take(part) for name, part in zip(names, parts, strict=True)}
     folders |= {"pooled": table.take(training), "test": table.take(test)}
     for name, rows in folders.items():
-        _write_folder(root / name, rows, manifest)
+        write_table_folder(root / name, rows, manifest)
     return Example(
         plan=example_plan("breast-cancer", hospitals),
         hospitals=tuple(
@@ -179,29 +138,6 @@ def _write_breast_cancer(root: Path, hospitals: int, seed: int) -> Example:
             "hospitals: an artificial split"
         ),
     )
-
-
-def _breast_cancer_table() -> Table:
-    """scikit-learn's set, with made-up patient numbers; malignant is class 1, the positive one."""
-    from sklearn.datasets import load_breast_cancer  # noqa: PLC0415  # scikit-learn takes a second to import
-
-    data: Any = load_breast_cancer()
-    names = tuple(str(name).replace(" ", "_") for name in data.feature_names)
-    labels = (data.target == list(data.target_names).index("malignant")).astype(np.int64)
-    rows = tuple(
-        (f"patient-{i + 1:03d}", *(f"{value:g}" for value in values), ("benign", "malignant")[label])
-        for i, (values, label) in enumerate(zip(data.data, labels, strict=True))
-    )
-    return Table(("patient", *names, "diagnosis"), rows, labels)
-
-
-def _every_fourth(labels: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(training, test): every fourth patient of each class, in the published order, is for testing.
-
-    A fixed rule without a seed. It was settled after other fixed cuts had been looked at: DECISIONS.md, 14.
-    """
-    test = np.sort(np.concatenate([np.flatnonzero(labels == label)[3::4] for label in np.unique(labels)]))
-    return np.setdiff1d(np.arange(len(labels)), test), test
 
 
 def _skewed_parts(labels: NDArray[np.int64], hospitals: int, rng: np.random.Generator) -> list[NDArray[np.int64]]:
@@ -245,7 +181,7 @@ def _write_heart_disease(root: Path, hospitals: int, _seed: int) -> Example:
     folders["pooled"] = _stack([training for training, _ in cuts.values()])
     folders["test"] = _stack([test for _, test in cuts.values()])
     for name, rows in folders.items():
-        _write_folder(root / name, rows, manifest)
+        write_table_folder(root / name, rows, manifest)
     return Example(
         plan=example_plan("heart-disease", hospitals),
         hospitals=tuple(
@@ -304,24 +240,6 @@ def _stack(tables: Sequence[Table]) -> Table:
     """All rows of tables with one header, in order."""
     rows = tuple(row for table in tables for row in table.rows)
     return Table(tables[0].header, rows, np.concatenate([table.labels for table in tables]))
-
-
-# both
-
-
-def _write_folder(folder: Path, table: Table, manifest: Mapping[str, Any]) -> None:
-    """Write ``data.csv`` and the manifest that explains it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "data.csv").open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(table.header)
-        writer.writerows(table.rows)
-    fields = {"file": "data.csv", "validation_fraction": 0.0, **manifest}
-    classes = find_task(manifest["task"]).classes
-    absent = [name for label, name in enumerate(classes) if label not in table.labels]
-    if absent:  # a class that a hospital never sees must be declared, else it would be an error
-        fields["absent_classes"] = absent
-    (folder / "manifest.toml").write_text(tomli_w.dumps(fields), encoding="utf-8")
 
 
 _WRITERS: Mapping[str, Callable[[Path, int, int], Example]] = {

@@ -12,8 +12,9 @@ import numpy as np
 import tomli_w
 from numpy.typing import NDArray
 
-from server.examples import ExampleHospital, declared_size
+from server.examples import ExampleHospital
 from shared_models.errors import ConfigError
+from shared_models.public_data import declared_size
 from shared_models.tasks import Categorical, ImageInput, TableInput, Task
 
 RULE_SEED = 2026  # of the rule that gives labels: the same at every hospital and in every simulation

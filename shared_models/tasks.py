@@ -553,6 +553,32 @@ BREAST_CANCER_SURVIVAL = Task(
     ),
 )
 
+LUNG_SURVIVAL = Task(
+    name="lung-survival",
+    description="Death with advanced lung cancer, within two and a half years, from age, sex, performance and "
+    "nutrition (as NCCTG's trial: Loprinzi et al. 1994).",
+    input=TableInput(
+        columns=(
+            Numeric(name="age", unit="year", low=18, high=100),
+            Categorical(name="sex", categories=("female", "male")),
+            Numeric(name="ecog", unit="1", low=0, high=4, description="performance, by the physician; 0 is best"),
+            Numeric(name="karnofsky_physician", unit="%", low=0, high=100),
+            Numeric(name="karnofsky_patient", unit="%", low=0, high=100),
+            Numeric(name="meal_calories", unit="kcal", low=0, high=5000),
+            Numeric(name="weight_loss", unit="pound", low=-100, high=100, description="in six months"),
+        )
+    ),
+    heads=(
+        Survival(
+            name="death",
+            time="days",
+            event="died",
+            unit="day",
+            edges=(90.0, 180.0, 270.0, 360.0, 450.0, 540.0, 720.0, 900.0),
+        ),
+    ),
+)
+
 CHEST_FINDINGS = Task(
     name="chest-findings",
     description="Fourteen findings that a frontal chest X-ray may show together (as ChestMNIST: Wang et al. 2017).",
@@ -629,6 +655,7 @@ TASKS: Mapping[str, Task] = MappingProxyType(
             HEART_DISEASE,
             CORONARY_DISEASE,
             BREAST_CANCER_SURVIVAL,
+            LUNG_SURVIVAL,
             PNEUMONIA,
             CHEST_FINDINGS,
             LUNG_OUTLINE,

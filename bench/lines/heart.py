@@ -35,8 +35,9 @@ from lines.training import (
     single,
     train_in_one_place,
 )
-from server.examples import HEART_COLUMNS, Example, write_example
+from server.examples import Example, write_example
 from shared_models.nets.losses import loss_per_record
+from shared_models.public_data import HEART_COLUMNS
 from shared_models.tasks import CORONARY_DISEASE, HEART_DISEASE
 from shared_models.update import parameters_to_vector, vector_to_parameters
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from client.records.manifest import read_manifest
 from client.records.records import Records
 from client.records.tabular import read_table
-from server.examples import MAXIMUM_HOSPITALS, Example, declared_size, example_plan, write_example
+from server.examples import MAXIMUM_HOSPITALS, Example, example_plan, write_example
 from shared_models.errors import ConfigError
 from shared_models.privacy.mechanisms import (
     best_order,
@@ -22,6 +22,7 @@ from shared_models.privacy.mechanisms import (
     study_mechanisms,
     total_divergence,
 )
+from shared_models.public_data import declared_size
 from shared_models.tasks import find_task
 
 STUDIES = ["breast-cancer", "heart-disease"]
