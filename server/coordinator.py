@@ -64,11 +64,11 @@ from server.spool import SpooledObjectStore
 from server.store import State, Store, StudyRow
 from server.studies import Studies
 from server.study import Registered
-from server.tls import load_tls
 from server.turns import Turns
 from shared_models.config import read_toml
 from shared_models.durable import file_state
 from shared_models.errors import AlreadyRunningError, ConfigError, IdentityError, RosterError, StudyStateError
+from shared_models.listening import load_tls
 from shared_models.plan import StudyPlan, parse_plan
 from shared_models.roster import Member
 
@@ -460,7 +460,7 @@ def _uvicorn_config(app: Asgi, settings: Settings) -> uvicorn.Config:
         ssl_ca_certs=str(settings.tls.ca),
         ssl_cert_reqs=ssl.CERT_REQUIRED,
     )
-    return load_tls(config)
+    return load_tls(config, hint="Check [tls] in the settings.")
 
 
 def _valid_certificate(path: Path) -> Path:

@@ -7,12 +7,9 @@ it asks for no token; anywhere else it speaks TLS with the coordinator's certifi
 import asyncio
 import hashlib
 import hmac
-import ipaddress
 import json
 import logging
-import os
 import secrets
-import socket
 import threading
 import time
 from collections.abc import Iterator, MutableMapping
@@ -26,29 +23,24 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, RedirectResponse, Response
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from server import logs
 from server.follow import Follow
 from server.metrics import exposition
-from server.settings import PageSettings, Settings
+from server.settings import Settings
 from server.standing import Standing, clock, first_metrics
 from server.studies import Studies, StudyStatus
-from server.tls import load_tls
 from shared_models.curves import Chart, Points, chart
-from shared_models.errors import ConfigError, FederationError, IdentityError, UnknownStudyError
+from shared_models.errors import ConfigError, FederationError, UnknownStudyError
+from shared_models.listening import Brief, address, is_loopback, listen, load_tls, names_loopback, read_token
 
 log = logging.getLogger("konsil.page")
 
 WEB = Path(__file__).with_name("web")
-SHORTEST_TOKEN = 32  # characters
 LONGEST_FORM = 4096  # bytes
 SESSION_S = 12 * 3600.0
 MOST_SESSIONS = 1000
 SHOWN_ROUNDS = 15
-IDLE_S = 20.0  # after which a connection ends where no answer is on its way; browsers make another
-LONGEST_S = 120.0
-MOST_CONNECTIONS = 200
 OPEN = frozenset({"/login", "/page.css", "/icon.svg", "/healthz"})  # these say nothing about a study
 HEADERS = {
     "content-security-policy": (
@@ -110,30 +102,6 @@ def _digest(text: str) -> bytes:
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()
 
 
-class Brief(H11Protocol):
-    """A connection that ends: neither one that says nothing nor one that says it slowly keeps its place for long."""
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begin, unless there are too many."""
-        super().connection_made(transport)
-        self._ends = [
-            self.loop.call_later(IDLE_S, self._end_idle),
-            self.loop.call_later(LONGEST_S, transport.abort),
-        ]
-        if len(self.connections) > MOST_CONNECTIONS:
-            transport.abort()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """It is over."""
-        super().connection_lost(exc)
-        for end in self._ends:
-            end.cancel()
-
-    def _end_idle(self) -> None:
-        if self.cycle is None or self.cycle.response_complete:
-            self.transport.close()
-
-
 class Guard:
     """In front of the page: refuses whom it is not for, and writes what every answer carries.
 
@@ -168,7 +136,7 @@ class Guard:
             await (refusal or self._app)(scope, receive, send_with_headers)
 
     def _refusal(self, request: Request) -> Response | None:
-        if self._loopback and not _names_loopback(request.headers.get("host", "")):
+        if self._loopback and not names_loopback(request.headers.get("host", "")):
             return _problem(421, "this page is only for the machine that it runs on")
         path = request.url.path
         if path in OPEN or self._viewers.may(request, self._cookie):
@@ -182,21 +150,6 @@ class Guard:
 
 def _problem(status: int, text: str) -> JSONResponse:
     return JSONResponse({"error": text}, status_code=status)
-
-
-def _names_loopback(host: str) -> bool:
-    """Whether a Host header names this machine; the port may be a tunnel's."""
-    name = host[1:].partition("]")[0] if host.startswith("[") else host.rpartition(":")[0] or host
-    return _is_loopback(name)
-
-
-def _is_loopback(host: str) -> bool:
-    if host.lower() == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def make_app(studies: Studies, viewers: Viewers, *, cookie: str, secure: bool) -> FastAPI:
@@ -417,26 +370,6 @@ def _drawn(status: StudyStatus, progress: Standing) -> list[Chart]:
     return drawn
 
 
-def read_token(path: Path) -> str:
-    """The viewers' token.
-
-    Raises:
-        IdentityError: The file is missing, open to others, or its first line is too short to be a secret.
-    """
-    try:
-        with path.open("rb") as stream:
-            # Asked of the open file, so that it cannot be swapped between the question and the reading.
-            mode, line = os.fstat(stream.fileno()).st_mode, stream.readline()
-    except OSError as error:
-        raise IdentityError(f"the token file {path} cannot be read: {error.strerror}", hint=_MAKE_TOKEN) from None
-    if mode & 0o077:
-        raise IdentityError(f"the token file {path} is open to others", hint=f"Run: chmod 600 {path}")
-    token = line.decode("utf-8", "replace").strip()
-    if len(token) < SHORTEST_TOKEN:
-        raise IdentityError(f"the token in {path} is shorter than {SHORTEST_TOKEN} characters", hint=_MAKE_TOKEN)
-    return token
-
-
 _MAKE_TOKEN = "Run: (umask 077; openssl rand -hex 32 > FILE), and name it as [page] token_file."  # noqa: S105 - no token
 
 
@@ -452,41 +385,26 @@ def serving(settings: Settings, studies: Studies) -> Iterator[None]:
         yield
         return
     page = settings.page
-    loopback = _is_loopback(page.host)
+    loopback = is_loopback(page.host)
     if not loopback and page.token_file is None:
         raise ConfigError(f"the page would be open to everybody who reaches {page.host}", hint=_MAKE_TOKEN)
-    viewers = Viewers(None if page.token_file is None else read_token(page.token_file))
+    viewers = Viewers(None if page.token_file is None else read_token(page.token_file, hint=_MAKE_TOKEN))
     cookie = "konsil" if loopback else "__Host-konsil"  # the prefix keeps other hosts from setting it
     app = make_app(studies, viewers, cookie=cookie, secure=not loopback)
     server = uvicorn.Server(_config(Guard(app, viewers, cookie=cookie, loopback=loopback), settings, tls=not loopback))
-    with _listen(page) as listener:
+    with listen(page.host, page.port, hint="Stop what uses the port, or choose another in [page].") as listener:
         thread = threading.Thread(target=server.run, args=([listener],), name="page", daemon=True)
         thread.start()
         while not server.started:
             if not thread.is_alive():
                 raise ConfigError("the page did not start", hint="See the log above.")
             time.sleep(0.01)
-        log.info("the page: %s://%s", "http" if loopback else "https", _address(page))
+        log.info("the page: %s://%s", "http" if loopback else "https", address(page.host, page.port))
         try:
             yield
         finally:
             server.should_exit = True
             thread.join(timeout=10)
-
-
-def _address(page: PageSettings) -> str:
-    return f"[{page.host}]:{page.port}" if ":" in page.host else f"{page.host}:{page.port}"
-
-
-def _listen(page: PageSettings) -> socket.socket:
-    family = socket.AF_INET6 if ":" in page.host else socket.AF_INET
-    try:
-        return socket.create_server((page.host, page.port), family=family)
-    except OSError as error:
-        raise ConfigError(
-            f"the page cannot listen on {_address(page)}: {os.strerror(error.errno or 0)}",
-            hint="Stop what uses the port, or choose another in [page].",
-        ) from None
 
 
 def _config(app: Any, settings: Settings, *, tls: bool) -> uvicorn.Config:
@@ -505,4 +423,4 @@ def _config(app: Any, settings: Settings, *, tls: bool) -> uvicorn.Config:
         timeout_graceful_shutdown=3,
         **files,
     )
-    return load_tls(config)
+    return load_tls(config, hint="Check [tls] in the settings.")

@@ -21,9 +21,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from server.coordinator import coordinating
 from server.demo import free_port
 from server.evidence import RECEIPTS
-from server.page import SESSION_S, Viewers, read_token, serving
+from server.page import SESSION_S, Viewers, serving
 from server.settings import PageSettings
 from shared_models.errors import ConfigError, FederationError, IdentityError
+from shared_models.listening import read_token
 from tests.link import Keys
 from tests.server.conftest import HOSTILE, WAITING, Seen
 
@@ -409,7 +410,7 @@ def test_a_token_file_that_others_can_read_is_refused(token_file: Path, mode: in
     token_file.chmod(mode)
 
     with pytest.raises(IdentityError, match="open to others") as caught:
-        read_token(token_file)
+        read_token(token_file, hint="make one")
 
     assert "chmod 600" in caught.value.hint
 
@@ -420,19 +421,19 @@ def test_a_token_that_can_be_guessed_is_refused(token_file: Path, token: str) ->
     token_file.write_text(token, encoding="ascii")
 
     with pytest.raises(IdentityError, match="shorter than 32 characters") as caught:
-        read_token(token_file)
+        read_token(token_file, hint="make one")
 
     assert not token or token not in str(caught.value).replace(str(token_file), "")
     with pytest.raises(IdentityError, match="cannot be read"):
-        read_token(token_file.with_name("nowhere"))
+        read_token(token_file.with_name("nowhere"), hint="make one")
 
 
 def test_who_says_nothing_or_says_it_slowly_loses_the_place(
     client: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Idle and half-said requests are ended, too many are not let in, and the page is there for everybody else."""
-    monkeypatch.setattr("server.page.IDLE_S", 0.5)
-    monkeypatch.setattr("server.page.MOST_CONNECTIONS", 20)
+    monkeypatch.setattr("shared_models.listening.IDLE_S", 0.5)
+    monkeypatch.setattr("shared_models.listening.MOST_CONNECTIONS", 20)
     address = ("127.0.0.1", client.base_url.port or 0)
     with ExitStack() as stack:
         silent = [stack.enter_context(socket.create_connection(address, timeout=60)) for _ in range(40)]
