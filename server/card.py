@@ -9,7 +9,7 @@ from server.checkpoint import BEST
 from server.journal import read_events
 from shared_models.durable import replace_file
 from shared_models.messages import PrivacyStatement
-from shared_models.model_file import read_about
+from shared_models.model_file import INTENDED_USE, read_about
 from shared_models.plan import StudyPlan
 from shared_models.secagg.protocol import plan_threshold, who_could_learn_what
 from shared_models.secagg.quantize import MODULUS_BITS
@@ -140,7 +140,7 @@ Drop-outs, public sizes and the epsilon that each hospital states are not secret
 {metrics}
 ## Intended use
 
-Research. Not a medical device; validate locally before any use on patients.
+{intended_use}
 """
 
 
@@ -169,6 +169,7 @@ def _markdown(
         costs="\n".join(costs),
         who=who_could_learn_what(card["secure_aggregation"]["hospitals"], card["secure_aggregation"]["threshold"]),
         metrics=_metrics_table(metrics),
+        intended_use=INTENDED_USE,
     )
 
 

@@ -16,6 +16,7 @@ from shared_models.update import load_model, save_model
 from shared_models.versions import unsupported_format
 
 FORMAT = "konsil-model/1"
+INTENDED_USE = "Research. Not a medical device; validate locally before any use on patients."
 
 
 def write_model(
@@ -27,7 +28,8 @@ def write_model(
     **about: str,
 ) -> None:
     """Write a model with its plan, atomically (see ``save_model``); ``about`` adds texts such as the round."""
-    metadata = {"format": FORMAT, "plan": plan.canonical().decode(), "plan_digest": plan.digest(), **about}
+    metadata = {"format": FORMAT, "plan": plan.canonical().decode(), "plan_digest": plan.digest()}
+    metadata |= {"intended_use": INTENDED_USE, **about}
     save_model(path, model, metadata, beside)
 
 
@@ -50,6 +52,11 @@ def read_about(path: Path) -> dict[str, str]:
     if found != FORMAT:
         raise ConfigError(f"{path} is no Konsil model", hint=hint)
     return metadata
+
+
+def intended_use(about: Mapping[str, str]) -> str:
+    """What a model is for, by its file; files of the first release do not say it, and are for the same."""
+    return about.get("intended_use", INTENDED_USE)
 
 
 def read_model(path: Path) -> tuple[StudyPlan, nn.Module]:
