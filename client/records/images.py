@@ -4,7 +4,7 @@ Nothing is ever unpickled: an array of objects is refused. The texts of errors a
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -35,10 +35,38 @@ def read_images(manifest: Manifest, task: Task, schema: ImageInput) -> tuple[NDA
     Raises:
         RecordsError: The file is no such file; an array is missing or has another type or length; a label is unknown.
     """
-    arrays = _load(manifest)
     columns = label_columns(manifest, task)
-    used = [manifest.column(IMAGES), *columns.values(), *([manifest.patient] if manifest.patient else [])]
+    arrays = _loaded(manifest, columns.values())
+    pixels = _pixels(manifest, arrays, schema)
+    labels = _targets(manifest, task, arrays, columns, len(pixels))
+    return pixels, labels, _patient_ids(manifest, arrays, pixels, labels)
+
+
+def read_unlabelled(manifest: Manifest, task: Task, schema: ImageInput) -> tuple[NDArray[np.uint8], list[str | None]]:
+    """Read and check a file of images without looking at labels.
+
+    Returns:
+        Pixels as ``read_images`` has them, and a patient id for each image; None where no array says it.
+
+    Raises:
+        RecordsError: As for ``read_images``, but for labels.
+    """
+    arrays = _loaded(manifest, label_columns(manifest, task).values())
+    pixels = _pixels(manifest, arrays, schema)
+    if manifest.patient is None:
+        return pixels, [None] * len(pixels)
+    return pixels, list(_patient_ids(manifest, arrays, pixels, np.zeros(len(pixels), dtype=np.int64)))
+
+
+def _loaded(manifest: Manifest, labels: Iterable[str]) -> Mapping[str, NDArray[Any]]:
+    """All arrays, none of which identifies somebody."""
+    arrays = _load(manifest)
+    used = [manifest.column(IMAGES), *labels, *([manifest.patient] if manifest.patient else [])]
     refuse_columns(manifest.file, arrays, drop=manifest.drop, mapped=used)
+    return arrays
+
+
+def _pixels(manifest: Manifest, arrays: Mapping[str, NDArray[Any]], schema: ImageInput) -> NDArray[np.uint8]:
     pixels = _array(manifest, arrays, manifest.column(IMAGES))
     if pixels.ndim == 3 and schema.channels == 1:
         pixels = pixels[:, None]
@@ -50,8 +78,7 @@ def read_images(manifest: Manifest, task: Task, schema: ImageInput) -> tuple[NDA
         )
     if not len(pixels):
         raise RecordsError(f"{manifest.file} has no images", hint="Export the records again.")
-    labels = _targets(manifest, task, arrays, columns, len(pixels))
-    return pixels, labels, _patient_ids(manifest, arrays, pixels, labels)
+    return pixels
 
 
 def scaled(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:

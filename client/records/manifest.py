@@ -269,8 +269,15 @@ def read_manifest(folder: Path) -> Manifest:
         raise RecordsError(f"{path}: {text}", hint=_HINT) from None
 
 
-def check_fits(manifest: Manifest, task: Task) -> TableInput | ImageInput | SeriesInput | TokensInput:
+def check_fits(
+    manifest: Manifest, task: Task, *, labelled: bool = True
+) -> TableInput | ImageInput | SeriesInput | TokensInput:
     """Check the manifest's names against the task's schema, and return that schema.
+
+    Args:
+        manifest: As it was read.
+        task: That the records are for.
+        labelled: Whether it must name the label that the task has.
 
     Raises:
         RecordsError: Another task, a file or a section of another kind than the task's, or a name that the schema does
@@ -282,7 +289,8 @@ def check_fits(manifest: Manifest, task: Task) -> TableInput | ImageInput | Seri
             f"{where} is for task {manifest.task}, not {task.name}", hint="Point the study at its own records."
         )
     _check_kind(manifest, task, where)
-    _check_label(manifest, task, where)
+    if labelled:
+        _check_label(manifest, task, where)
     names = schema_names(task)
     unknown = [
         *(f"columns.{name}" for name in manifest.columns if name not in names | _own_labels(task)),

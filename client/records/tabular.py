@@ -7,7 +7,7 @@ series, texts) is read by a file of this folder each.
 
 import hashlib
 import hmac
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from client.records.columns import categories, numbers
 from client.records.frames import CHECK, Flags, check_header, load, missing, refuse, texts
-from client.records.identifiers import refuse_columns
-from client.records.images import read_images, scaled
+from client.records.identifiers import masked, refuse_columns
+from client.records.images import read_images, read_unlabelled, scaled
 from client.records.labels import Targets, absent_labels, label_columns, read_labels
 from client.records.manifest import IMAGES, SIGNALS, TEXT, Manifest, check_fits, schema_names
 from client.records.pictures import read_pictures
@@ -297,3 +297,133 @@ def _check_classes(manifest: Manifest, task: Task, targets: NDArray[Any], part: 
             f"{manifest.file}: no record of class {', '.join(map(repr, absent))} in the {part} part",
             hint="Add records, change validation_fraction, or declare absent_classes = [...] in the manifest.",
         )
+
+
+# without labels
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Some rows of a file as a network takes them, without labels: to be predicted, not to be learnt from.
+
+    Attributes:
+        rows: Number of each row, as an editor or a spreadsheet shows it; of an image in ``.npz`` its index.
+        patients: The patient of each row; None where the manifest names no column.
+        kept: Which rows have all their values.
+        inputs: Encoded inputs of the rows that are kept.
+        texts: Of texts, what stands in the rows that are kept, as it was encoded; else empty.
+    """
+
+    rows: list[int]
+    patients: list[str | None]
+    kept: Flags
+    inputs: torch.Tensor
+    texts: list[str] = field(default_factory=list)
+
+
+def read_inputs(manifest: Manifest, task: Task, *, at_once: int) -> Iterator[Inputs]:
+    """Read, check and encode a hospital's records without their labels, in the order of the file.
+
+    All is checked that ``read_table`` checks, but for labels and the classes that a part must have: the label's column
+    is not looked at. No more than ``at_once`` rows are encoded at once, but for series in long form.
+
+    Raises:
+        RecordsError: As for ``read_table``.
+    """
+    schema = check_fits(manifest, task, labelled=False)
+    if isinstance(schema, ImageInput) and manifest.file.suffix == ".npz":
+        pixels, ids = read_unlabelled(manifest, task, schema)
+        for first in range(0, len(pixels), at_once):
+            images = torch.from_numpy(scaled(pixels[first : first + at_once]))
+            rows = list(range(first, first + len(images)))
+            yield Inputs(rows, ids[first : first + at_once], np.ones(len(images), dtype=np.bool_), images)
+        return
+    frame, kept = _rows_without_labels(manifest, task)
+    patients = _patients(frame, kept, manifest)
+    whole = manifest.series and isinstance(schema, SeriesInput) and kept.any()
+    series = read_long_form(manifest, schema, frame[kept]) if whole else None  # type: ignore[arg-type]  # asked above
+    done = 0
+    for first in range(0, len(frame), at_once):
+        part = slice(first, first + at_once)
+        here, rows = kept[part].copy(), frame[part][kept[part]]
+        if series is None:
+            encoded, empty = _encoded_rows(rows, manifest, task)
+        else:
+            these = slice(done, done + len(rows))
+            encoded, empty = series.inputs[these], series.empty[these]
+        done += len(rows)
+        if empty.any() and manifest.incomplete_rows == "refuse":
+            column = manifest.series.record if manifest.series else manifest.column(SIGNALS)
+            refuse(manifest, rows, column, empty, "the record has no measurement that can be used", quoted=False)
+        here[here] = ~empty
+        said = _said(rows, manifest) if isinstance(schema, TokensInput) else []
+        yield Inputs(
+            [int(row) for row in frame.index[part]], patients[part], here, torch.from_numpy(encoded[~empty]), said
+        )
+
+
+def encode_rows(frame: pd.DataFrame, manifest: Manifest, task: Task) -> torch.Tensor:
+    """Encode rows of a table that are in memory, each cell a text; they are checked like those of a file.
+
+    Raises:
+        RecordsError: A column or a value is missing, or is not what the task says; with row, column and value.
+    """
+    assert isinstance(task.input, TableInput)  # noqa: S101  # whoever calls has looked
+    columns = [manifest.column(column.name) for column in task.input.columns]
+    check_header(manifest.file, list(frame.columns), columns)
+    for column in columns:
+        refuse(manifest, frame, column, missing(frame[column], manifest), "the value is missing")
+    return torch.from_numpy(_encoded_rows(frame, manifest, task)[0])
+
+
+def _rows_without_labels(manifest: Manifest, task: Task) -> tuple[pd.DataFrame, Flags]:
+    """All rows, and which of them have all their values; at least one has."""
+    frame = load(manifest)
+    columns = [manifest.column(name) for name in _row_columns(manifest, task)]
+    wanted = [*columns, *([manifest.patient] if manifest.patient else [])]
+    check_header(manifest.file, list(frame.columns), wanted)
+    _refuse_identifiers(manifest, frame, [*wanted, *label_columns(manifest, task).values()])
+    kept = np.ones(len(frame), dtype=np.bool_)
+    for column in columns:
+        absent = missing(frame[column], manifest)
+        if manifest.incomplete_rows == "refuse":
+            refuse(manifest, frame, column, absent, "the value is missing")
+        kept &= ~absent
+    if not kept.any():
+        raise RecordsError(f"{manifest.file} has no complete row", hint=CHECK)
+    return frame, kept
+
+
+def _patients(frame: pd.DataFrame, kept: Flags, manifest: Manifest) -> list[str | None]:
+    if manifest.patient is None:
+        return [None] * len(frame)
+    absent = missing(frame[manifest.patient], manifest) & kept
+    refuse(manifest, frame, manifest.patient, absent, "the patient id is missing")
+    return list(texts(frame[manifest.patient]))
+
+
+def _encoded_rows(frame: pd.DataFrame, manifest: Manifest, task: Task) -> tuple[NDArray[Any], Flags]:
+    """Encoded inputs of some rows, and which of these are empty: recordings without a sample that can be used."""
+    nothing = np.zeros(len(frame), dtype=np.bool_)
+    match task.input:
+        case TableInput() as schema:
+            cells: dict[str, NDArray[Any]] = {
+                c.name: numbers(frame, manifest, c) if isinstance(c, Numeric) else categories(frame, manifest, c)
+                for c in schema.columns
+            }
+            table = Table(cells, np.zeros(len(frame), dtype=np.int64), [], {}, 0)
+            return _encode_columns(table, schema, np.ones(len(frame), dtype=np.bool_)), nothing
+        case ImageInput() as image:
+            return scaled(read_pictures(manifest, image, frame)[0]), nothing
+        case SeriesInput() as series:
+            found = read_signals(manifest, series, frame)
+            return found.inputs, found.empty
+        case TokensInput() as tokens:
+            if frame.empty:
+                return np.empty((0, tokens.length), dtype=np.int64), nothing
+            return read_texts(manifest, tokens, frame), nothing
+
+
+def _said(frame: pd.DataFrame, manifest: Manifest) -> list[str]:
+    cells = texts(frame[manifest.column(TEXT)])
+    return list(cells.map(masked) if manifest.found_in_text == "mask" else cells)

@@ -1,11 +1,19 @@
 """Tasks and records that no patient stands behind."""
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from client.randomness import SecureRandom
 from client.records.records import Records
+from client.usable import UsableModel
+from server.examples import example_plan
+from shared_models.model_file import INTENDED_USE, write_model
+from shared_models.nets.build import build_network
+from shared_models.plan import Network
 from shared_models.tasks import (
     Choice,
     Head,
@@ -18,6 +26,7 @@ from shared_models.tasks import (
     TableInput,
     Task,
     TokensInput,
+    find_task,
 )
 
 Input = TableInput | ImageInput | SeriesInput | TokensInput
@@ -76,3 +85,19 @@ def chosen(records: Records, rows: NDArray[np.int64] | list[int]) -> Records:
     _, patients = np.unique(records.patients[rows], return_inverse=True)
     picked = torch.as_tensor(rows)
     return Records(records.inputs[picked], records.targets[picked], patients, int(patients.max()) + 1)
+
+
+def usable(task: Task, network: Network | nn.Module, *, seed: int = 0) -> UsableModel:
+    """A model of that task as it would be used, with the parameters that a network begins with."""
+    plan = example_plan("breast-cancer", 4)
+    if not isinstance(network, nn.Module):
+        plan = plan.model_copy(update={"network": network})
+        network = build_network(network, task, seed=seed)
+    return UsableModel(plan, task, network.eval(), INTENDED_USE)
+
+
+def written_model(path: Path, task: str, network: Network, *, seed: int = 0) -> Path:
+    """A model file of an installed task, untrained."""
+    plan = example_plan("breast-cancer", 4).model_copy(update={"task": task, "network": network})
+    write_model(path, build_network(network, find_task(task), seed=seed), plan, trained="not at all")
+    return path
