@@ -32,7 +32,7 @@ class Lstm(nn.Module):
             states = layer(states)
         steps = torch.arange(1, seen.shape[1] + 1, device=seen.device)
         last = (seen * steps).argmax(dim=1)  # nothing ever seen: the first step
-        logits: Tensor = self.head(states[torch.arange(len(states), device=states.device), last])
+        logits: Tensor = self.head(states[torch.arange(states.shape[0], device=states.device), last])
         return logits
 
 
@@ -52,7 +52,7 @@ class _Layer(nn.Module):
             self.from_input.bias[hidden : 2 * hidden] = 1.0
 
     def forward(self, inputs: Tensor) -> Tensor:
-        state = memory = inputs.new_zeros(len(inputs), self.from_state.in_features)
+        state = memory = inputs.new_zeros(inputs.shape[0], self.from_state.in_features)
         states = []
         for driven in self.from_input(inputs).unbind(dim=1):
             enter, forget, candidate, leave = (driven + self.from_state(state)).chunk(4, dim=1)

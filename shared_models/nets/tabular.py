@@ -45,7 +45,7 @@ class ProportionalHazards(nn.Module):
         """Logits of the hazards, shape ``(n, intervals)``, of rows, shape ``(n, width)``."""
         intervals = torch.arange(self.hazards.num_embeddings, device=rows.device)
         # Expanded over the batch: looked up once for all records, a gradient would belong to no record.
-        shared = self.hazards(intervals.expand(len(rows), -1)).squeeze(2)
+        shared = self.hazards(intervals.expand(rows.shape[0], -1)).squeeze(2)
         logits: Tensor = self.score(rows) + shared
         return logits
 
