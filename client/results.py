@@ -54,7 +54,8 @@ def writing(out: Path, columns: Mapping[str, type]) -> Iterator[Writer]:
         temporary.replace(out)
         sync_folder(out.parent)
     except OSError as error:
-        raise ConfigError(f"{out} cannot be written: {error.strerror}", hint="Check the folder and the disk.") from None
+        why = error.strerror or type(error).__name__
+        raise ConfigError(f"{out} cannot be written: {why}", hint="Check the folder and the disk.") from None
     finally:
         temporary.unlink(missing_ok=True)
 

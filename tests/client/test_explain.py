@@ -155,6 +155,23 @@ def test_occlusion_finds_where_a_network_looks() -> None:
     assert (found[:8, :8] > 0).all()
 
 
+def test_a_pixel_is_all_of_its_colours(tmp_path: Path) -> None:
+    """By both methods one attribution for each pixel, and a picture in colour beside it."""
+    task = task_of(ImageInput(channels=3, height=28, width=32))
+    model, inputs = rough(usable(task, plan.Cnn(name="cnn", channels=(4,)))), made_up_inputs(task, 2)
+
+    for method in ("occlusion", "integrated-gradients"):
+        found = explain(model, inputs, torch.ones(2, dtype=torch.int64), method=method)
+        assert found.values.shape == (2, 28, 32)
+        assert found.values.any()
+    np.testing.assert_allclose(found.unexplained, 0, atol=UNEXPLAINED)
+    draw_image(tmp_path / "row.png", inputs[0].double().numpy(), found.values[0], title="", foot="")
+
+    with Image.open(tmp_path / "row.png") as picture:
+        left = np.asarray(picture.convert("RGB")).astype(int)[:, : int(0.4 * picture.width)]
+    assert (np.abs(left[..., 0] - left[..., 2]) > 40).mean() > 0.2
+
+
 @pytest.mark.parametrize(("name", "method"), [("mlp", "occlusion"), ("lstm", "occlusion"), ("cnn", "guessing")])
 def test_a_method_that_does_not_fit_is_refused(name: str, method: str) -> None:
     """Occlusion is for images."""
