@@ -26,7 +26,7 @@ from client.records.tabular import read_inputs, read_table
 from client.usable import UsableModel, load_model
 from shared_models import plan
 from shared_models.errors import ConfigError, FederationError, RecordsError
-from shared_models.model_file import INTENDED_USE
+from shared_models.model_file import INTENDED_USE, read_about
 from shared_models.tasks import Choice, ImageInput, Numeric, Quantity, SeriesInput, Task, TokensInput
 from shared_models.update import save_model
 from tests.client.made_up import HEADS, OUTLINE, numeric, table, task_of, usable, written_model
@@ -376,11 +376,13 @@ def test_what_is_not_a_model_a_folder_or_a_file_name_is_refused(hospital: Path, 
 
 def test_a_file_of_the_first_release_has_the_same_use(model: Path) -> None:
     """It does not say what it is for; the card of its study did."""
-    found = load_model(model)
+    found, before = load_model(model), read_about(model)
     save_model(
         model, found.network, {"format": "konsil-model/1", "plan": found.plan.canonical().decode(), "plan_digest": ""}
     )
 
+    assert before["intended_use"] == INTENDED_USE
+    assert "intended_use" not in read_about(model)
     assert load_model(model).intended_use == INTENDED_USE == found.intended_use
 
 
