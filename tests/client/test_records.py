@@ -77,7 +77,7 @@ def test_a_table_becomes_the_tensors_that_the_schema_says(tmp_path: Path) -> Non
 
 def test_more_than_two_classes_become_class_numbers(tmp_path: Path) -> None:
     """Cross-entropy wants int64 targets."""
-    task = TASK.model_copy(update={"classes": ("well", "ill", "dead"), "loss": "cross-entropy"})
+    task = TASK.model_copy(update={"heads": (Choice(name="outcome", classes=("well", "ill", "dead")),)})
 
     records, _ = read(write(tmp_path, [*ROWS, "c,1,1,dead"]), task)
 
