@@ -126,8 +126,9 @@ def _leaving(policy: Policy, plan: StudyPlan, task: Task) -> Rows:
     if plan.evaluation is None:
         return [("what leaves", f"{update}; {always}; no statistics")]
     release = plan.evaluation
+    groups = "".join(f", and of each group by {one.column}" for one in release.subgroups)
     statistics = (
-        f"every {release.every} rounds validation statistics of {release.bins} bins, each patient's clipped to "
+        f"every {release.every} rounds validation statistics of {release.bins} bins{groups}, each patient's clipped to "
         f"{release.clip:g}, with noise of {release.noise_multiplier:g} times that, under masks"
     )
     return [("what leaves", f"{update}; {statistics}; {always}")]

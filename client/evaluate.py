@@ -13,6 +13,7 @@ from shared_models.errors import ConfigError
 from shared_models.metrics import record_statistics, statistics_size
 from shared_models.nets.losses import scores
 from shared_models.plan import EvaluationPlan
+from shared_models.subgroups import NO_GROUPS, group_of_each, release_size, spread
 from shared_models.tasks import Task
 
 _BATCH = 1024  # records at once on the device
@@ -62,23 +63,24 @@ def released_statistics(
         model: Network; its device is used, its mode is restored.
         records: Validation records.
         task: Names classes and loss.
-        plan: S, noise multiplier and bins.
+        plan: S, noise multiplier, bins and subgroups.
         random: Source of the noise, fresh for every charge.
         allow_test_random: Accept a repeatable generator. Tests only.
 
     Returns:
-        Shape ``(statistics_size(classes, plan.bins),)``; entries may be negative.
+        Shape ``(release_size(task, plan),)``; entries may be negative.
 
     Raises:
         ConfigError: ``random`` is not keyed by the operating system.
     """
     require_system_key(random, allow_test_random=allow_test_random)
-    total = np.zeros(statistics_size(len(task.classes), plan.bins))
+    total = np.zeros(release_size(task, plan))
     for first in range(0, records.patient_count, _PATIENTS):
         patients = np.arange(first, min(first + _PATIENTS, records.patient_count))
         inputs, targets, owners = records.select(patients)
         rows, finite = _rows(model, inputs, targets, task, plan.bins)
-        total += _clipped_sum(np.where(finite[:, None], rows, 0), owners, clip=plan.clip)
+        groups = group_of_each(task, plan, inputs.numpy()) if plan.subgroups else NO_GROUPS
+        total += _clipped_sum(spread(task, plan, np.where(finite[:, None], rows, 0), groups), owners, clip=plan.clip)
     return total + plan.noise_multiplier * plan.clip * random.gaussian(len(total))
 
 
