@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from shared_models.metrics import compute_metrics
+from shared_models.outcomes import compute_metrics
 from shared_models.plan import EvaluationPlan
 from shared_models.subgroups import EVERYBODY, split
 from shared_models.tasks import Task
@@ -12,4 +12,4 @@ from shared_models.tasks import Task
 def released_metrics(task: Task, evaluation: EvaluationPlan, statistics: NDArray[np.float64]) -> dict[str, float]:
     """Metrics of the summed, noised statistics of everybody; those that the noise leaves undefined are absent."""
     everybody = split(task, evaluation, statistics)[EVERYBODY]
-    return compute_metrics(len(task.classes), everybody, bins=evaluation.bins)
+    return compute_metrics(task, everybody, bins=evaluation.bins)

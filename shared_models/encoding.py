@@ -14,7 +14,7 @@ from shared_models.plan import StudyPlan
 from shared_models.secagg.key_agreement import Purpose
 from shared_models.secagg.quantize import Uniform, dequantize, quantization_scale, quantize, rounding_error
 from shared_models.subgroups import release_size
-from shared_models.tasks import find_task
+from shared_models.tasks import task_of
 from shared_models.update import bound_update, update_bound
 
 NULL_COORDINATES = 1024  # at the end of every update: no gradient, the same noise; the auditor tests their sum
@@ -116,7 +116,7 @@ def encoding(plan: StudyPlan, purpose: Purpose, *, parameters: int, hospitals: i
         evaluation = plan.evaluation
         if evaluation is None:
             raise ProtocolError(f"study {plan.study} releases no statistics", hint="Its plan has no [evaluation].")
-        length, bound = release_size(find_task(plan.task), evaluation), 1.0
+        length, bound = release_size(task_of(plan), evaluation), 1.0
         noise = evaluation.noise_multiplier * math.sqrt(length)
         unit = 1.5 * evaluation.clip * (plan.weight_cap + noise)
     scale = quantization_scale(bound=bound, hospitals=hospitals)

@@ -19,7 +19,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from shared_models.errors import ConfigError
-from shared_models.metrics import LARGEST_COUNT, calibration_bins, score_tables
+from shared_models.metrics import LARGEST_COUNT, calibration_bins
+from shared_models.outcomes import score_tables
+from shared_models.tasks import Task
 
 Floats = NDArray[np.float64]
 
@@ -186,14 +188,14 @@ def evaluate(table: ArrayLike, *, noise: float = 0.0, specificity: float = SPECI
     )
 
 
-def evaluate_classes(
-    classes: tuple[str, ...], statistics: ArrayLike, *, bins: int, noise: float = 0.0, specificity: float = SPECIFICITY
+def evaluate_task(
+    task: Task, statistics: ArrayLike, *, bins: int, noise: float = 0.0, specificity: float = SPECIFICITY
 ) -> dict[str, Evaluation]:
     """One evaluation per class against the rest; of two classes, the positive one's only.
 
     Args:
-        classes: The task's.
-        statistics: Summed statistics of ``metrics.record_statistics``, with noise or without.
+        task: Heads that are no choice have no such evaluation.
+        statistics: Summed statistics of ``outcomes.record_statistics``, with noise or without.
         bins: Score bins.
         noise: Standard deviation of the noise on every entry.
         specificity: As for ``evaluate``.
@@ -201,11 +203,8 @@ def evaluate_classes(
     Raises:
         ProtocolError: Wrong length, or numbers that cannot be counts.
     """
-    tables = score_tables(len(classes), statistics, bins=bins)
-    names = classes[1:] if len(classes) == 2 else classes
-    return {
-        name: evaluate(table, noise=noise, specificity=specificity) for name, table in zip(names, tables, strict=True)
-    }
+    tables = score_tables(task, statistics, bins=bins)
+    return {name: evaluate(table, noise=noise, specificity=specificity) for name, table in tables.items()}
 
 
 # the counts

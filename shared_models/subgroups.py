@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from shared_models.errors import ConfigError, ProtocolError
-from shared_models.metrics import statistics_size
+from shared_models.outcomes import statistics_size
 from shared_models.plan import EvaluationPlan, Subgroups
 from shared_models.tasks import Categorical, Numeric, TableInput, Task
 
@@ -83,7 +83,7 @@ def release_size(task: Task, evaluation: EvaluationPlan) -> int:
         ConfigError: As for ``groupings``.
     """
     blocks = 1 + sum(len(one.groups) for one in groupings(task, evaluation))
-    return blocks * statistics_size(len(task.classes), evaluation.bins)
+    return blocks * statistics_size(task, evaluation.bins)
 
 
 def group_of_each(task: Task, evaluation: EvaluationPlan, inputs: NDArray[np.float32]) -> NDArray[np.int64]:
@@ -138,7 +138,7 @@ def spread(task: Task, evaluation: EvaluationPlan, rows: Floats, groups: NDArray
 
 
 def split(task: Task, evaluation: EvaluationPlan, statistics: ArrayLike) -> dict[tuple[str, str], Floats]:
-    """A release as counts by (column, group), ``EVERYBODY`` first; each like ``metrics`` makes them.
+    """A release as counts by (column, group), ``EVERYBODY`` first; each like ``outcomes`` makes them.
 
     Raises:
         ProtocolError: Wrong length.

@@ -20,7 +20,7 @@ from client.records.report import describe, summarise
 from client.records.tabular import checked_table, read_table, split_table
 from shared_models.errors import FederationError, RecordsError
 from shared_models.plan import Fold
-from shared_models.tasks import HEART_DISEASE, Categorical, Numeric, TableInput, Task, TokensInput
+from shared_models.tasks import HEART_DISEASE, Categorical, Choice, Numeric, TableInput, Task, TokensInput
 
 KEY = b"the key of a test"
 TASK = Task(
@@ -32,9 +32,7 @@ TASK = Task(
             Categorical(name="stage", categories=("i", "ii", "iii")),
         )
     ),
-    label="outcome",
-    classes=("well", "ill"),
-    loss="binary-cross-entropy",
+    heads=(Choice(name="outcome", classes=("well", "ill")),),
 )
 MANIFEST: dict[str, Any] = {
     "task": "small",

@@ -20,9 +20,11 @@ from shared_models.evaluation import (
     Evaluation,
     average_precision,
     evaluate,
-    evaluate_classes,
+    evaluate_task,
     nearest_counts,
 )
+from tests.client.made_up import table as table_of
+from tests.client.made_up import task_of
 
 BINS = 20
 FALSE_ALARM = 1e-6  # of every test of coverage, were coverage what it claims
@@ -182,10 +184,10 @@ def test_more_classes_have_an_evaluation_each() -> None:
     scores = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     total = metrics.total_statistics(3, scores, labels, bins=BINS)
 
-    found = evaluate_classes(("a", "b", "c"), total, bins=BINS)
+    found = evaluate_task(task_of(table_of(5), 3), total, bins=BINS)
 
     areas = [one.auroc.value for one in found.values()]
-    assert list(found) == ["a", "b", "c"]
+    assert list(found) == ["class 0", "class 1", "class 2"]
     assert np.mean([area for area in areas if area is not None]) == pytest.approx(
         metrics.compute_metrics(3, total, bins=BINS)["auroc"]
     )
