@@ -58,7 +58,7 @@ class UNet(Evolving):
     """Outlines in images: convolutions with GroupNorm down to a small map and up again."""
 
     name: Literal["unet"]
-    channels: Annotated[tuple[Count, ...], Field(min_length=2), ALWAYS_WRITTEN] = (16, 32, 64)
+    channels: Annotated[tuple[Count, ...], Field(min_length=2)] = (16, 32, 64)
 
 
 class Lstm(Evolving):
