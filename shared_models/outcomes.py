@@ -123,6 +123,32 @@ def score_tables(task: Task, statistics: ArrayLike, *, bins: int) -> dict[str, F
     return found
 
 
+def ranked_classes(
+    task: Task, scores: ArrayLike, targets: ArrayLike
+) -> dict[str, tuple[Floats, NDArray[np.bool_], NDArray[np.bool_]]]:
+    """Scores of every class that ``score_tables`` has, unbinned.
+
+    Args:
+        task: Names the heads.
+        scores: As ``losses.scores`` gives them.
+        targets: Shape ``(n, *task.target_shape)``.
+
+    Returns:
+        By the same names: each record's score, whether it is of the class, and whether that is known; ``(n,)`` each.
+    """
+    given, known = np.asarray(scores, dtype=np.float64), np.asarray(targets, dtype=np.float64)
+    if task.choice is not None:
+        given, known = given.reshape(len(given), -1), known[:, None]
+    found = {}
+    for head, own, truth in _parts(task, given, known):
+        if isinstance(head, Choice):
+            before = "" if len(task.heads) == 1 else f"{head.name}."
+            first = 1 if len(head.classes) == 2 else 0
+            for place, name in enumerate(head.classes[first:]):
+                found[f"{before}{name}"] = own[:, place], truth[:, 0] == place + first, ~np.isnan(truth[:, 0])
+    return found
+
+
 def concordance(table: ArrayLike) -> float:
     """Harrell's concordance index from counts; NaN where no pair can be compared.
 

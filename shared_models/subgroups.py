@@ -6,6 +6,7 @@ What is paid is precision: multiplied back, the noise of every count is sqrt(1 +
 """
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Final, NamedTuple
 
@@ -42,14 +43,14 @@ class Grouping(NamedTuple):
     edges: NDArray[np.float32]
 
 
-def groupings(task: Task, evaluation: EvaluationPlan) -> tuple[Grouping, ...]:
-    """The plan's subgroups, held against the task's schema.
+def groupings(task: Task, subgroups: Sequence[Subgroups]) -> tuple[Grouping, ...]:
+    """Subgroups, held against the task's schema.
 
     Raises:
         ConfigError: The task's input is no table, or has no such column; a number has no edges, or some outside of its
             public range; categories have edges.
     """
-    return tuple(_grouping(task, one) for one in evaluation.subgroups)
+    return tuple(_grouping(task, one) for one in subgroups)
 
 
 def _grouping(task: Task, wanted: Subgroups) -> Grouping:
@@ -82,11 +83,11 @@ def release_size(task: Task, evaluation: EvaluationPlan) -> int:
     Raises:
         ConfigError: As for ``groupings``.
     """
-    blocks = 1 + sum(len(one.groups) for one in groupings(task, evaluation))
+    blocks = 1 + sum(len(one.groups) for one in groupings(task, evaluation.subgroups))
     return blocks * statistics_size(task, evaluation.bins)
 
 
-def group_of_each(task: Task, evaluation: EvaluationPlan, inputs: NDArray[np.float32]) -> NDArray[np.int64]:
+def group_of_each(task: Task, subgroups: Sequence[Subgroups], inputs: NDArray[np.float32]) -> NDArray[np.int64]:
     """Which group each record falls in, by what the network sees of it.
 
     Guarantees:
@@ -94,14 +95,14 @@ def group_of_each(task: Task, evaluation: EvaluationPlan, inputs: NDArray[np.flo
 
     Args:
         task: The task, of a table.
-        evaluation: The plan's.
+        subgroups: How they are told apart.
         inputs: Encoded rows, shape ``(n, width)``.
 
     Returns:
         Shape ``(n, groupings)``, indices of ``Grouping.groups``.
     """
-    found = np.zeros((len(inputs), len(evaluation.subgroups)), dtype=np.int64)
-    for place, grouping in enumerate(groupings(task, evaluation)):
+    found = np.zeros((len(inputs), len(subgroups)), dtype=np.int64)
+    for place, grouping in enumerate(groupings(task, subgroups)):
         if len(grouping.edges):
             found[:, place] = np.searchsorted(grouping.edges, inputs[:, grouping.first], side="right")
         else:
@@ -130,7 +131,7 @@ def spread(task: Task, evaluation: EvaluationPlan, rows: Floats, groups: NDArray
     size, first = rows.shape[1], 1
     wide = np.zeros((len(rows), release_size(task, evaluation)))
     wide[:, :size] = rows
-    for place, grouping in enumerate(groupings(task, evaluation)):
+    for place, grouping in enumerate(groupings(task, evaluation.subgroups)):
         columns = ((first + groups[:, place]) * size)[:, None] + np.arange(size)
         np.put_along_axis(wide, columns, rows, axis=1)
         first += len(grouping.groups)
@@ -144,7 +145,7 @@ def split(task: Task, evaluation: EvaluationPlan, statistics: ArrayLike) -> dict
         ProtocolError: Wrong length.
     """
     counts = np.asarray(statistics, dtype=np.float64)
-    names = [EVERYBODY, *((one.column, group) for one in groupings(task, evaluation) for group in one.groups)]
+    names = [EVERYBODY, *((one.column, group) for one in groupings(task, evaluation.subgroups) for group in one.groups)]
     if counts.shape != (release_size(task, evaluation),):
         raise ProtocolError(
             f"statistics of shape {counts.shape} are none of this plan's", hint="The sender runs another plan."

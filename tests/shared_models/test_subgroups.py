@@ -52,7 +52,7 @@ def test_a_record_falls_in_the_group_of_its_category_or_band() -> None:
     """An edge belongs to the band that begins there; the first category, which has no indicator, is a group too."""
     inputs = encoded(age=[18, 39.999, 40, 64.5, 65, 100], sex=[0, 1, 0, 1, 0, 1], chest_pain=[0, 1, 2, 3, 0, 2])
 
-    found = group_of_each(HEART_DISEASE, plan(SEX, AGE, CHEST), inputs)
+    found = group_of_each(HEART_DISEASE, (SEX, AGE, CHEST), inputs)
 
     assert found[:, 0].tolist() == [0, 1, 0, 1, 0, 1]
     assert found[:, 1].tolist() == [0, 0, 1, 1, 2, 2]
@@ -69,14 +69,14 @@ def test_what_is_spread_and_summed_splits_into_the_groups_counts(seed: int, subg
     )
     scores, labels = rng.random(count), rng.integers(2, size=count)
     rows = record_statistics(2, scores, labels, bins=20)
-    groups = group_of_each(HEART_DISEASE, evaluation, inputs)
+    groups = group_of_each(HEART_DISEASE, subgroups, inputs)
 
     wide = spread(HEART_DISEASE, evaluation, rows, groups)
     found = split(HEART_DISEASE, evaluation, wide.sum(axis=0))
 
     np.testing.assert_allclose(np.linalg.norm(wide, axis=1), 1, atol=1e-12)
     np.testing.assert_allclose(found.pop(EVERYBODY), total_statistics(2, scores, labels, bins=20), atol=1e-9)
-    for place, grouping in enumerate(groupings(HEART_DISEASE, evaluation)):
+    for place, grouping in enumerate(groupings(HEART_DISEASE, subgroups)):
         for number, name in enumerate(grouping.groups):
             those = groups[:, place] == number
             expected = total_statistics(2, scores[those], labels[those], bins=20)
@@ -86,7 +86,7 @@ def test_what_is_spread_and_summed_splits_into_the_groups_counts(seed: int, subg
 
 def test_groups_have_names_that_people_read() -> None:
     """Categories as the task calls them, bands with their unit."""
-    found = [one.groups for one in groupings(HEART_DISEASE, plan(SEX, AGE))]
+    found = [one.groups for one in groupings(HEART_DISEASE, (SEX, AGE))]
 
     assert found == [("female", "male"), ("below 40 year", "40 to below 65 year", "from 65 year")]
 
