@@ -31,6 +31,7 @@ FINEST_THRESHOLDS: Final = 99  # of the decision curve: at most so many
 _GRID: Final = np.linspace(0, 1, 257)  # where an interval's ends are looked for, again and again closer
 _ROUNDS: Final = 3  # leave a ten-millionth of the range
 _NOBODY: Final = 1e-9  # nearer to zero than any part of a patient
+_ROOM: Final = 0.05  # more than that between two ends is not one figure
 _CLEAR: Final = 3.0  # standard deviations of noise above which a count can be divided by
 _Z2: Final = NormalDist().inv_cdf((1 + LEVEL) / 2) ** 2
 
@@ -279,10 +280,13 @@ def nearest_counts(noised: Floats) -> Floats:
 def _accepted(
     value: float | None, distance: Callable[[Floats], Floats], *, low: float = 0.0, high: float = 1.0
 ) -> Estimate:
-    """All figures that a test does not reject, from the least to the greatest.
+    """All figures that a test does not reject, from the least to the greatest; where that is all, no figure.
+
+    Noise can carry an estimate out of the range. Whoever calls moves what the test is of to the end of the range then:
+    that only accepts more, and leaves an interval of some width.
 
     Args:
-        value: The estimate; None accepts the whole range.
+        value: The estimate, in the range; None accepts the whole range.
         distance: Of each candidate figure: squared distance from the data less z^2 times its variance there; rejected
             where that is positive.
         low: Least figure that is possible.
@@ -290,7 +294,6 @@ def _accepted(
     """
     if value is None:
         return Estimate(None, low, high)
-    value = min(max(value, low), high)
     ends = []
     for end in (low, high):
         inside, outside = value, end
@@ -302,7 +305,7 @@ def _accepted(
                 break
             inside, outside = float(grid[outermost]), float(grid[outermost + 1])
         ends.append(inside)
-    return Estimate(value, ends[0], ends[1])
+    return Estimate(None if ends == [low, high] else value, ends[0], ends[1])
 
 
 def _share(part: Floats, rest: Floats, noise: float) -> Estimate:
@@ -317,7 +320,8 @@ def _share(part: Floats, rest: Floats, noise: float) -> Estimate:
         rest: Counts that add up to n - x.
         noise: s, on every count.
     """
-    x, n = float(part.sum()), float(part.sum() + rest.sum())
+    n = float(part.sum() + rest.sum())
+    x = min(max(float(part.sum()), 0.0), n)
     cells = len(part), len(rest)
     value = x / n if n > 0 else None
 
@@ -336,15 +340,15 @@ def _mean(counts: _Counts, values: Floats) -> Estimate:
         counts: How many there are of each cell.
         values: The figure, shape ``(2, bins)``.
     """
-    n, total = float(counts.raw.sum()), float((counts.raw * values).sum())
-    low, high = float(values.min()), float(values.max())
+    n, low, high = float(counts.raw.sum()), float(values.min()), float(values.max())
+    total = min(max(float((counts.raw * values).sum()), low * n), high * n)
     squares = _squares(values, counts.table + counts.noise**2)
 
     def distance(t: Floats) -> Floats:
         result: Floats = (total - t * n) ** 2 - _Z2 * squares(t)
         return result
 
-    return _accepted(total / n if n > 0 else None, distance, low=low, high=high)
+    return _accepted(min(max(total / n, low), high) if n > 0 else None, distance, low=low, high=high)
 
 
 def _squares(values: Floats, weights: Floats | float, times: float = 1.0) -> Callable[[Floats], Floats]:
@@ -375,7 +379,7 @@ def _auroc(counts: _Counts) -> Estimate:
     if not (m > 0 and n > 0):
         return Estimate(None, 0.0, 1.0)
     below, above = _won(counts.raw)
-    u = float(counts.raw[1] @ below)
+    u = min(max(float(counts.raw[1] @ below), 0.0), m * n)
     delong = _delong(counts.table)
     of_positives, of_negatives = _squares(below, noise**2, n), _squares(above, noise**2, m)
 
@@ -416,7 +420,8 @@ def _auprc(counts: _Counts) -> Estimate:
     Precision at the top is a ratio of few patients. Under noise, bins are merged from the top until there are enough to
     divide by: ``_CLEAR`` standard deviations of their noise. Average precision is computed from the counts as they
     came, which leaves hardly any bias. It lies higher if the model ranks well within what was merged: the upper end has
-    room for the best order there. The lower end holds as long as it ranks there no worse than at random.
+    room for the best order there, and where that is more than ``_ROOM`` there is no figure. The lower end holds as long
+    as the model ranks there no worse than at random.
 
     An average precision t is rejected if it is above z standard deviations away. The variance is that of the patients,
     the larger one of a share's of m positives, t (1 - t) / m (Boyd et al.), and of the delta method's from the table;
@@ -431,7 +436,8 @@ def _auprc(counts: _Counts) -> Estimate:
     if not (m > 0 and counts.totals[0] > 0) or merged > counts.bins:
         return Estimate(None, 0.0, 1.0)
     kept, top = counts.raw[:, : counts.bins - merged], counts.raw[:, counts.bins - merged :]
-    value, by_count = average_precision(np.concatenate([kept, top.sum(axis=1, keepdims=True)], axis=1))
+    found, by_count = average_precision(np.concatenate([kept, top.sum(axis=1, keepdims=True)], axis=1))
+    value = min(max(found, 0.0), 1.0)
     by_count = np.concatenate([by_count[:, :-1], np.repeat(by_count[:, -1:], merged, axis=1)], axis=1)
     of_patients, of_noise = float((by_count**2 * counts.table).sum()), noise**2 * float((by_count**2).sum())
 
@@ -439,12 +445,12 @@ def _auprc(counts: _Counts) -> Estimate:
         result: Floats = (value - t) ** 2 - _Z2 * (np.maximum(t * (1 - t) / m, of_patients) + of_noise)
         return result
 
-    found = _accepted(value, distance)
+    whole = _accepted(value, distance)
     if merged == 1:
-        return found
+        return whole
     negatives, positives = top.sum(axis=1)
     room = min(max(positives / m, 0.0), 1.0) * (1 - min(max(positives / (positives + negatives), 0.0), 1.0))
-    return found._replace(high=min(found.high + float(room), 1.0))
+    return Estimate(whole.value if room <= _ROOM else None, whole.low, min(whole.high + float(room), 1.0))
 
 
 def _bins_to_merge(counts: _Counts) -> int:

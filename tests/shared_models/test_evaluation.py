@@ -333,3 +333,21 @@ def test_what_cannot_be_evaluated_is_refused(counts: NDArray[np.float64], noise:
     """With the reason, and never with a number."""
     with pytest.raises(ConfigError):
         evaluate(counts, noise=noise, specificity=specificity)
+
+
+def test_an_estimate_that_noise_carried_out_of_its_range_has_an_interval_with_width() -> None:
+    """More found than there are says that the share is high, not that it is 1 for certain."""
+    counts = np.zeros((2, BINS))
+    counts[1, :10], counts[1, 10:], counts[0] = -6.0, 20.0, 10.0
+
+    found = evaluate(counts, noise=2.0).at_half.sensitivity
+
+    assert found.value == found.high == 1
+    assert 0.5 < found.low < 0.99
+
+
+def test_where_the_whole_range_is_possible_no_figure_is_given() -> None:
+    """A number would be read as one."""
+    found = evaluate(np.ones((2, BINS)), noise=50.0)
+
+    assert found.auroc == found.auprc == found.at_half.sensitivity == (None, 0.0, 1.0)
