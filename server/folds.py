@@ -145,7 +145,7 @@ def tables(summary: Mapping[str, Any]) -> list[Table]:
     price = Table("", "epsilon", title="Cost to a patient, at most", title_justify="left")
     price.add_row("one fold", f"{cost['epsilon_of_one']:.3f}")
     price.add_row("all folds together", f"{cost['epsilon_of_all']:.3f}", style="bold")
-    price.caption = f"at delta {cost['delta']:g}, by a Renyi filter at order {cost['order']}, and at its best for one"
+    price.caption = f"at delta {cost['delta']:g}; all: Renyi order {cost['order']}"
     return [figures, price]
 
 

@@ -263,9 +263,9 @@ def draw(report: Report) -> dict[str, Drawn]:
     pictures: dict[str, Drawn] = {}
     if report.groups:
         pictures |= draw_evaluation(report.groups[EVERYBODY])
-        if len(report.groups) > 1:
+        if len(report.groups) > 1 and any(found.value is not None for _, found in _rows(report)):
             pictures["groups"] = draw_groups(_rows(report), figure="AUROC")
-    if report.progress and any(one.figures for one in report.progress):
+    if any(found.value is not None for one in report.progress for found in one.figures.values()):
         pictures["progress"] = draw_progress(report.progress)
     limit = report.plan.privacy.epsilon
     bars = [

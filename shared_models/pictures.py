@@ -86,8 +86,10 @@ def require_matplotlib() -> None:
 def draw_evaluation(lines: Lines) -> dict[str, Drawn]:
     """The four curves, with a line for each evaluation; of more than ``MOST_LINES`` the first ones.
 
+    Where the noise leaves no area under a curve to tell, the curve is not drawn either: it would be read as one.
+
     Args:
-        lines: By what the legend calls them. Those without a class have no curve.
+        lines: By what the legend calls them.
 
     Returns:
         By file name without its suffix: ``roc``, ``precision-recall``, ``calibration``, ``decision``.
@@ -156,7 +158,7 @@ def _draw(painter: Any, *what: Any, size: tuple[float, float] = _SIZE) -> Drawn:
 def _roc(axes: "Axes", lines: Lines) -> None:
     axes.plot([0, 1], [0, 1], color=_GREY, linewidth=1, linestyle=(0, (2, 3)))
     for place, (name, found) in enumerate(lines.items()):
-        if found.roc:
+        if found.roc and found.auroc.value is not None:
             label = _label(name, "AUROC", found.auroc)
             axes.plot(*zip(*found.roc, strict=True), label=label, **_look(place))
             point = found.at_specificity
@@ -170,7 +172,7 @@ def _roc(axes: "Axes", lines: Lines) -> None:
 
 def _precision_recall(axes: "Axes", lines: Lines) -> None:
     for place, (name, found) in enumerate(lines.items()):
-        if found.precision_recall:
+        if found.precision_recall and found.auprc.value is not None:
             label = _label(name, "AUPRC", found.auprc)
             axes.plot(*zip(*found.precision_recall, strict=True), label=label, **_look(place))
             share = found.positives / (found.positives + found.negatives)
@@ -293,4 +295,6 @@ def _legend(axes: "Axes", where: Literal["upper right", "upper left", "lower lef
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc=where)
     else:
-        axes.text(0.5, 0.5, "the noise leaves nothing to draw", ha="center", color=_GREY, transform=axes.transAxes)
+        box = {"facecolor": "white", "edgecolor": "none"}
+        why = "the noise leaves nothing to draw"
+        axes.text(0.5, 0.5, why, ha="center", va="center", color=_GREY, transform=axes.transAxes, bbox=box)
