@@ -595,6 +595,25 @@ LUNG_OUTLINE = Task(
     heads=(Outline(name="lungs"),),
 )
 
+ATTENDANCES = Task(
+    name="attendances",
+    description="Emergency attendances of the next month, from the last twelve; a row is a month, no patient.",
+    input=TableInput(
+        columns=tuple(
+            Numeric(
+                name=f"months_ago_{ago}",
+                unit="1",
+                low=0.25,
+                high=4,
+                scale="log",
+                description="attendances a day in that month, over their mean in the twelve months",
+            )
+            for ago in range(1, 13)
+        )
+    ),
+    heads=(Quantity(measure=Numeric(name="next_month", unit="1", low=0.25, high=4, scale="log")),),
+)
+
 TRIAL_IMAGES = Task(
     name="trial-images",
     description="Ten kinds of made-up pictures, for trials and benchmarks: without any clinical meaning.",
@@ -616,6 +635,7 @@ TASKS: Mapping[str, Task] = MappingProxyType(
             ICU_MORTALITY,
             ICU_OUTCOMES,
             NOTE_SPECIALTY,
+            ATTENDANCES,
             TRIAL_IMAGES,
         )
     }
