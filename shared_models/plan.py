@@ -286,7 +286,7 @@ class Subgroups(Evolving):
             Of a column of categories none; each category is a group.
     """
 
-    column: Annotated[str, Field(min_length=1, max_length=64)]
+    column: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]{0,63}$")]
     edges: Annotated[tuple[Annotated[float, Field(allow_inf_nan=False)], ...], Field(max_length=10)] = ()
 
     @model_validator(mode="after")
