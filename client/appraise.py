@@ -222,7 +222,8 @@ def write_report(folder: Path, found: Appraisal) -> list[Path]:
     Raises:
         ConfigError: The folder cannot be written.
     """
-    pictures = draw_evaluation(_lines(found))
+    lines = _lines(found)
+    pictures = draw_evaluation(lines) if lines else {}
     for number, (name, one) in enumerate(found.models.items(), start=1):
         pictures |= _forest("groups" if len(found.models) == 1 else f"groups-{number}", name, one)
     try:
@@ -250,4 +251,4 @@ def _forest(file: str, model: str, found: Measured) -> dict[str, Drawn]:
         for group, those in ({EVERYBODY: found.classes} | dict(found.groups)).items()
         for label, one in those.items()
     ]
-    return {file: draw_groups(rows, figure=f"AUROC of {model}")} if found.groups else {}
+    return {file: draw_groups(rows, figure=f"AUROC of {model}")} if found.groups and found.classes else {}

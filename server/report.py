@@ -21,7 +21,7 @@ from shared_models.durable import replace_file
 from shared_models.errors import ConfigError
 from shared_models.evaluation import LEVEL, SPECIFICITY, AtThreshold, Estimate, Evaluation, evaluate_task
 from shared_models.model_file import read_about
-from shared_models.outcomes import row_norm
+from shared_models.outcomes import compute_metrics, row_norm
 from shared_models.pictures import (
     Bar,
     Drawn,
@@ -35,7 +35,7 @@ from shared_models.pictures import (
 )
 from shared_models.plan import StudyPlan, parse_plan_json
 from shared_models.subgroups import EVERYBODY, release_noise, split
-from shared_models.tasks import Task, task_of
+from shared_models.tasks import Choice, Task, task_of
 
 FORMAT: Final = "konsil-report/1"
 FOLDER: Final = "report"  # beside the study's other files
@@ -68,6 +68,7 @@ class Report:
         standing: The journal, folded.
         release: The release that is shown; None where there is none.
         groups: Its evaluation by (column, group) and by class; ``EVERYBODY`` first.
+        plain: By (column, group), the metrics of tasks with heads that are no choice, for which there is no interval.
         noise: Standard deviation of the noise on every count of it.
         progress: Everybody's figures over the rounds.
         costs: By hospital.
@@ -79,6 +80,7 @@ class Report:
     standing: Standing
     release: Released | None
     groups: Groups
+    plain: Mapping[tuple[str, str], Mapping[str, float]]
     noise: float
     progress: Sequence[Release]
     costs: Sequence[Cost]
@@ -104,6 +106,7 @@ class Report:
                     "column": column or None,
                     "group": group,
                     "classes": {label: one.as_json() for label, one in found.items()},
+                    "metrics": dict(self.plain.get((column, group), {})),
                 }
                 for (column, group), found in self.groups.items()
             ],
@@ -176,6 +179,7 @@ def read_report(folder: Path, *, specificity: float = SPECIFICITY, round_number:
         standing=standing,
         release=chosen,
         groups=evaluate_release(plan, task, chosen, specificity=specificity) if chosen else {},
+        plain=_plain(plan, task, chosen) if chosen else {},
         noise=noise_of(plan, task, chosen) if chosen else 0.0,
         progress=[_figures(plan, task, one) for one in _evenly(releases)],
         costs=[_cost(name, standing) for name in sorted(standing.hospitals)],
@@ -194,7 +198,10 @@ def _plan(folder: Path, standing: Standing) -> StudyPlan:
 
 
 def _shrunk(plan: StudyPlan, task: Task) -> float:
-    """What clipping leaves of a patient: S below a row's length makes all counts smaller alike."""
+    """What clipping leaves of a patient: S below a row's length makes all counts smaller alike.
+
+    Exact for one choice and one record per patient; else rows may be shorter, and less of them was clipped.
+    """
     return min(1.0, plan.evaluation.clip / row_norm(task)) if plan.evaluation else 1.0
 
 
@@ -217,6 +224,16 @@ def evaluate_release(plan: StudyPlan, task: Task, released: Released, *, specifi
             task, counts / _shrunk(plan, task), bins=plan.evaluation.bins, noise=noise, specificity=specificity
         )
         for group, counts in split(task, plan.evaluation, released.statistics).items()
+    }
+
+
+def _plain(plan: StudyPlan, task: Task, released: Released) -> Mapping[tuple[str, str], Mapping[str, float]]:
+    if plan.evaluation is None or all(isinstance(head, Choice) for head in task.heads):
+        return {}
+    counts = split(task, plan.evaluation, released.statistics)
+    return {
+        group: compute_metrics(task, part / _shrunk(plan, task), bins=plan.evaluation.bins)
+        for group, part in counts.items()
     }
 
 
@@ -261,7 +278,7 @@ def _measured(folder: Path) -> Mapping[str, Mapping[str, float]]:
 def draw(report: Report) -> dict[str, Drawn]:
     """All pictures of a report, by the names of their files."""
     pictures: dict[str, Drawn] = {}
-    if report.groups:
+    if report.groups.get(EVERYBODY):
         pictures |= draw_evaluation(report.groups[EVERYBODY])
         if len(report.groups) > 1 and any(found.value is not None for _, found in _rows(report)):
             pictures["groups"] = draw_groups(_rows(report), figure="AUROC")
@@ -306,6 +323,8 @@ def render(report: Report, pictures: Mapping[str, Drawn]) -> str:
             for label, one in found.items()
         ],
         columns=sorted({name for figures in report.measured.values() for name in figures} - {"records"}),
+        plain={_named(group, "", 1): metrics for group, metrics in report.plain.items()},
+        plain_columns=list(dict.fromkeys(name for metrics in report.plain.values() for name in metrics)),
         pictures={name: base64.b64encode(drawn.svg).decode() for name, drawn in pictures.items()},
         level=f"{LEVEL:.0%}",
         limit=report.plan.privacy.epsilon,

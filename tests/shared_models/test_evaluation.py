@@ -13,7 +13,7 @@ from scipy.stats import binom, binomtest, norm  # type: ignore[import-untyped]  
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import average_precision_score, brier_score_loss, roc_auc_score, roc_curve
 
-from shared_models import metrics
+from shared_models import metrics, outcomes
 from shared_models.errors import ConfigError
 from shared_models.evaluation import (
     Estimate,
@@ -23,6 +23,7 @@ from shared_models.evaluation import (
     evaluate_task,
     nearest_counts,
 )
+from shared_models.tasks import Choice, Numeric, Quantity
 from tests.client.made_up import table as table_of
 from tests.client.made_up import task_of
 
@@ -191,6 +192,42 @@ def test_more_classes_have_an_evaluation_each() -> None:
     assert np.mean([area for area in areas if area is not None]) == pytest.approx(
         metrics.compute_metrics(3, total, bins=BINS)["auroc"]
     )
+
+
+def test_every_finding_of_several_heads_is_evaluated_where_it_is_known() -> None:
+    """Each head's area is scikit-learn's over the records whose label is known; a quantity beside them has none."""
+    rng = np.random.default_rng(12)
+    measure = Numeric(name="stay", unit="day", low=0, high=10)
+    heads = (
+        Choice(name="oedema", classes=("absent", "present")),
+        Quantity(measure=measure),
+        Choice(name="kind", classes=("a", "b", "c")),
+    )
+    task = task_of(table_of(5), heads)
+    targets = np.stack([rng.integers(2, size=300), rng.uniform(-2, 2, size=300), rng.integers(3, size=300)], axis=1)
+    targets = np.where(rng.random(targets.shape) < 0.2, np.nan, targets)
+    logits = rng.normal(size=(300, 3)) + np.eye(3)[np.nan_to_num(targets[:, 2]).astype(int)]
+    scores = np.column_stack(
+        [
+            1 / (1 + np.exp(-rng.normal(size=300) - np.nan_to_num(targets[:, 0]))),
+            rng.normal(size=300),
+            np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True),
+        ]
+    )
+
+    total = outcomes.record_statistics(task, scores, targets, bins=1000).sum(axis=0)
+    found = evaluate_task(task, total, bins=1000)
+    ranked = outcomes.ranked_classes(task, scores, targets)
+
+    assert list(found) == list(ranked) == ["oedema.present", "kind.a", "kind.b", "kind.c"]
+    for name, column, label in [("oedema.present", 0, 1), ("kind.a", 2, 0), ("kind.c", 2, 2)]:
+        known = ~np.isnan(targets[:, column])
+        given, labels, told = ranked[name]
+        assert (told == known).all()
+        area = roc_auc_score(targets[known, column] == label, given[known])
+        assert area == roc_auc_score(labels[known], given[known])
+        assert found[name].auroc.value == pytest.approx(area, abs=2e-3)
+        assert found[name].positives + found[name].negatives == known.sum()
 
 
 # noised counts
