@@ -218,7 +218,7 @@ def _decision(axes: "Axes", lines: Lines) -> None:
     axes.plot([], [], color=_GREY, linewidth=0.9, linestyle=(0, (1, 2)), label="treat all")
     axes.plot([], [], color=_GREY, linewidth=1, label="treat none")
     _finish(axes, "Decision curve", "threshold probability", "net benefit")
-    axes.set(xlim=(0, 1), ylim=(lowest - 0.25 * highest, 1.15 * highest))
+    axes.set(xlim=(0, 1), ylim=(lowest - 0.25 * highest, 1.55 * highest))  # room for the legend
     _legend(axes, "upper right")
 
 
