@@ -68,20 +68,30 @@ class UNet(Evolving):
 
 
 class Lstm(Evolving):
-    """Series with missing values: values, mask and time since last seen enter together."""
+    """Series with missing values: values, mask and time since last seen enter together.
+
+    Attributes:
+        carry_forward: Whether the last value seen of a variable stands where it is missing, instead of nothing.
+    """
 
     name: Literal["lstm"]
     hidden: Annotated[Count, ALWAYS_WRITTEN] = 64
     layers: Annotated[int, Field(ge=1, le=4), ALWAYS_WRITTEN] = 1
+    carry_forward: bool = False
 
 
 class Transformer(Evolving):
-    """Tokens or series: pre-norm encoder layers, mean over the positions that are there."""
+    """Tokens or series: pre-norm encoder layers, mean over the positions that are there.
+
+    Attributes:
+        carry_forward: As of ``Lstm``; tokens have nothing to carry.
+    """
 
     name: Literal["transformer"]
     width: Annotated[Count, ALWAYS_WRITTEN] = 64
     heads: Annotated[int, Field(ge=1, le=64), ALWAYS_WRITTEN] = 4
     layers: Annotated[int, Field(ge=1, le=48), ALWAYS_WRITTEN] = 2
+    carry_forward: bool = False
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> "Transformer":

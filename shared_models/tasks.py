@@ -456,6 +456,7 @@ _ICU: tuple[tuple[str, str, float, float, str, str], ...] = (
     ("white_cells", "1000/uL", 0, 500, "sqrt", "last"),
     ("weight", "kg", 20, 400, "log", "last"),
     ("ph", "1", 6.5, 8, "linear", "last"),
+    ("age", "year", 15, 120, "linear", "last"),  # at admission: seen in the first hour, as the challenge files it
 )
 
 ICU_MORTALITY = Task(

@@ -85,12 +85,13 @@ def _for_images(network: plan.Network, task: Task) -> nn.Module | None:
 
 def _for_positions(network: plan.Network, task: Task) -> nn.Module | None:
     match network, task.input:
-        case plan.Lstm(hidden=hidden, layers=layers), SeriesInput(variables=variables):
-            return Lstm(len(variables), hidden, layers, task.outputs)
+        case plan.Lstm() as shape, SeriesInput(variables=variables):
+            return Lstm(len(variables), shape.hidden, shape.layers, task.outputs, carry_forward=shape.carry_forward)
         case plan.Transformer() as shape, TokensInput(vocabulary=vocabulary, length=length):
             return Transformer(Tokens(vocabulary, shape.width), length, shape, task.outputs)
         case plan.Transformer() as shape, SeriesInput(variables=variables, steps=steps):
-            return Transformer(Series(len(variables), shape.width), steps, shape, task.outputs)
+            series = Series(len(variables), shape.width, carry_forward=shape.carry_forward)
+            return Transformer(series, steps, shape, task.outputs)
     return None
 
 

@@ -1,5 +1,7 @@
 """Network for series with missing values: an LSTM over values, mask and time since last seen."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -18,16 +20,18 @@ class Lstm(nn.Module):
         hidden: Width of each layer's state.
         layers: Number of stacked layers.
         outputs: Number of logits.
+        carry_forward: As ``observe`` takes it.
     """
 
-    def __init__(self, variables: int, hidden: int, layers: int, outputs: int) -> None:
+    def __init__(self, variables: int, hidden: int, layers: int, outputs: int, *, carry_forward: bool = False) -> None:
         super().__init__()
+        self.carry_forward = carry_forward
         self.layers = nn.ModuleList(_Layer(3 * variables if i == 0 else hidden, hidden) for i in range(layers))
         self.head = nn.Linear(hidden, outputs)
 
     def forward(self, series: Tensor) -> Tensor:
         """Logits, shape ``(n, outputs)``, of series, shape ``(n, steps, 3 * variables)``."""
-        states, seen = observe(series)
+        states, seen = observe(series, carry_forward=self.carry_forward)
         for layer in self.layers:
             states = layer(states)
         steps = torch.arange(1, seen.shape[1] + 1, device=seen.device)
@@ -62,19 +66,33 @@ class _Layer(nn.Module):
         return torch.stack(states, dim=1)
 
 
-def observe(series: Tensor) -> tuple[Tensor, Tensor]:
+def observe(series: Tensor, *, carry_forward: bool = False) -> tuple[Tensor, Tensor]:
     """Make series fit for a network: missing values become 0, times since last seen become ``log(1 + time)``.
 
     The logarithm keeps a variable that was never seen again (its time grows with every step) within the scale of the
     rest, without any statistic of the data.
 
+    Carried forward, the last value seen stands in for a missing one, and 0 only where there was none yet; times are
+    divided by ``log(1 + steps)``, which brings them into [0, 1]. What is measured every few hours is then there at
+    every step, and its age says how far to trust it.
+
     Args:
         series: Shape ``(n, steps, 3 * variables)``: values, mask (1 = seen), time since last seen.
+        carry_forward: Whether to fill missing values with the last one seen in the same record.
 
     Returns:
         Series of the same shape, and whether anything was seen at each step, shape ``(n, steps)``.
+
+    Source:
+        Che et al. 2018 (GRU-D), whose baseline "forward" this is, with mask and time interval beside it.
     """
     values, mask, elapsed = series.chunk(3, dim=2)
     seen = mask > 0
     values = torch.where(seen, values, 0.0)  # not a product: NaN * 0 is NaN
-    return torch.cat([values, seen.to(values.dtype), elapsed.clamp(min=0).log1p()], dim=2), seen.any(dim=2)
+    times = elapsed.clamp(min=0).log1p()
+    if carry_forward:
+        steps = torch.arange(seen.shape[1], device=seen.device)[None, :, None]
+        last = torch.where(seen, steps, 0).cummax(dim=1).values  # nothing yet: the first step, whose value is 0 then
+        values = values.gather(1, last)
+        times = times / math.log1p(seen.shape[1])
+    return torch.cat([values, seen.to(values.dtype), times], dim=2), seen.any(dim=2)

@@ -24,13 +24,14 @@ class Tokens(nn.Module):
 class Series(nn.Module):
     """Series, shape ``(n, steps, 3 * variables)``, to vectors; a step at which nothing was seen is not there."""
 
-    def __init__(self, variables: int, width: int) -> None:
+    def __init__(self, variables: int, width: int, *, carry_forward: bool = False) -> None:
         super().__init__()
+        self.carry_forward = carry_forward
         self.projection = nn.Linear(3 * variables, width)
 
     def forward(self, series: Tensor) -> tuple[Tensor, Tensor]:
         """Vectors, shape ``(n, steps, width)``, and which steps are there, shape ``(n, steps)``."""
-        observed, present = observe(series)
+        observed, present = observe(series, carry_forward=self.carry_forward)
         return self.projection(observed), present
 
 

@@ -353,6 +353,7 @@ NETWORKS: list[tuple[Network, Input, int | tuple[Head, ...]]] = [
     (Cnn(name="cnn", channels=(4, 8)), ImageInput(channels=1, height=28, width=30), 2),
     (Cnn(name="cnn", channels=(4, 8)), ImageInput(channels=3, height=96, width=96), 3),
     (Lstm(name="lstm", hidden=5, layers=2), SERIES, 2),
+    (Lstm(name="lstm", hidden=5, carry_forward=True), SERIES, 2),
     (Transformer(name="transformer", width=8, heads=2, layers=2), SERIES, 3),
     (Transformer(name="transformer", width=8, heads=2, layers=2), TokensInput(vocabulary=11, length=7), 2),
     (Mlp(name="mlp", hidden=(6,)), table(5), HEADS),

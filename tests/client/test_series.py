@@ -235,11 +235,11 @@ def test_time_since_last_seen_is_that_of_its_source() -> None:
 
 
 def test_intensive_care_has_public_ranges_for_every_variable() -> None:
-    """37 variables of the challenge over 48 hours; ordinary values are inside, unit errors outside."""
+    """37 variables of the challenge and the age, over 48 hours; ordinary values are inside, unit errors outside."""
     assert isinstance(ICU_MORTALITY.input, SeriesInput)
     ranges = {variable.name: (variable.low, variable.high) for variable in ICU_MORTALITY.input.variables}
 
-    assert (len(ranges), ICU_MORTALITY.input.steps) == (37, 48)
+    assert (len(ranges), ICU_MORTALITY.input.steps) == (38, 48)
     for name, usual, error in (("ph", 7.4, 735), ("temperature", 36.6, -17.8), ("inspired_oxygen", 0.4, 40)):
         low, high = ranges[name]
         assert low < usual < high

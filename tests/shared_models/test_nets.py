@@ -1,5 +1,6 @@
 """Networks: built from a plan, the same for everyone, free of batch normalisation, record by record, and they learn."""
 
+import math
 from typing import Final
 
 import pytest
@@ -12,6 +13,7 @@ from shared_models import plan
 from shared_models.errors import ConfigError
 from shared_models.nets.build import SUPPORTED_LAYERS, build_network, check_supported, count_parameters
 from shared_models.nets.losses import loss_per_record, scores
+from shared_models.nets.lstm import observe
 from shared_models.tasks import (
     Choice,
     Head,
@@ -81,6 +83,8 @@ OBLONG = ImageInput(channels=3, height=29, width=35)
 CNN = plan.Cnn(name="cnn", channels=(4, 6, 8))
 TRANSFORMER = plan.Transformer(name="transformer", width=8, heads=2, layers=2)
 LSTM = plan.Lstm(name="lstm", hidden=6, layers=2)
+CARRYING_LSTM = plan.Lstm(name="lstm", hidden=6, carry_forward=True)
+CARRYING_TRANSFORMER = plan.Transformer(name="transformer", width=8, heads=2, layers=1, carry_forward=True)
 NETWORKS: dict[str, tuple[plan.Network, Task]] = {
     "logistic regression": (plan.LogisticRegression(name="logistic-regression"), _task(TABLE)),
     "mlp": (plan.Mlp(name="mlp", hidden=(8, 4)), _task(TABLE, 3)),
@@ -91,6 +95,8 @@ NETWORKS: dict[str, tuple[plan.Network, Task]] = {
     "cnn, 224 pixels, 3 channels": (CNN, _task(_image(3, 224))),
     "cnn, oblong": (CNN, _task(ImageInput(channels=1, height=28, width=70))),
     "cnn, deep and thin": (plan.Cnn(name="cnn", channels=(1, 2, 3, 5, 7, 8, 16)), _task(_image(1, 28))),
+    "lstm, values carried forward": (CARRYING_LSTM, _task(SERIES)),
+    "transformer, values carried forward": (CARRYING_TRANSFORMER, _task(SERIES)),
     "lstm": (LSTM, _task(SERIES)),
     "lstm, 3 classes": (plan.Lstm(name="lstm", hidden=5), _task(SERIES, 3)),
     "transformer, series": (TRANSFORMER, _task(SERIES, 3)),
@@ -100,7 +106,9 @@ NETWORKS: dict[str, tuple[plan.Network, Task]] = {
     "unet, odd sizes": (plan.UNet(name="unet", channels=(4, 6, 8)), _task(OBLONG, 2, Outline(name="mask"))),
 }
 each_network = pytest.mark.parametrize("which", NETWORKS)
-WITH_MISSING_VALUES: list[tuple[plan.Network, Task]] = [(LSTM, _task(SERIES)), (TRANSFORMER, _task(SERIES))]
+WITH_MISSING_VALUES: list[tuple[plan.Network, Task]] = [
+    (network, _task(SERIES)) for network in (LSTM, TRANSFORMER, CARRYING_LSTM, CARRYING_TRANSFORMER)
+]
 
 
 @each_network
@@ -240,6 +248,30 @@ def test_steps_after_a_short_stay_change_nothing(which: tuple[plan.Network, Task
     longer[:, stay:, 6:] = 99.0
 
     torch.testing.assert_close(model(series), model(longer))
+
+
+def test_the_last_value_seen_stands_where_one_is_missing() -> None:
+    """Of the same record and variable, never a later one; before the first there is nothing, and the mask stays."""
+    missing = torch.nan
+    values = torch.tensor([[[missing, 2.0], [3.0, missing], [missing, missing], [5.0, missing]]])
+    mask = values.isfinite().float()
+    elapsed = torch.tensor([[[0.0, 0.0], [1.0, 1.0], [1.0, 2.0], [2.0, 3.0]]])
+
+    filled, seen = observe(torch.cat([values, mask, elapsed], dim=2), carry_forward=True)
+
+    carried, kept, times = filled.chunk(3, dim=2)
+    assert carried.tolist() == [[[0.0, 2.0], [3.0, 2.0], [3.0, 2.0], [5.0, 2.0]]]
+    assert torch.equal(kept, mask)
+    assert seen.tolist() == [[True, True, False, True]]
+    torch.testing.assert_close(times, elapsed.log1p() / math.log(5))  # four steps: at most log(5) before
+
+
+def test_a_series_that_carries_nothing_forward_keeps_its_plans_digest() -> None:
+    """What a release before this one computed, to the bit; with the key it is another plan."""
+    plain = plan.Lstm(name="lstm", hidden=6)
+
+    assert plain.model_dump(mode="json") == {"name": "lstm", "hidden": 6, "layers": 1}
+    assert CARRYING_LSTM.model_dump(mode="json") == {"name": "lstm", "hidden": 6, "layers": 1, "carry_forward": True}
 
 
 @pytest.mark.parametrize("which", WITH_MISSING_VALUES)

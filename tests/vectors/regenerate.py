@@ -89,6 +89,11 @@ PLANS = {
     "early stopping": changed(RELEASING, early_stopping={"metric": "auroc", "patience": 3}),
     "hospitals": changed(RELEASING, hospitals=["south", "north", "east"]),
     "subgroups": changed(RELEASING, evaluation={"subgroups": [{"column": "mean_radius", "edges": [12.0, 16.0]}]}),
+    "carried forward": changed(
+        example_plan("breast-cancer", 4),
+        task="icu-mortality",
+        network={"name": "lstm", "hidden": 8, "carry_forward": True},
+    ),
     "fold": changed(RELEASING, fold={"index": 2, "count": 5}),
 }
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
