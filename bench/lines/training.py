@@ -101,7 +101,8 @@ def federate(plain: Plain, hospitals: Sequence[Records], *, seed: int) -> nn.Mod
     weights = [plain.weight(records) for records in hospitals]
     for number in range(1, plain.rounds + 1):
         total = np.zeros(len(parameters))
-        chosen = cohorts.choice(len(hospitals), plain.cohort or len(hospitals), replace=False)
+        cohort = min(plain.cohort or len(hospitals), len(hospitals))
+        chosen = cohorts.choice(len(hospitals), cohort, replace=False)
         for place in sorted(chosen.tolist()):
             records, weight = hospitals[place], weights[place]
             vector_to_parameters(parameters, model)
