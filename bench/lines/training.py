@@ -125,14 +125,13 @@ def train_in_one_place(plain: Plain, records: Records, *, seed: int, hospitals: 
     """Take the same steps on one set of records: a hospital alone, or all of them pooled.
 
     Args:
-        plain: As for ``federate``, without cohorts; what the coordinator would remember is remembered here.
+        plain: As for ``federate``; what the coordinator would remember between rounds is remembered here.
         records: All training records.
         seed: Of the initial parameters and of the order of records.
         hospitals: How many were pooled: a round has ``steps`` for each, so that the data is passed over as often as in
             the federation.
     """
-    here = plain.model_copy(update={"steps": plain.steps * hospitals, "cohort": None})
-    return federate(here, [records], seed=seed)
+    return federate(plain.model_copy(update={"steps": plain.steps * hospitals}), [records], seed=seed)
 
 
 def _seed(seed: int, number: int, place: int) -> int:
