@@ -169,7 +169,8 @@ def test_one_full_step_at_each_hospital_is_one_full_step_on_all_records() -> Non
     ]
 
     federated = training.federate(plain, hospitals, seed=0)
-    pooled = training.train_in_one_place(plain, training.pool(hospitals), seed=0)
+    sampled = plain.model_copy(update={"cohort": 2})  # of which there are none in one place
+    pooled = training.train_in_one_place(sampled, training.pool(hospitals), seed=0)
 
     for ours, theirs in zip(federated.parameters(), pooled.parameters(), strict=True):
         assert float(ours.detach().abs().max()) > 0.001
