@@ -225,15 +225,16 @@ class PatientGradients(Gradients):
 
     def _means(self, patients: NDArray[np.int64]) -> list[Tensor]:
         """Each patient's mean gradient over all own records: per parameter, shape ``(patients, size)``."""
-        inputs, targets, owners = self._records.select(patients)
-        if len(owners) == len(patients) <= self._micro_batch:
+        counts = self._records.record_counts[patients]
+        if counts.sum() == len(patients) <= self._micro_batch:
+            inputs, targets, _ = self._records.select(patients)
             return self._record_gradients(inputs, targets)
-        owner = torch.from_numpy(owners).to(self._device)
-        share = (1 / torch.bincount(owner).double()).float()[owner, None]
+        share = torch.from_numpy(1 / counts).float().to(self._device)
         means = [torch.zeros(len(patients), size, device=self._device) for size in self._sizes]
-        for rows in torch.arange(len(owners)).split(self._micro_batch):
-            for mean, gradient in zip(means, self._record_gradients(inputs[rows], targets[rows]), strict=True):
-                mean.index_add_(0, owner[rows], gradient * share[rows])
+        for inputs, targets, owners in self._records.parts(patients, self._micro_batch):
+            owner = torch.from_numpy(owners).to(self._device)
+            for mean, gradient in zip(means, self._record_gradients(inputs, targets), strict=True):
+                mean.index_add_(0, owner, gradient * share[owner, None])
         return means
 
     def _record_gradients(self, inputs: Tensor, targets: Tensor) -> list[Tensor]:

@@ -15,7 +15,7 @@ from shared_models.nets.losses import scores
 from shared_models.plan import EvaluationPlan
 from shared_models.tasks import Task
 
-_BATCH = 1024  # records at once on the device
+_BATCH = 256  # records at once in memory and on the device
 _PATIENTS = 512  # patients at once in a release: bounds memory, changes no result beyond rounding
 _ROUNDING = 1 - 2.0**-40  # clip this much below S, so that rounding in float64 cannot lift a patient above S
 
@@ -76,9 +76,12 @@ def released_statistics(
     total = np.zeros(statistics_size(len(task.classes), plan.bins))
     for first in range(0, records.patient_count, _PATIENTS):
         patients = np.arange(first, min(first + _PATIENTS, records.patient_count))
-        inputs, targets, owners = records.select(patients)
-        rows, finite = _rows(model, inputs, targets, task, plan.bins)
-        total += _clipped_sum(np.where(finite[:, None], rows, 0), owners, clip=plan.clip)
+        found, whose = [np.empty((0, len(total)))], [np.empty(0, dtype=np.int64)]
+        for inputs, targets, owners in records.parts(patients, _BATCH):
+            rows, finite = _rows(model, inputs, targets, task, plan.bins)
+            found.append(np.where(finite[:, None], rows, 0))
+            whose.append(owners)
+        total += _clipped_sum(np.concatenate(found), np.concatenate(whose), clip=plan.clip)
     return total + plan.noise_multiplier * plan.clip * random.gaussian(len(total))
 
 
@@ -99,9 +102,8 @@ def _rows(
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    parts = [scores(task, model(part.to(device))).cpu() for part in inputs.split(_BATCH)]
+    score = scores(task, model(inputs.to(device))).cpu().double().numpy()
     model.train(was_training)
-    score = torch.cat(parts).double().numpy()
     finite = np.isfinite(score.reshape(len(score), -1)).all(axis=1)
     score[~finite] = 0
     return record_statistics(len(task.classes), score, targets.numpy().astype(np.int64), bins=bins), finite
