@@ -108,16 +108,14 @@ def train_on(folder: Path, kind: str, steps: int) -> dict[str, float]:
     from client.settings import read_settings
     from shared_models.nets.build import build_network
     from shared_models.plan import Cnn
-    from shared_models.tasks import ImageInput, Task
+    from shared_models.tasks import Choice, ImageInput, Task
 
     torch.set_num_threads(1)
     task = Task(
         name="pictures",
         description="Noise.",
         input=ImageInput(channels=3 if KINDS[kind][1] == 3 else 1, height=SIZE, width=SIZE),
-        label="finding",
-        classes=("normal", "abnormal"),
-        loss="binary-cross-entropy",
+        heads=(Choice(name="finding", classes=("normal", "abnormal")),),
     )
     settings = read_settings(folder / "hospital.toml")
     model = build_network(Cnn(name="cnn"), task, seed=0)

@@ -44,7 +44,7 @@ from shared_models.privacy.empirical import (
 )
 from shared_models.privacy.mechanisms import PoissonGaussian, training_mechanism
 from shared_models.software import folder_digest
-from shared_models.tasks import Numeric, TableInput, Task, find_task
+from shared_models.tasks import Choice, Numeric, TableInput, Task, task_of
 
 CANARIES = 800  # a multiple of 8
 LONGEST = 2000  # steps that are rehearsed at most, over all rounds
@@ -213,9 +213,7 @@ def _canary_task() -> Task:
         name="canaries",
         description="Made up: no patient stands behind any of it.",
         input=TableInput(columns=columns),
-        label="label",
-        classes=("out", "in"),
-        loss="binary-cross-entropy",
+        heads=(Choice(name="label", classes=("out", "in")),),
     )
 
 
@@ -282,7 +280,7 @@ def _clipping(plan: StudyPlan, device: str | torch.device) -> Check:
 
     Made-up records of four patients, some with several; once at C, once where the clip binds for everybody.
     """
-    task, clip = find_task(plan.task), plan.privacy.clip
+    task, clip = task_of(plan), plan.privacy.clip
     try:
         model = build_network(plan.network, task, seed=plan.seed)
         dp_sgd.self_check(model, task, clip=clip)

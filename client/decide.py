@@ -22,7 +22,7 @@ from shared_models.identity import load_key
 from shared_models.nets.build import count_parameters
 from shared_models.privacy.ledger import StudyLimit
 from shared_models.software import software_digest
-from shared_models.tasks import find_task
+from shared_models.tasks import task_of
 from shared_models.terminal import printable
 
 SHORTEST_DIGEST = 8
@@ -107,9 +107,7 @@ def weigh(settings: Settings, study: str) -> Weighed:
     """
     proposal, budget = _find(settings, study), read_budget(settings)
     plan = proposal.plan
-    site = Site(
-        settings.coordinator, choose_device(settings).type, count_parameters(plan.network, find_task(plan.task))
-    )
+    site = Site(settings.coordinator, choose_device(settings).type, count_parameters(plan.network, task_of(plan)))
     admit(plan, settings.policy, settings.population, site)
     known = budget.check(plan)
     if known is not None and holds(known):

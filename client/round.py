@@ -76,7 +76,7 @@ from shared_models.receipts import Receipt
 from shared_models.secagg import protocol
 from shared_models.secagg.key_agreement import Announcement, Purpose
 from shared_models.software import software_digest
-from shared_models.tasks import Task, find_task
+from shared_models.tasks import Task, task_of
 from shared_models.update import check_vector, parameters_to_vector, vector_digest, vector_to_parameters
 
 log = logging.getLogger("konsil.hospital")
@@ -216,7 +216,7 @@ class Hospital:
         policy, coordinator = self.settings.policy, self.settings.coordinator
         if self.settings.name not in (plan.hospitals or {self.settings.name}):
             raise PolicyError(f"study {plan.study} is for other hospitals", hint="Its plan names those that it is for.")
-        self._admit(plan, count_parameters(plan.network, find_task(plan.task)))
+        self._admit(plan, count_parameters(plan.network, task_of(plan)))
         known = self.books.budget.check(plan)
         if known is None or not holds(known):
             stands = policy.stands(plan, coordinator, upgrade=known is not None)
@@ -254,7 +254,7 @@ class Hospital:
 
     def _prepare(self, plan: StudyPlan) -> Study:
         """Validate the records and check the network before anything is approved, let alone charged."""
-        task = find_task(plan.task)
+        task = task_of(plan)
         source = Source(task)
         population = source.current(self.settings)
         self._registry.check(population.members, has_spent=self.books.budget.has_spent)

@@ -11,7 +11,7 @@ from torch import nn
 from shared_models.errors import ConfigError, UnsupportedFileError
 from shared_models.nets.build import build_network
 from shared_models.plan import StudyPlan, parse_plan_json
-from shared_models.tasks import find_task
+from shared_models.tasks import task_of
 from shared_models.update import load_model, save_model
 from shared_models.versions import unsupported_format
 
@@ -60,6 +60,6 @@ def read_model(path: Path) -> tuple[StudyPlan, nn.Module]:
     """
     metadata = read_about(path)
     plan = parse_plan_json(metadata.get("plan", ""), str(path))
-    model = build_network(plan.network, find_task(plan.task), seed=plan.seed)
+    model = build_network(plan.network, task_of(plan), seed=plan.seed)
     load_model(path, model)
     return plan, model

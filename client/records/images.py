@@ -14,15 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from client.records.identifiers import refuse_columns
+from client.records.labels import Targets, label_columns, read_labels
 from client.records.manifest import IMAGES, Manifest
-from client.records.on_disk import OnDisk, digests
+from client.records.on_disk import OnDisk, digest, digests
 from client.records.stamps import Stamp, stamps
 from shared_models.errors import FederationError, RecordsError
-from shared_models.tasks import ImageInput, Task
+from shared_models.tasks import ImageInput, Outline, Task
 
 _CHECK = "Mend the file or the manifest, then run konsil-hospital check-data again."
 _CHUNK = 1 << 20
@@ -30,7 +32,7 @@ _CHUNK = 1 << 20
 
 def read_images(
     manifest: Manifest, task: Task, schema: ImageInput
-) -> tuple[OnDisk | NDArray[np.uint8], NDArray[np.int64], list[str]]:
+) -> tuple[OnDisk | NDArray[np.uint8], Targets, list[str]]:
     """Read and check a file of images.
 
     Guarantees:
@@ -38,24 +40,25 @@ def read_images(
 
     Args:
         manifest: Names the file and its arrays.
-        task: Names the classes.
+        task: Names the heads.
         schema: Channels, height and width that every image must have.
 
     Returns:
-        Pixels of shape ``(n, channels, height, width)``, class indices and a patient id for each image.
+        Pixels of shape ``(n, channels, height, width)``, targets as ``read_labels`` gives them, and a patient id for
+        each image. Masks are an array of the images' shape, not 0 where a pixel belongs to the outline.
 
     Raises:
         RecordsError: The file is no such file; an array is missing or has another type or length; a label is unknown.
     """
-    names = {"images": manifest.column(IMAGES), "labels": manifest.label, "patients": manifest.patient}
+    columns = label_columns(manifest, task)
+    others = [*columns.values(), *([manifest.patient] if manifest.patient else [])]
     with _opened(manifest) as (archive, before):
-        used = [name for name in names.values() if name]
-        refuse_columns(manifest.file, archive.files, drop=manifest.drop, mapped=used)
+        refuse_columns(manifest.file, archive.files, drop=manifest.drop, mapped=[manifest.column(IMAGES), *others])
         pixels = _pixels(manifest, archive, schema, before)
-        arrays = {name: _array(manifest, archive, name) for name in used if name != names["images"]}
+        arrays = {name: _array(manifest, archive, name) for name in others}
     if not len(pixels):
         raise RecordsError(f"{manifest.file} has no images", hint="Export the records again.")
-    labels = _labels(manifest, task, _texts(manifest, arrays, manifest.label, len(pixels)))
+    labels = _targets(manifest, task, arrays, columns, len(pixels))
     return pixels, labels, _patient_ids(manifest, arrays, pixels, labels)
 
 
@@ -163,10 +166,34 @@ def _row(path: Path, begin: int, shape: tuple[int, ...], number: int) -> NDArray
     return np.frombuffer(content, np.uint8).reshape(shape)
 
 
-def _texts(manifest: Manifest, arrays: Mapping[str, NDArray[Any]], name: str, images: int) -> list[str]:
-    """An array of one text or whole number per image, as stripped texts."""
+def _targets(
+    manifest: Manifest, task: Task, arrays: Mapping[str, NDArray[Any]], columns: Mapping[str, str], images: int
+) -> Targets:
+    if task.choice is not None:
+        return _labels(manifest, task, _texts(manifest, arrays, columns[task.choice.name], images))
+    if isinstance(head := task.heads[0], Outline):
+        return _masks(manifest, task, arrays[columns[head.name]], images)
+    cells = {name: _texts(manifest, arrays, name, images, kinds="iufU") for name in columns.values()}
+    return read_labels(manifest, task, pd.DataFrame(cells))
+
+
+def _masks(manifest: Manifest, task: Task, masks: NDArray[Any], images: int) -> NDArray[np.float64]:
+    assert isinstance(task.input, ImageInput)  # noqa: S101 - the task has checked it
+    wanted = (images, task.input.height, task.input.width)
+    if masks.dtype.kind not in "biu" or masks.shape != wanted:
+        raise RecordsError(
+            f"{manifest.file}: masks are {masks.dtype} of shape {masks.shape}, not whole numbers of {wanted}",
+            hint=_CHECK,
+        )
+    return (masks != 0).reshape(images, -1).astype(np.float64)
+
+
+def _texts(
+    manifest: Manifest, arrays: Mapping[str, NDArray[Any]], name: str, images: int, kinds: str = "iuU"
+) -> list[str]:
+    """An array of one text or number per image, as stripped texts."""
     found = arrays[name]
-    if found.dtype.kind not in "iuU" or found.shape != (images,):
+    if found.dtype.kind not in kinds or found.shape != (images,):
         raise RecordsError(
             f"{manifest.file}: {name!r} is {found.dtype} of shape {found.shape}, not one text or whole number for each "
             f"of {images} images",
@@ -190,17 +217,14 @@ def _labels(manifest: Manifest, task: Task, texts: list[str]) -> NDArray[np.int6
 
 
 def _patient_ids(
-    manifest: Manifest,
-    arrays: Mapping[str, NDArray[Any]],
-    pixels: OnDisk | NDArray[np.uint8],
-    labels: NDArray[np.int64],
+    manifest: Manifest, arrays: Mapping[str, NDArray[Any]], pixels: OnDisk | NDArray[np.uint8], labels: Targets
 ) -> list[str]:
     """An id per image: the patient array; or where there is none the image's digest, with a number for equal ones."""
     if manifest.patient is None:
         seen: dict[str, int] = {}
         ids = []
-        for content, label in zip(digests(pixels), labels.tolist(), strict=True):
-            known = f"{content} {label}"
+        for content, label in zip(digests(pixels), labels, strict=True):
+            known = f"{content} {label if label.ndim == 0 else digest(label)}"
             seen[known] = seen.get(known, -1) + 1
             ids.append(f"{known} {seen[known]}")
         return ids

@@ -9,7 +9,8 @@ from shared_models.nets.cnn import Cnn
 from shared_models.nets.lstm import Lstm
 from shared_models.nets.tabular import logistic_regression, mlp
 from shared_models.nets.transformer import Series, Tokens, Transformer
-from shared_models.tasks import ImageInput, SeriesInput, TableInput, Task, TokensInput
+from shared_models.nets.unet import UNet
+from shared_models.tasks import ImageInput, Outline, SeriesInput, TableInput, Task, TokensInput
 
 # Layers whose per-record gradients are tested against brute force, and parameter-free ones that work record by record.
 SUPPORTED_LAYERS = frozenset(
@@ -53,19 +54,29 @@ def _construct(network: plan.Network, task: Task) -> nn.Module:
             return logistic_regression(width, outputs)
         case plan.Mlp(hidden=hidden), TableInput(width=width):
             return mlp(width, hidden, outputs)
-        case plan.Cnn(channels=channels), ImageInput() as image if channels:
+        case plan.UNet(channels=channels), ImageInput() as image if _is_outline(task):
+            return UNet(image.channels, channels)
+        case plan.Cnn(channels=channels), ImageInput() as image if channels and not _is_outline(task):
             return Cnn(image.channels, max(image.height, image.width), channels, outputs)
         case plan.Lstm(hidden=hidden, layers=layers), SeriesInput(variables=variables):
             return Lstm(len(variables), hidden, layers, outputs)
-        case plan.Transformer() as shape, TokensInput(vocabulary=vocabulary, length=length):
-            return Transformer(Tokens(vocabulary, shape.width), length, shape, outputs)
-        case plan.Transformer() as shape, SeriesInput(variables=variables, steps=steps):
-            return Transformer(Series(len(variables), shape.width), steps, shape, outputs)
+        case plan.Transformer() as shape, TokensInput() | SeriesInput() as positions:
+            return _transformer(shape, positions, outputs)
     raise ConfigError(
         f"network {network.name} cannot be built for task {task.name}, whose inputs are of kind {task.input.kind}",
-        hint="Tables take logistic-regression or mlp, images a cnn of at least one block, series lstm or transformer, "
-        "tokens transformer.",
+        hint="Tables take logistic-regression or mlp, images a cnn of at least one block or, for an outline, a unet, "
+        "series lstm or transformer, tokens transformer.",
     )
+
+
+def _transformer(shape: plan.Transformer, positions: TokensInput | SeriesInput, outputs: int) -> nn.Module:
+    if isinstance(positions, TokensInput):
+        return Transformer(Tokens(positions.vocabulary, shape.width), positions.length, shape, outputs)
+    return Transformer(Series(len(positions.variables), shape.width), positions.steps, shape, outputs)
+
+
+def _is_outline(task: Task) -> bool:
+    return isinstance(task.heads[0], Outline)
 
 
 def check_supported(model: nn.Module) -> None:
