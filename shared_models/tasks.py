@@ -20,7 +20,7 @@ from shared_models.config import Frozen
 from shared_models.errors import ConfigError
 
 if TYPE_CHECKING:
-    from shared_models.plan import StudyPlan
+    from shared_models.plan import Augmentation, StudyPlan
 
 
 class Numeric(Frozen):
@@ -492,9 +492,11 @@ def task_of(plan: "StudyPlan") -> Task:
     """The plan's task, with the class weights that the plan gives it.
 
     Raises:
-        ConfigError: The task is not installed here, or has no such classes.
+        ConfigError: The task is not installed here, has no such classes, or inputs that cannot be changed so.
     """
     task = find_task(plan.task)
+    if plan.training.augmentation is not None:
+        _check_augmentation(task, plan.training.augmentation)
     weights = plan.training.class_weights
     choices = {head.name: len(head.classes) for head in task.heads if isinstance(head, Choice)}
     for name, given in weights.items():
@@ -512,6 +514,29 @@ def task_of(plan: "StudyPlan") -> Task:
         head.model_copy(update={"weights": weights[head.name]}) if head.name in weights else head for head in task.heads
     )
     return task.model_copy(update={"heads": tuple(heads)}) if weights else task
+
+
+def _check_augmentation(task: Task, augmentation: "Augmentation") -> None:
+    """Refuse what the task's inputs, or what is predicted from them, cannot take."""
+    moves = {
+        "shift": augmentation.shift,
+        "rotate_degrees": augmentation.rotate_degrees,
+        "flip": augmentation.flip,
+    }
+    match task.input:
+        case ImageInput():
+            # A mask would have to move with its image.
+            refused = {"drop": augmentation.drop} | (moves if isinstance(task.heads[0], Outline) else {})
+        case SeriesInput():
+            refused = moves
+        case _:
+            refused = {"copies": True}
+    if wrong := [name for name, value in refused.items() if value]:
+        raise ConfigError(
+            f"training.augmentation: {', '.join(wrong)} is not for task {task.name}",
+            hint="Images take shift, rotate_degrees, flip, contrast and noise, those with outlines the last two; "
+            "series take contrast, noise and drop; tables and texts are trained on as they are.",
+        )
 
 
 def find_task(name: str) -> Task:
