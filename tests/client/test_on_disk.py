@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from client.alone import train_without_privacy
+from client.augment import augmented
 from client.dp_sgd import local_steps
 from client.evaluate import released_statistics, statistics
 from client.records.images import scaled
@@ -22,8 +24,8 @@ from client.records.stamps import stamps
 from client.settings import Settings
 from shared_models.errors import RecordsError
 from shared_models.nets.build import build_network
-from shared_models.plan import Cnn, EvaluationPlan, Lstm, Mlp, Network, Transformer
-from shared_models.tasks import PNEUMONIA, SeriesInput
+from shared_models.plan import Augmentation, Cnn, EvaluationPlan, Lstm, Mlp, Network, Transformer, UNet
+from shared_models.tasks import PNEUMONIA, Outline, SeriesInput
 from tests.client.made_up import Input, numeric, repeatable, table, task_of
 from tests.client.test_pictures import grey, save, write
 from tests.client.test_population import settings
@@ -32,6 +34,7 @@ from tests.rounds.test_data_stays_intact import writes
 ROWS = 30
 SHAPE = (1, 28, 28)
 NET = Cnn(name="cnn", channels=(4, 8))
+SERIES = SeriesInput(variables=(numeric("pulse"), numeric("breath")), steps=6, step_unit="hour")
 
 
 def content(rows: int = ROWS) -> NDArray[np.uint8]:
@@ -168,23 +171,38 @@ def test_a_file_that_turns_out_bad_counts_its_patient_as_zero(
     ("network", "inputs"),
     [
         (NET, PNEUMONIA.input),
+        (UNet(name="unet", channels=(4, 8)), PNEUMONIA.input),
         (Mlp(name="mlp", hidden=(4,)), table(5)),
-        (Lstm(name="lstm", hidden=4), None),
-        (Transformer(name="transformer", width=8, heads=2, layers=1), None),
+        (Lstm(name="lstm", hidden=4), SERIES),
+        (Transformer(name="transformer", width=8, heads=2, layers=1), SERIES),
     ],
-    ids=["cnn", "mlp", "lstm", "transformer"],
+    ids=["cnn", "unet", "mlp", "lstm", "transformer"],
 )
-def test_no_network_makes_a_number_out_of_what_is_missing(network: Network, inputs: Input | None) -> None:
+def test_no_network_makes_a_number_out_of_what_is_missing(network: Network, inputs: Input) -> None:
     """Content that cannot be had is NaN, and so is what any network makes of it: its patient counts as zero."""
-    series = SeriesInput(variables=(numeric("pulse"), numeric("breath")), steps=6, step_unit="hour")
-    task = task_of(inputs or series)
+    task = task_of(inputs, (Outline(name="mask"),) if network.name == "unet" else 2)
     shape = {"image": SHAPE, "table": (5,), "series": (6, 6)}[task.input.kind]
     given_ = torch.rand(3, *shape)
     given_[1] = math.nan
 
     outputs = build_network(network, task, seed=0)(given_)
 
-    assert outputs.isfinite().all(dim=1).tolist() == [True, False, True]
+    assert outputs.isfinite().flatten(1).all(dim=1).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("inputs", [PNEUMONIA.input, SERIES], ids=["images", "series"])
+def test_no_change_of_copies_makes_a_number_out_of_what_is_missing(inputs: Input) -> None:
+    """Turned, mirrored, dropped: NaN stays in it, and so the patient counts as zero."""
+    task, image = task_of(inputs), inputs.kind == "image"
+    given_ = torch.zeros(2, *(SHAPE if image else (6, 6)))
+    given_[1] = math.nan
+    changes: dict[str, Any] = {"shift": 0.1, "rotate_degrees": 90.0, "flip": True} if image else {"drop": 0.9}
+    records = Records(given_, torch.zeros(2), np.arange(2), 2)
+
+    changed = augmented(records, task, Augmentation(copies=3, noise=0.1, contrast=0.1, **changes), repeatable())
+
+    outputs = build_network(NET if image else Lstm(name="lstm", hidden=4), task, seed=0)(changed.inputs[:])
+    assert outputs.isfinite().all(dim=1).tolist() == [True] * 3 + [False] * 3
 
 
 def test_strict_rows_name_the_file(tmp_path: Path) -> None:
