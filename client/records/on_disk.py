@@ -6,10 +6,12 @@ as the hospital's settings allow, and is gone with the process.
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,7 +25,9 @@ log = logging.getLogger("konsil.hospital")
 
 KEPT_MB = 512  # of decoded content that stays in memory where no settings say otherwise
 _AT_ONCE = 64  # rows of a walk through everything
+_AHEAD = 32  # items whose files are on their way while one is read
 Numbers = NDArray[np.int64]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,8 @@ class OnDisk:
             RecordsError: A row cannot be had, and nobody is told instead.
         """
         content = np.empty((len(numbers), *self.shape[1:]), dtype=self._dtype)
-        for position, number in enumerate(numbers.tolist()):
+        to_read = announced(numbers.tolist(), lambda number: () if self._has(number) else self._files_of(number))
+        for position, number in enumerate(to_read):
             try:
                 content[position] = self._one(number)
             except Exception:  # whatever it is: with somebody to tell, no record's content raises
@@ -148,8 +153,11 @@ class OnDisk:
             self._whole = Whole(digests, float(least), float(greatest))
         return self._whole
 
+    def _has(self, number: int) -> bool:
+        return number < len(self._kept) and bool(self._is_kept[number])
+
     def _one(self, number: int) -> NDArray[Any]:
-        if number < len(self._kept) and self._is_kept[number]:
+        if self._has(number):
             return self._kept[number]
         files = self._files_of(number)
         before = {path: self.stamps[path] for path in files}
@@ -228,6 +236,32 @@ class OnDemand:
                 "%d records cannot be read, or their files changed: they count as zero. Run konsil-hospital check-data",
                 len(self._failed),
             )
+
+
+def announced(items: Sequence[T], files_of: Callable[[T], Iterable[Path]], *, length: int = 0) -> Iterator[T]:
+    """The items, one by one, while the kernel already fetches the files of those that come next into its own memory.
+
+    Args:
+        items: In the order in which they will be read.
+        files_of: Which files an item is read from.
+        length: Bytes at the beginning of each file that will be read; 0 for all of it.
+    """
+    for number, item in enumerate(items):
+        coming = items[: _AHEAD + 1] if number == 0 else items[number + _AHEAD : number + _AHEAD + 1]
+        for path in {path for one in coming for path in files_of(one)}:
+            _fetch(path, length)
+        yield item
+
+
+def _fetch(path: Path, length: int) -> None:
+    """A hint, which may be ignored, and does not wait."""
+    if hasattr(os, "posix_fadvise"):
+        with suppress(OSError):
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+            try:
+                os.posix_fadvise(descriptor, 0, length, os.POSIX_FADV_WILLNEED)
+            finally:
+                os.close(descriptor)
 
 
 def digests(content: OnDisk | NDArray[Any]) -> list[str]:
