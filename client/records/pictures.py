@@ -112,7 +112,7 @@ def inside(manifest: Manifest, frame: pd.DataFrame, column: str) -> list[Path]:
 def decoding(path: Path) -> Iterator[None]:
     """Around a decoder: whatever it does with a damaged file becomes an error of the records that names the file."""
     try:
-        with silenced("pydicom", "nibabel.global", "PIL"):
+        with silenced("pydicom", "pydicom.pixels.decoders.base", "nibabel.global", "PIL"):
             yield
     except FederationError:
         raise
