@@ -7,17 +7,23 @@ import pytest
 from flwr.app import Message
 
 from shared_models.messages import TrainRequest
+from tests.rounds import test_other_records
 from tests.rounds.test_data_stays_intact import writes
-from tests.rounds.test_other_records import ROUNDS, lay_out
+
+ROUNDS = 2
 
 
-def test_pictures_that_go_bad_in_a_round_cost_it_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_pictures_that_go_bad_in_a_round_cost_it_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Three hospitals keep no picture in memory. One's file is damaged, another's replaced, after a round began.
 
     Everybody answers and pays for every round as planned. Only the log at the hospital says that something was wrong:
     how many records, and neither which nor whose.
     """
-    federation = lay_out(tmp_path, "pneumonia")
+    monkeypatch.setattr(test_other_records, "ROUNDS", ROUNDS)
+    monkeypatch.setattr(test_other_records, "PATIENTS", 24)
+    federation = test_other_records.lay_out(tmp_path, "pneumonia")
     for name in federation.names:
         settings = federation.settings_file(name)
         settings.write_text("records_memory_mb = 0\n" + settings.read_text(encoding="utf-8"), encoding="utf-8")
@@ -46,7 +52,7 @@ def test_pictures_that_go_bad_in_a_round_cost_it_nothing(tmp_path: Path, caplog:
     assert [event["answered"] for event in federation.events("round")] == [federation.names] * ROUNDS
     for name in federation.names:
         assert federation.charges(name) == [(number, 1) for number in range(1, ROUNDS + 1)]
-    # Of twelve in 48 some are drawn in 8 steps at half: none is with probability 2**-96.
+    # Of twelve some are drawn in 8 steps at one half: none with probability 2**-96.
     counted = [line for line in caplog.messages if "cannot be read, or their files changed" in line]
     assert counted
     assert not [line for line in caplog.messages if any(f"{path.stem}.p" in line for path in damaged)]
