@@ -401,7 +401,8 @@ def _made_up_target(head: Head, n: int, width: int, generator: torch.Generator) 
         case Quantity():
             return torch.rand(n, 1, generator=generator) * 4 - 2
         case Survival(edges=edges):
-            return torch.stack([torch.arange(n) % len(edges), torch.arange(n) % 2], dim=1).float()
+            passed = (torch.arange(n) + 1) % len(edges)
+            return torch.stack([passed, 1 - passed % 2], dim=1).float()  # nobody was seen for no interval at all
         case Outline():
             return (torch.rand(n, width, generator=generator) < 0.5).float()
 

@@ -39,6 +39,12 @@ class LogisticRegression(Evolving):
     name: Literal["logistic-regression"]
 
 
+class ProportionalHazards(Evolving):
+    """Tabular, time to an event: one linear score for all intervals, and a hazard for each."""
+
+    name: Literal["proportional-hazards"]
+
+
 class Mlp(Evolving):
     """Tabular: linear layers with ReLU between them."""
 
@@ -83,7 +89,9 @@ class Transformer(Evolving):
         return self
 
 
-Network = Annotated[LogisticRegression | Mlp | Cnn | UNet | Lstm | Transformer, Field(discriminator="name")]
+Network = Annotated[
+    LogisticRegression | ProportionalHazards | Mlp | Cnn | UNet | Lstm | Transformer, Field(discriminator="name")
+]
 
 
 SMALLEST_RATE = 1e-4  # of the learning rate: below it rounds are paid for and hardly move the model

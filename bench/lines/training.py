@@ -25,9 +25,10 @@ from server.fedavg import server_step
 from server.simulate import Options, run_simulation
 from shared_models.config import Count, Frozen, Name, Positive, read_settings
 from shared_models.errors import ConfigError
-from shared_models.metrics import EXACT_BINS, compute_metrics
+from shared_models.metrics import EXACT_BINS
 from shared_models.model_file import read_model
 from shared_models.nets.build import build_network
+from shared_models.outcomes import compute_metrics
 from shared_models.plan import Averaging, ConstantRate, FedAvg, Network, Schedule
 from shared_models.tasks import Task, find_task
 from shared_models.update import parameters_to_vector, vector_to_parameters
@@ -47,6 +48,8 @@ class Plain(Frozen):
         learning_rate: Of the local steps; the largest of any round.
         schedule: How it falls from round to round.
         averaging: How the global parameters move.
+        weight_cap: A hospital weighs min(1, records / cap); None is by its number of records.
+        cohort: Hospitals of a round, drawn anew for each; None takes all.
     """
 
     task: Name
@@ -57,10 +60,16 @@ class Plain(Frozen):
     learning_rate: Positive
     schedule: Schedule = ConstantRate(name="constant")
     averaging: Averaging = FedAvg(name="fedavg")
+    weight_cap: Count | None = None
+    cohort: Count | None = None
 
     def rate(self, round_number: int) -> float:
         """Learning rate of a round, counted from 1."""
         return self.learning_rate * self.schedule.factor(round_number, self.rounds)
+
+    def weight(self, records: Records) -> float:
+        """Of a hospital in the average."""
+        return float(len(records)) if self.weight_cap is None else min(1.0, len(records) / self.weight_cap)
 
 
 def read_plain(name: str) -> Plain:
@@ -72,16 +81,13 @@ def read_plain(name: str) -> Plain:
     return read_settings(PLANS / f"{name}.toml", Plain, described_in="bench/lines/training.py")
 
 
-def federate(
-    plain: Plain, hospitals: Sequence[Records], *, seed: int, weights: Sequence[float] | None = None
-) -> nn.Module:
+def federate(plain: Plain, hospitals: Sequence[Records], *, seed: int) -> nn.Module:
     """Average the hospitals' local steps round by round, without clipping, noise or masks.
 
     Args:
         plain: Network, rounds, steps.
         hospitals: Training records of each.
-        seed: Of the initial parameters and of the order of records.
-        weights: Of each hospital; None for its number of records.
+        seed: Of the initial parameters, of the cohorts and of the order of records.
 
     Returns:
         The model after the last round.
@@ -89,15 +95,26 @@ def federate(
     task = find_task(plain.task)
     model = build_network(plain.network, task, seed=seed)
     parameters = parameters_to_vector(model)
+    cohorts = np.random.default_rng(seed)
     averaging = server_step(plain.averaging, len(parameters))
-    shares = [float(len(records)) for records in hospitals] if weights is None else list(weights)
+    weights = [plain.weight(records) for records in hospitals]
     for number in range(1, plain.rounds + 1):
         total = np.zeros(len(parameters))
-        for place, (records, share) in enumerate(zip(hospitals, shares, strict=True)):
+        chosen = cohorts.choice(len(hospitals), plain.cohort or len(hospitals), replace=False)
+        for place in sorted(chosen.tolist()):
+            records, weight = hospitals[place], weights[place]
             vector_to_parameters(parameters, model)
-            _steps(plain, model, records, task, number, steps=plain.steps, seed=_seed(seed, number, place))
-            total += share * (parameters_to_vector(model).astype(np.float64) - parameters)
-        parameters = averaging.step(parameters, total, math.fsum(shares))
+            train_without_privacy(
+                model,
+                records,
+                task,
+                steps=plain.steps,
+                learning_rate=plain.rate(number),
+                batch_size=plain.batch_size,
+                seed=_seed(seed, number, place),
+            )
+            total += weight * (parameters_to_vector(model).astype(np.float64) - parameters)
+        parameters = averaging.step(parameters, total, math.fsum(weights[place] for place in chosen))
     vector_to_parameters(parameters, model)
     return model
 
@@ -106,22 +123,13 @@ def train_in_one_place(plain: Plain, records: Records, *, seed: int, hospitals: 
     """Take the same steps on one set of records: a hospital alone, or all of them pooled.
 
     Args:
-        plain: As for ``federate``; its averaging is not used.
+        plain: As for ``federate``; what the coordinator would remember between rounds is remembered here.
         records: All training records.
         seed: Of the initial parameters and of the order of records.
         hospitals: How many were pooled: a round has ``steps`` for each, so that the data is passed over as often as in
             the federation.
     """
-    task = find_task(plain.task)
-    model = build_network(plain.network, task, seed=seed)
-    for number in range(1, plain.rounds + 1):
-        _steps(plain, model, records, task, number, steps=plain.steps * hospitals, seed=_seed(seed, number, 0))
-    return model
-
-
-def _steps(plain: Plain, model: nn.Module, records: Records, task: Task, number: int, *, steps: int, seed: int) -> None:
-    rate = plain.rate(number)
-    train_without_privacy(model, records, task, steps=steps, learning_rate=rate, batch_size=plain.batch_size, seed=seed)
+    return federate(plain.model_copy(update={"steps": plain.steps * hospitals}), [records], seed=seed)
 
 
 def _seed(seed: int, number: int, place: int) -> int:
@@ -148,7 +156,7 @@ def single(inputs: NDArray[np.float32], targets: NDArray[np.float32] | NDArray[n
 
 def measure_model(model: nn.Module, records: Records, task: Task) -> dict[str, float]:
     """The project's metrics of a model, by name; scores are exact to 1/2000, decisions exact."""
-    return compute_metrics(len(task.classes), statistics(model, records, task, bins=EXACT_BINS), bins=EXACT_BINS)
+    return compute_metrics(task, statistics(model, records, task, bins=EXACT_BINS), bins=EXACT_BINS)
 
 
 @dataclass(frozen=True)
@@ -168,13 +176,14 @@ class Study:
     delta: float
 
 
-def run_study(plan: Path, records: Path, folder: Path) -> Study:
+def run_study(plan: Path, records: Path, folder: Path, *, public_size: int | None = None) -> Study:
     """Run a study with ledgers, masks and noise over all hospitals of a folder, in this process.
 
     Args:
         plan: File of the study plan.
-        records: Folder of the hospitals' folders, with ``example.json`` as ``write_example`` leaves it.
+        records: Folder of the hospitals' folders.
         folder: Where the study's files go; must not exist.
+        public_size: Of each hospital; None where ``example.json`` says it, as ``write_example`` leaves it.
 
     Raises:
         FederationError: What stopped it.
@@ -185,7 +194,7 @@ def run_study(plan: Path, records: Path, folder: Path) -> Study:
         records=records,
         hospitals=None,
         patients=0,
-        public_size=None,
+        public_size=public_size,
         seed=0,
         threads=1,
         json_file=None,

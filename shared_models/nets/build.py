@@ -7,10 +7,10 @@ from shared_models import plan
 from shared_models.errors import ConfigError
 from shared_models.nets.cnn import Cnn
 from shared_models.nets.lstm import Lstm
-from shared_models.nets.tabular import logistic_regression, mlp
+from shared_models.nets.tabular import ProportionalHazards, logistic_regression, mlp
 from shared_models.nets.transformer import Series, Tokens, Transformer
 from shared_models.nets.unet import UNet
-from shared_models.tasks import ImageInput, Outline, SeriesInput, TableInput, Task, TokensInput
+from shared_models.tasks import ImageInput, Outline, SeriesInput, Survival, TableInput, Task, TokensInput
 
 # Layers whose per-record gradients are tested against brute force, and parameter-free ones that work record by record.
 SUPPORTED_LAYERS = frozenset(
@@ -48,35 +48,55 @@ def count_parameters(network: plan.Network, task: Task) -> int:
 
 
 def _construct(network: plan.Network, task: Task) -> nn.Module:
-    outputs = task.outputs
-    match network, task.input:
-        case plan.LogisticRegression(), TableInput(width=width):
-            return logistic_regression(width, outputs)
-        case plan.Mlp(hidden=hidden), TableInput(width=width):
-            return mlp(width, hidden, outputs)
-        case plan.UNet(channels=channels), ImageInput() as image if _is_outline(task):
-            return UNet(image.channels, channels)
-        case plan.Cnn(channels=channels), ImageInput() as image if channels and not _is_outline(task):
-            return Cnn(image.channels, max(image.height, image.width), channels, outputs)
-        case plan.Lstm(hidden=hidden, layers=layers), SeriesInput(variables=variables):
-            return Lstm(len(variables), hidden, layers, outputs)
-        case plan.Transformer() as shape, TokensInput() | SeriesInput() as positions:
-            return _transformer(shape, positions, outputs)
+    made = {
+        "table": _for_tables,
+        "image": _for_images,
+        "series": _for_positions,
+        "tokens": _for_positions,
+    }[task.input.kind](network, task)
+    if made is not None:
+        return made
     raise ConfigError(
         f"network {network.name} cannot be built for task {task.name}, whose inputs are of kind {task.input.kind}",
-        hint="Tables take logistic-regression or mlp, images a cnn of at least one block or, for an outline, a unet, "
-        "series lstm or transformer, tokens transformer.",
+        hint="Tables take logistic-regression, mlp or, for the time to an event, proportional-hazards; images a cnn of "
+        "at least one block or, for an outline, a unet; series lstm or transformer; tokens transformer.",
     )
 
 
-def _transformer(shape: plan.Transformer, positions: TokensInput | SeriesInput, outputs: int) -> nn.Module:
-    if isinstance(positions, TokensInput):
-        return Transformer(Tokens(positions.vocabulary, shape.width), positions.length, shape, outputs)
-    return Transformer(Series(len(positions.variables), shape.width), positions.steps, shape, outputs)
+def _for_tables(network: plan.Network, task: Task) -> nn.Module | None:
+    match network, task.input:
+        case plan.LogisticRegression(), TableInput(width=width):
+            return logistic_regression(width, task.outputs)
+        case plan.ProportionalHazards(), TableInput(width=width) if _is(Survival, task):
+            return ProportionalHazards(width, task.outputs)
+        case plan.Mlp(hidden=hidden), TableInput(width=width):
+            return mlp(width, hidden, task.outputs)
+    return None
 
 
-def _is_outline(task: Task) -> bool:
-    return isinstance(task.heads[0], Outline)
+def _for_images(network: plan.Network, task: Task) -> nn.Module | None:
+    match network, task.input:
+        case plan.UNet(channels=channels), ImageInput() as image if _is(Outline, task):
+            return UNet(image.channels, channels)
+        case plan.Cnn(channels=channels), ImageInput() as image if channels and not _is(Outline, task):
+            return Cnn(image.channels, max(image.height, image.width), channels, task.outputs)
+    return None
+
+
+def _for_positions(network: plan.Network, task: Task) -> nn.Module | None:
+    match network, task.input:
+        case plan.Lstm(hidden=hidden, layers=layers), SeriesInput(variables=variables):
+            return Lstm(len(variables), hidden, layers, task.outputs)
+        case plan.Transformer() as shape, TokensInput(vocabulary=vocabulary, length=length):
+            return Transformer(Tokens(vocabulary, shape.width), length, shape, task.outputs)
+        case plan.Transformer() as shape, SeriesInput(variables=variables, steps=steps):
+            return Transformer(Series(len(variables), shape.width), steps, shape, task.outputs)
+    return None
+
+
+def _is(kind: type[Outline | Survival], task: Task) -> bool:
+    """Whether the task has one head, of this kind."""
+    return len(task.heads) == 1 and isinstance(task.heads[0], kind)
 
 
 def check_supported(model: nn.Module) -> None:
