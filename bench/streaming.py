@@ -2,7 +2,7 @@
 
 Two folders are made, one after the other: ``xrays``, grey PNG files of 2048 x 2048 pixels, as radiographs come; and
 ``photographs``, PNG files in colour that have the task's own 224 x 224 pixels, so that the *decoded* set is as large as
-the folder. Pixels are noise and files hardly compressed, so a gigabyte of pictures is a gigabyte on the disk; before
+the folder. Pixels are noise and files not compressed, so a gigabyte of pictures is a gigabyte on the disk; before
 training they are pushed out of the page cache. A process of its own then reads and trains as a hospital's daemon does:
 headers of all files, Poisson draws, decoding, clipping, noise. Its clock starts when it begins to read, and its peak is
 the kernel's own figure for it (``VmHWM``). Everything is deleted at the end.
@@ -11,18 +11,21 @@ the kernel's own figure for it (``VmHWM``). Everything is deleted at the end.
 import argparse
 import json
 import os
+import struct
 import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 PEAK_MB, FIRST_BATCH_S = 1500, 5.0
 KINDS = {"xrays": (2048, 1), "photographs": (224, 3)}  # pixels of a side, channels
 SIZE = 224  # of the task
-BATCH = 128
+BATCH = 64
 
 HOSPITAL = """
 name = "north"
@@ -72,8 +75,6 @@ resize = "stretch"
 
 def make_folder(folder: Path, kind: str, size: int, *, kept_mb: int) -> int:
     """Write a hospital's folder with at least so many bytes of pictures, out of the page cache. Returns the files."""
-    from PIL import Image
-
     side, channels = KINDS[kind]
     records = folder / "records"
     records.mkdir()
@@ -82,8 +83,7 @@ def make_folder(folder: Path, kind: str, size: int, *, kept_mb: int) -> int:
         index.write("patient,images,finding\n")
         while written < size:
             name = f"{files:06}.png"
-            pixels = rng.integers(0, 256, (side, side, channels), dtype=np.uint8)
-            Image.fromarray(pixels[:, :, 0] if channels == 1 else pixels).save(records / name, compress_level=0)
+            (records / name).write_bytes(png(rng.integers(0, 256, (side, side, channels), dtype=np.uint8)))
             index.write(f"p{files},{name},{('normal', 'abnormal')[files % 2]}\n")
             written += (records / name).stat().st_size
             files += 1
@@ -95,6 +95,22 @@ def make_folder(folder: Path, kind: str, size: int, *, kept_mb: int) -> int:
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)
     return files
+
+
+def png(pixels: NDArray[np.uint8]) -> bytes:
+    """A PNG file whose pixels are stored, not compressed: ten thousands of files in a minute.
+
+    Source:
+        RFC 2083: chunks of length, kind, content and checksum; each row after the number of its filter, here none.
+    """
+    height, width, channels = pixels.shape
+    header = struct.pack(">IIBBBBB", width, height, 8, 0 if channels == 1 else 2, 0, 0, 0)
+    rows = np.concatenate([np.zeros((height, 1), np.uint8), pixels.reshape(height, -1)], axis=1)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows.tobytes(), 0)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        for kind, content in chunks
+    )
 
 
 def train_on(folder: Path, kind: str, steps: int) -> dict[str, float]:
