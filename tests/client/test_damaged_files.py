@@ -268,7 +268,7 @@ def test_damaged_measurements_are_refused_or_what_the_lines_say(tmp_path: Path, 
     cells: dict[tuple[int, int, int], list[tuple[float, float]]] = {}
     for line in lines:
         row = dict(zip([name.strip() for name in header], (cell.strip() for cell in line), strict=False))
-        if row.get("stay") in {"s1", "s2", "s3"} and row.get("name") in {"HR", "fluid", "warmth"} and row["value"]:
+        if row.get("stay") in {"s1", "s2", "s3"} and row.get("name") in {"HR", "fluid", "warmth"} and row.get("value"):
             at, value = float(row["at"]), float(row["value"])
             if 0 <= at < 4:
                 place = ("s1", "s2", "s3").index(row["stay"]), int(at), ("HR", "fluid", "warmth").index(row["name"])

@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from client.records.manifest import read_manifest
+from client.records.population import Source
 from client.records.tabular import Table, checked_table
 from shared_models.errors import RecordsError
 from shared_models.tasks import Choice, Numeric, SeriesInput, Task
+from tests.client.test_population import settings
 
 TASK = Task(
     name="beats",
@@ -228,6 +230,23 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     assert "do not agree with the header's checksum" in refusal(tmp_path)
     (tmp_path / "rec.dat").unlink()
     assert "rec.dat cannot be read: No such file" in refusal(tmp_path)
+
+
+def test_a_recording_is_read_again_when_it_is_drawn(tmp_path: Path) -> None:
+    """Nothing of it stays in memory where the settings say so; one that is gone by then is NaN, and raises nothing."""
+    own = settings(tmp_path).model_copy(update={"records_memory_mb": 0})
+    names = save_wfdb(own.records, leads()), save_edf(own.records, leads())
+    write(own.records, *names, absent_classes=["other"])
+    expected = series(own.records)
+
+    records = Source(TASK).current(own).training
+    before = records.inputs[:]
+    (own.records / "rec.dat").unlink()
+    after = records.inputs[:]
+
+    np.testing.assert_array_equal(before, expected)
+    assert after[0].isnan().all()
+    np.testing.assert_array_equal(after[1], expected[1])
 
 
 @examples(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
