@@ -141,7 +141,8 @@ def _with_privacy(centres: Sequence[Centre], scratch: Path, epsilon: str, seeds:
     """So many studies of one plan, each with fresh noise; epsilon is the highest of any hospital and run."""
     runs = []
     for seed in range(seeds):
-        study = run_study(PLANS / f"heart-eps{epsilon}.toml", scratch / "heart", scratch / f"eps{epsilon}-{seed}")
+        folder = scratch / f"eps{epsilon}-{seed}"
+        study = run_study(PLANS / f"heart-eps{epsilon}.toml", scratch / "heart", folder, seed=seed)
         spent = {"epsilon": study.epsilon, "epsilon_filter": study.epsilon_filter, "delta": study.delta}
         runs.append({**figures_of(study.model, centres), **spent})
     return _means(runs, f"_eps{epsilon}")

@@ -1,7 +1,7 @@
 """NHS emergency departments: next month's attendances, learnt by 130 trusts together. No patient data, so no privacy.
 
 A row is a month of a trust: attendances a day in the twelve months before, over their mean, and in the month itself.
-So a small department and a large one have one model, and the length of a month is no news to it. The first 24 months are
+So a small department and a large one have one model, and the length of a month is no news. The first 24 months are
 for training, each of the last 12 is forecast from the 12 before.
 """
 

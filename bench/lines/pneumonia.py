@@ -128,7 +128,7 @@ def _with_privacy(scratch: Path, test: Records, epsilon: str, seeds: int) -> dic
     runs = []
     for seed in range(seeds):
         folder = scratch / f"eps{epsilon}-{seed}"
-        study = run_study(plan, scratch / "hospitals", folder, public_size=PUBLIC_SIZE)
+        study = run_study(plan, scratch / "hospitals", folder, seed=seed, public_size=PUBLIC_SIZE)
         spent = {"epsilon": study.epsilon, "epsilon_filter": study.epsilon_filter, "delta": study.delta}
         runs.append({**_figures(study.model, test), **spent})
     return _means(runs, f"_eps{epsilon}")

@@ -21,6 +21,7 @@ from torch import nn
 from client.alone import train_without_privacy
 from client.evaluate import statistics
 from client.records.records import Records
+from server.demo import plan_text
 from server.fedavg import server_step
 from server.simulate import Options, run_simulation
 from shared_models.config import Count, Frozen, Name, Positive, read_settings
@@ -29,7 +30,7 @@ from shared_models.metrics import EXACT_BINS
 from shared_models.model_file import read_model
 from shared_models.nets.build import build_network
 from shared_models.outcomes import compute_metrics
-from shared_models.plan import Averaging, ConstantRate, FedAvg, Network, Schedule
+from shared_models.plan import Averaging, ConstantRate, FedAvg, Network, Schedule, read_plan
 from shared_models.tasks import Task, find_task
 from shared_models.update import parameters_to_vector, vector_to_parameters
 
@@ -100,7 +101,8 @@ def federate(plain: Plain, hospitals: Sequence[Records], *, seed: int) -> nn.Mod
     weights = [plain.weight(records) for records in hospitals]
     for number in range(1, plain.rounds + 1):
         total = np.zeros(len(parameters))
-        chosen = cohorts.choice(len(hospitals), plain.cohort or len(hospitals), replace=False)
+        cohort = min(plain.cohort or len(hospitals), len(hospitals))
+        chosen = cohorts.choice(len(hospitals), cohort, replace=False)
         for place in sorted(chosen.tolist()):
             records, weight = hospitals[place], weights[place]
             vector_to_parameters(parameters, model)
@@ -176,20 +178,23 @@ class Study:
     delta: float
 
 
-def run_study(plan: Path, records: Path, folder: Path, *, public_size: int | None = None) -> Study:
+def run_study(plan: Path, records: Path, folder: Path, *, seed: int, public_size: int | None = None) -> Study:
     """Run a study with ledgers, masks and noise over all hospitals of a folder, in this process.
 
     Args:
         plan: File of the study plan.
         records: Folder of the hospitals' folders.
-        folder: Where the study's files go; must not exist.
+        folder: Where the study's files go; must not exist. The plan that is run lies beside it.
+        seed: Of the initial parameters, in place of the plan's; noise and sampling are fresh in any case.
         public_size: Of each hospital; None where ``example.json`` says it, as ``write_example`` leaves it.
 
     Raises:
         FederationError: What stopped it.
     """
+    seeded = folder.with_name(f"{folder.name}.toml")
+    seeded.write_text(plan_text(read_plan(plan).model_copy(update={"seed": seed})), encoding="utf-8")
     options = Options(
-        plan=plan,
+        plan=seeded,
         folder=folder,
         records=records,
         hospitals=None,
