@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from opacus.grad_sample import GradSampleModule
 from torch import Tensor, nn
 
 from client.augment import augmented
@@ -220,6 +219,9 @@ class PatientGradients(Gradients):
     rounding = 1 - 2.0**-40  # norms and sums are taken in float64
 
     def _hook(self) -> None:
+        # 52 MB and most of a second, which a hospital whose networks book-keeping covers never spends.
+        from opacus.grad_sample import GradSampleModule  # noqa: PLC0415
+
         try:
             # strict: a trainable layer with buffers, such as BatchNorm, mixes patients and is refused.
             self._hooked = GradSampleModule(self._model, loss_reduction="sum", strict=True)
