@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from client import cli_conformance, cli_enrol
+from client import cli_conformance, cli_enrol, cli_evaluate
 from shared_models import terminal
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ app = typer.Typer(
 )
 cli_enrol.add_to(app)
 cli_conformance.add_to(app)
+cli_evaluate.add_to(app)
 
 ledger_app = typer.Typer(help="Show, verify or export this hospital's privacy ledger.", no_args_is_help=True)
 app.add_typer(ledger_app, name="ledger")
@@ -321,29 +322,6 @@ def train_alone(
     train_folder(plan, records, out, steps=steps, learning_rate=learning_rate, batch_size=batch_size)
     if test is not None:
         typer.echo(json.dumps(evaluate_folder(out, test)))
-
-
-@app.command()
-def evaluate(
-    records: RecordsFolder,
-    model: Annotated[
-        Path | None, typer.Argument(help="A model file; without it, paths come on standard input.")
-    ] = None,
-) -> None:
-    """Measure models on local records, without noise: one line of JSON per model. For the hospital's own eyes.
-
-    Without MODEL it stays warm and reads one path per line from standard input.
-    """
-    from client.alone import evaluate_folder
-
-    if model is not None:
-        typer.echo(json.dumps(evaluate_folder(model, records)))
-        return
-    for line in sys.stdin:
-        path = Path(line.strip())
-        if path.exists():  # a study drops old checkpoints; one that is gone has a newer one behind it
-            typer.echo(json.dumps({"model": str(path), **evaluate_folder(path, records)}))
-            sys.stdout.flush()
 
 
 def _print(what: object) -> None:

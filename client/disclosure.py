@@ -79,18 +79,19 @@ def _peers(settings: Settings, plan: StudyPlan) -> Rows:
 
 
 def _training(settings: Settings, plan: StudyPlan, task: Task, manifest: Manifest) -> Rows:
-    population = Source(task).current(settings)
+    population = Source(task, fold=plan.fold).current(settings)
     training, validation = population.training.patient_count, population.validation.patient_count
     parameters = count_parameters(plan.network, task)
-    privacy = plan.privacy
+    privacy, fold = plan.privacy, plan.fold
+    part = f"fold {fold.index} of {fold.count} of a cross-validation: " if fold else ""
     return [
         ("task", f"{task.name}: {task.description}"),
         ("network", f"{plan.network.name}, {parameters} parameters"),
         ("columns", _columns(manifest, task)),
         (
             "patients",
-            f"{training} to train with, {validation} to validate with, without those who said no (true counts: for "
-            "your eyes only)",
+            f"{part}{training} to train with, {validation} to validate with, without those who said no (true counts: "
+            "for your eyes only)",
         ),
         (
             "mechanism",
@@ -129,8 +130,9 @@ def _leaving(policy: Policy, plan: StudyPlan, task: Task) -> Rows:
     if plan.evaluation is None:
         return [("what leaves", f"{update}; {always}; no statistics")]
     release = plan.evaluation
+    groups = "".join(f", and of each group by {one.column}" for one in release.subgroups)
     statistics = (
-        f"every {release.every} rounds validation statistics of {release.bins} bins, each patient's clipped to "
+        f"every {release.every} rounds validation statistics of {release.bins} bins{groups}, each patient's clipped to "
         f"{release.clip:g}, with noise of {release.noise_multiplier:g} times that, under masks"
     )
     return [("what leaves", f"{update}; {statistics}; {always}")]

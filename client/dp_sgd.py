@@ -9,7 +9,7 @@ import copy
 import logging
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -246,8 +246,9 @@ class PatientGradients(Gradients):
         if counts.sum() == len(patients) <= self._micro_batch:
             inputs, targets, _ = self._records.select(patients)
             return self._record_gradients(inputs, targets)
-        share = torch.from_numpy(1 / counts).float().to(self._device)
-        means = [torch.zeros(len(patients), size, device=self._device) for size in self._sizes]
+        kind = self._parameters[0].dtype  # float64 in the self-check
+        share = torch.from_numpy(1 / counts).to(self._device, kind)
+        means = [torch.zeros(len(patients), size, device=self._device, dtype=kind) for size in self._sizes]
         for inputs, targets, owners in self._records.parts(patients, self._micro_batch):
             owner = torch.from_numpy(owners).to(self._device)
             for mean, gradient in zip(means, self._record_gradients(inputs, targets), strict=True):
@@ -313,11 +314,13 @@ def self_check(model: nn.Module, task: Task, *, clip: float, micro_batch: int = 
         ConfigError: Any of this fails; the network must not be trained.
     """
     generator = torch.Generator().manual_seed(0)
-    trial = copy.deepcopy(model).cpu().train()
+    trial = copy.deepcopy(model).cpu().double().train()  # in float32 a rounded kink of a ReLU passes for a fault
     with torch.no_grad():
         for parameter in trial.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
     records = made_up_records(task, generator)
+    if records.inputs[:].is_floating_point():
+        records = replace(records, inputs=records.inputs[:].double())
     try:
         truth = _gradients_by_brute_force(trial, records, task)
         with gradients_for(trial, records, task, device="cpu", micro_batch=micro_batch) as gradients:

@@ -13,6 +13,7 @@ from shared_models.errors import ConfigError
 from shared_models.nets.losses import scores
 from shared_models.outcomes import record_statistics, statistics_size
 from shared_models.plan import EvaluationPlan
+from shared_models.subgroups import NO_GROUPS, group_of_each, release_size, spread
 from shared_models.tasks import Task
 
 _BATCH = 256  # records at once in memory and on the device
@@ -62,24 +63,25 @@ def released_statistics(
         model: Network; its device is used, its mode is restored.
         records: Validation records.
         task: Names the heads.
-        plan: S, noise multiplier and bins.
+        plan: S, noise multiplier, bins and subgroups.
         random: Source of the noise, fresh for every charge.
         allow_test_random: Accept a repeatable generator. Tests only.
 
     Returns:
-        Shape ``(statistics_size(task, plan.bins),)``; entries may be negative.
+        Shape ``(release_size(task, plan),)``; entries may be negative.
 
     Raises:
         ConfigError: ``random`` is not keyed by the operating system.
     """
     require_system_key(random, allow_test_random=allow_test_random)
-    total = np.zeros(statistics_size(task, plan.bins))
+    total = np.zeros(release_size(task, plan))
     for first in range(0, records.patient_count, _PATIENTS):
         patients = np.arange(first, min(first + _PATIENTS, records.patient_count))
         found, whose = [np.empty((0, len(total)))], [np.empty(0, dtype=np.int64)]
         for inputs, targets, owners in records.parts(patients, _BATCH):
             rows, finite = _rows(model, inputs, targets, task, plan.bins)
-            found.append(np.where(finite[:, None], rows, 0))
+            groups = group_of_each(task, plan.subgroups, inputs.numpy()) if plan.subgroups else NO_GROUPS
+            found.append(spread(task, plan, np.where(finite[:, None], rows, 0), groups))
             whose.append(owners)
         total += _clipped_sum(np.concatenate(found), np.concatenate(whose), clip=plan.clip)
     return total + plan.noise_multiplier * plan.clip * random.gaussian(len(total))
@@ -94,16 +96,60 @@ def _clipped_sum(rows: NDArray[np.float64], owners: NDArray[np.int64], *, clip: 
     return factors @ means
 
 
+def scores_of(model: nn.Module, records: Records, task: Task) -> NDArray[np.float64]:
+    """What the network says of each record; it stays at the hospital.
+
+    Returns:
+        As ``losses.scores`` gives them, first axis ``len(records)``.
+
+    Raises:
+        ConfigError: The network's outputs are not finite.
+    """
+    parts = range(0, max(1, len(records)), _BATCH)
+    found = np.concatenate([_scores(model, records.inputs[first : first + _BATCH], task) for first in parts])
+    if not np.isfinite(found).all():
+        raise ConfigError(
+            "the network's outputs are not finite", hint="Lower the learning rate; this model cannot be used."
+        )
+    return found
+
+
+def counted_once(
+    scores: NDArray[np.float64], records: Records, task: Task, *, bins: int, rows: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """Exact statistics in which every patient counts once, as in a release: with k records, each is 1 / k of one.
+
+    Args:
+        scores: As ``scores_of`` returned them.
+        records: The records they are of.
+        task: Names the heads.
+        bins: Score bins.
+        rows: Which records; of a group, a patient with records in two counts in part in each.
+    """
+    total = np.zeros(statistics_size(task, bins))
+    weights = 1 / records.record_counts[records.patients]
+    targets = records.targets.double().numpy()
+    for first in range(0, len(rows), _BATCH):
+        part = rows[first : first + _BATCH]
+        total += weights[part] @ record_statistics(task, scores[part], targets[part], bins=bins)
+    return total
+
+
 @torch.no_grad()
+def _scores(model: nn.Module, inputs: Tensor, task: Task) -> NDArray[np.float64]:
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    score: NDArray[np.float64] = scores(task, model(inputs.to(device))).cpu().double().numpy()
+    model.train(was_training)
+    return score
+
+
 def _rows(
     model: nn.Module, inputs: Tensor, targets: Tensor, task: Task, bins: int
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """Statistics of each record, and whether its score is finite (where not, its row means nothing)."""
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    score = scores(task, model(inputs.to(device))).cpu().double().numpy()
-    model.train(was_training)
-    finite = np.isfinite(score.reshape(len(score), -1)).all(axis=1)
+    score = _scores(model, inputs, task)
+    finite = np.asarray(np.isfinite(score.reshape(len(score), -1)).all(axis=1))
     score[~finite] = 0
     return record_statistics(task, score, targets.double().numpy(), bins=bins), finite

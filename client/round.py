@@ -76,6 +76,7 @@ from shared_models.receipts import Receipt
 from shared_models.secagg import protocol
 from shared_models.secagg.key_agreement import Announcement, Purpose
 from shared_models.software import software_digest
+from shared_models.subgroups import release_size
 from shared_models.tasks import Task, task_of
 from shared_models.update import check_vector, parameters_to_vector, vector_digest, vector_to_parameters
 
@@ -255,7 +256,9 @@ class Hospital:
     def _prepare(self, plan: StudyPlan) -> Study:
         """Validate the records and check the network before anything is approved, let alone charged."""
         task = task_of(plan)
-        source = Source(task)
+        if plan.evaluation is not None:
+            release_size(task, plan.evaluation)
+        source = Source(task, fold=plan.fold)
         population = source.current(self.settings)
         self._registry.check(population.members, has_spent=self.books.budget.has_spent)
         model = _checked_network(plan.network, task, plan.seed, plan.privacy.clip, self.device)

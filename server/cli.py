@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from server import cli_control, cli_enrol, logs
+from server import cli_control, cli_enrol, cli_report, logs
 from shared_models import terminal
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ app = typer.Typer(
 )
 cli_enrol.add_to(app)
 cli_control.add_to(app)
+cli_report.add_to(app)
 
 
 @app.command()
@@ -109,6 +110,9 @@ def simulate(
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of made-up records; never of noise.")] = 0,
     threads: Annotated[int, typer.Option(min=1, max=1024, help="Of torch.")] = 1,
+    folds: Annotated[
+        int | None, typer.Option(min=2, max=20, help="Cross-validate: a study for each fold, each charged in full.")
+    ] = None,
 ) -> None:
     """Run a study with many hospitals in this one process: masks, ledgers and privacy as ever, no network."""
     from rich.console import Console
@@ -128,6 +132,7 @@ def simulate(
         seed=seed,
         threads=threads,
         json_file=json_file,
+        folds=folds,
     )
     run_simulation(options, Console())
 

@@ -5,9 +5,11 @@ from numpy.typing import NDArray
 
 from shared_models.outcomes import compute_metrics
 from shared_models.plan import EvaluationPlan
+from shared_models.subgroups import EVERYBODY, split
 from shared_models.tasks import Task
 
 
 def released_metrics(task: Task, evaluation: EvaluationPlan, statistics: NDArray[np.float64]) -> dict[str, float]:
-    """Metrics of the summed, noised statistics; those that the noise leaves undefined are absent."""
-    return compute_metrics(task, statistics, bins=evaluation.bins)
+    """Metrics of the summed, noised statistics of everybody; those that the noise leaves undefined are absent."""
+    everybody = split(task, evaluation, statistics)[EVERYBODY]
+    return compute_metrics(task, everybody, bins=evaluation.bins)

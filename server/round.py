@@ -22,6 +22,7 @@ from server.fedavg import server_step
 from server.gather import Answer
 from server.patience import NOT_NOW
 from server.quorum import enrol_enough, gather_cohort, set_aside, take_turn
+from server.released import Released, keep_released
 from server.study import Study
 from shared_models.encoding import NULL_COORDINATES, encoding, public_weight
 from shared_models.errors import ConfigError, DropoutError, FederationError, NotEnrolledError, ProtocolError
@@ -241,6 +242,7 @@ def evaluate_round(study: Study, number: int) -> dict[str, float] | None:
     if found.total is None:
         return None
     metrics = released_metrics(study.task, evaluation, found.total)
+    keep_released(study.folder, Released(round=number, hospitals=len(found.uploaders), statistics=found.total))
     study.journal.write("released", round=number, metrics=metrics)
     return metrics
 

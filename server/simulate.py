@@ -33,6 +33,7 @@ from rich.console import Console
 
 from server.demo import fresh_folder, hospital_settings, plan_text, secure_aggregation, stated
 from server.examples import ExampleHospital, read_example
+from server.folds import fold_plans, summarise, tables
 from server.journal import read_events
 from server.made_up import write_made_up
 from server.pki import create_hospital_keys
@@ -234,6 +235,7 @@ class Options:
         seed: Of made-up records.
         threads: Of torch.
         json_file: Where to write the result for machines.
+        folds: Of a cross-validation; None runs the plan once.
     """
 
     plan: Path
@@ -245,6 +247,7 @@ class Options:
     seed: int
     threads: int
     json_file: Path | None
+    folds: int | None = None
 
 
 def run_simulation(options: Options, console: Console) -> dict[str, Any]:
@@ -257,6 +260,7 @@ def run_simulation(options: Options, console: Console) -> dict[str, Any]:
     started = time.monotonic()
     plan = read_plan(options.plan)
     task = task_of(plan)
+    plans = fold_plans(plan, options.folds) if options.folds else []
     hospital_app()
     if options.records is not None:
         chosen = hospitals_in(options.records, options.public_size)[: options.hospitals]
@@ -274,17 +278,40 @@ def run_simulation(options: Options, console: Console) -> dict[str, Any]:
         if chosen is None:
             records = folder / "records"
             chosen = write_made_up(task, records, hospitals=count, patients=options.patients, seed=options.seed)
-        lay_out(folder, chosen, plan)
+        lay_out(folder, chosen, plan, studies=len(plans) or 1)
     except BaseException:
         shutil.rmtree(folder)  # nothing has run: leave nothing half-done
         raise
     console.print(f"{plan.study}: {count} hospitals in one process, {plan.rounds} rounds; {folder}", soft_wrap=True)
-    progress = _run(folder, chosen, plan, options.threads, console)
-    report = _report(progress, plan, folder, time.monotonic() - started)
-    _say_result(report, console)
+    if plans:
+        report = _cross_validate(folder, chosen, plan, plans, options.threads, console)
+    else:
+        progress = _run(folder, chosen, plan, options.threads, console)
+        report = _report(progress, plan, folder, time.monotonic() - started)
+        _say_result(report, console)
     if options.json_file is not None:
         options.json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report
+
+
+def _cross_validate(
+    folder: Path,
+    hospitals: Sequence[ExampleHospital],
+    plan: StudyPlan,
+    plans: Sequence[StudyPlan],
+    threads: int,
+    console: Console,
+) -> dict[str, Any]:
+    """One fold after the other, with the same hospitals and ledgers; and the summary of all."""
+    folders = []
+    for number, one in enumerate(plans, start=1):
+        console.print(f"fold {number} of {len(plans)}")
+        _run(folder, hospitals, one, threads, console, name=f"fold-{number}")
+        folders.append(folder / f"fold-{number}")
+    found = summarise(plan, folders)
+    for table in tables(found):
+        console.print(table)
+    return found
 
 
 def hospitals_in(records: Path, public_size: int | None) -> list[ExampleHospital]:
@@ -325,8 +352,11 @@ def hospitals_in(records: Path, public_size: int | None) -> list[ExampleHospital
     return [ExampleHospital(name=home.name, folder=home, public_size=public_size) for home in homes]
 
 
-def lay_out(folder: Path, hospitals: Iterable[ExampleHospital], plan: StudyPlan) -> None:
-    """Make everybody's throw-away keys and settings, and one roster that all of them read."""
+def lay_out(folder: Path, hospitals: Iterable[ExampleHospital], plan: StudyPlan, *, studies: int = 1) -> None:
+    """Make everybody's throw-away keys and settings, and one roster that all of them read.
+
+    Budgets pay for so many ``studies`` of the plan.
+    """
     (folder / "plan.toml").write_text(plan_text(plan), encoding="utf-8")
     sizes = {hospital.name: hospital.public_size for hospital in hospitals}
     root, public = trial_root(folder / "root"), folder / "public"
@@ -340,12 +370,19 @@ def lay_out(folder: Path, hospitals: Iterable[ExampleHospital], plan: StudyPlan)
             "roster": str(folder / "roster.json"),
             "keys": {"identity": "keys/identity.key", "node": "keys/node.key", "root": str(folder / "root.pub")},
         }
+        settings["population"] = settings["population"] | {"epsilon": settings["population"]["epsilon"] * studies}
         (home / "hospital.toml").write_text(tomli_w.dumps(settings), encoding="utf-8")
     hand_out(root, trial_roster(root, public, sizes), [folder])
 
 
 def _run(
-    folder: Path, hospitals: Sequence[ExampleHospital], plan: StudyPlan, threads: int, console: Console
+    folder: Path,
+    hospitals: Sequence[ExampleHospital],
+    plan: StudyPlan,
+    threads: int,
+    console: Console,
+    *,
+    name: str = "study",
 ) -> Standing:
     import torch  # noqa: PLC0415 - what was refused above needed no torch
 
@@ -354,12 +391,14 @@ def _run(
     grid = FewOpenGrid({name: folder / "hospitals" / name / "hospital.toml" for name in names})
     identities = {name: read_public(folder / "public" / f"{name}.identity.pub") for name in names}
     progress = Standing(study=plan.study)
-    with _Watch(folder / "study" / "events.jsonl", progress, lambda line: console.print(line, soft_wrap=True)):
+    plan_file = folder / ("plan.toml" if name == "study" else f"{name}.toml")
+    plan_file.write_text(plan_text(plan), encoding="utf-8")
+    with _Watch(folder / name / "events.jsonl", progress, lambda line: console.print(line, soft_wrap=True)):
         try:
             run_server_app(
                 grid,
-                plan_file=folder / "plan.toml",
-                folder=folder / "study",
+                plan_file=plan_file,
+                folder=folder / name,
                 state=folder,
                 identities=identities,
                 public_sizes={hospital.name: hospital.public_size for hospital in hospitals},

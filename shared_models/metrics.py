@@ -85,7 +85,8 @@ def compute_metrics(classes: int, statistics: ArrayLike, *, bins: int) -> dict[s
         ProtocolError: Wrong length, or numbers that cannot be counts.
         ConfigError: As for ``record_statistics``.
     """
-    confusion, tables, confidence = _split(classes, _check_counts(statistics, statistics_size(classes, bins)), bins)
+    counts = _check_counts(statistics, statistics_size(classes, bins)).clip(min=0.0)
+    confusion, tables, confidence = _split(classes, counts, bins)
     recalls = np.array([_ratio(confusion[c, c], confusion[c].sum()) for c in range(classes)])
     f1s = np.array([_ratio(2 * confusion[c, c], confusion[c].sum() + confusion[:, c].sum()) for c in range(classes)])
     figures = {
@@ -100,6 +101,21 @@ def compute_metrics(classes: int, statistics: ArrayLike, *, bins: int) -> dict[s
         "records": confusion.sum(),
     }
     return {name: float(figure) for name, figure in figures.items() if not np.isnan(figure)}
+
+
+def score_tables(classes: int, statistics: ArrayLike, *, bins: int) -> Floats:
+    """The counts of scores within summed statistics, as they came: noise may have left some below zero.
+
+    Returns:
+        Shape ``(tables, 2, bins)``: negatives, then positives. One table of two classes, of more one for each class
+        against the rest.
+
+    Raises:
+        ProtocolError: Wrong length, or numbers that cannot be counts.
+        ConfigError: As for ``record_statistics``.
+    """
+    counts = _check_counts(statistics, statistics_size(classes, bins))
+    return _split(classes, counts, bins)[1]
 
 
 def bin_errors(classes: int, statistics: ArrayLike, *, bins: int) -> dict[str, float]:
@@ -118,7 +134,7 @@ def bin_errors(classes: int, statistics: ArrayLike, *, bins: int) -> dict[str, f
     Returns:
         The same keys as ``compute_metrics``.
     """
-    _, tables, _ = _split(classes, _check_counts(statistics, statistics_size(classes, bins)), bins)
+    _, tables, _ = _split(classes, _check_counts(statistics, statistics_size(classes, bins)).clip(min=0.0), bins)
     errors = {
         "auroc": _mean(np.array([_auroc_error(table) for table in tables])),
         "auprc": _mean(np.array([_auprc_error(table) for table in tables])),
@@ -140,12 +156,12 @@ def _check_shape(classes: int, bins: int) -> None:
 
 
 def _check_counts(statistics: ArrayLike, size: int) -> Floats:
-    """Counts as they can be used: noise below zero removed."""
+    """Counts as they came; with noise, some may be below zero."""
     counts = np.asarray(statistics, dtype=np.float64)
     if counts.shape != (size,) or not (np.abs(counts) <= LARGEST_COUNT).all():  # NaN fails, too
         hint = "The sender runs another version or another plan."
         raise ProtocolError(f"statistics of shape {counts.shape} are not {size} counts", hint=hint)
-    return counts.clip(min=0.0)
+    return counts
 
 
 def _cells(classes: int, scores: ArrayLike, labels: ArrayLike, bins: int) -> NDArray[np.int64]:

@@ -77,14 +77,7 @@ def compute_metrics(task: Task, statistics: ArrayLike, *, bins: int) -> dict[str
     Raises:
         ProtocolError: Wrong length, or numbers that cannot be counts.
     """
-    counts = np.asarray(statistics, dtype=np.float64)
-    size = statistics_size(task, bins)
-    if counts.shape != (size,) or not (np.abs(counts) <= metrics.LARGEST_COUNT).all():  # NaN fails, too
-        raise ProtocolError(
-            f"statistics of shape {counts.shape} are not {size} counts", hint="The sender runs another version or plan."
-        )
-    ends = np.cumsum([_size(head, bins) for head in task.heads])[:-1]
-    found = [_metrics(head, part, bins) for head, part in zip(task.heads, np.split(counts, ends), strict=True)]
+    found = [_metrics(head, part, bins) for head, part in _of_heads(task, statistics, bins)]
     if len(found) == 1:
         return found[0]
     names = dict.fromkeys(name for figures in found for name in figures if name not in _EVERYWHERE)
@@ -95,6 +88,65 @@ def compute_metrics(task: Task, statistics: ArrayLike, *, bins: int) -> dict[str
         for name, figure in figures.items()
     }
     return means | own
+
+
+def _of_heads(task: Task, statistics: ArrayLike, bins: int) -> list[tuple[Head, Floats]]:
+    """Each head with its own part of a task's statistics."""
+    counts = np.asarray(statistics, dtype=np.float64)
+    size = statistics_size(task, bins)
+    if counts.shape != (size,) or not (np.abs(counts) <= metrics.LARGEST_COUNT).all():  # NaN fails, too
+        raise ProtocolError(
+            f"statistics of shape {counts.shape} are not {size} counts", hint="The sender runs another version or plan."
+        )
+    ends = np.cumsum([_size(head, bins) for head in task.heads])[:-1]
+    return list(zip(task.heads, np.split(counts, ends), strict=True))
+
+
+def score_tables(task: Task, statistics: ArrayLike, *, bins: int) -> dict[str, Floats]:
+    """Counts of patients by score, of every class that a task tells from the rest, as they came.
+
+    Returns:
+        Shape ``(2, bins)`` each, as ``metrics.score_tables``: by class, of two the positive one only; where there are
+        several heads, by ``head.class``. Heads that are no choice have none.
+
+    Raises:
+        ProtocolError: Wrong length, or numbers that cannot be counted.
+    """
+    found: dict[str, Floats] = {}
+    for head, part in _of_heads(task, statistics, bins):
+        if not isinstance(head, Choice):
+            continue
+        named = head.classes[1:] if len(head.classes) == 2 else head.classes
+        tables = metrics.score_tables(len(head.classes), part, bins=bins)
+        before = "" if len(task.heads) == 1 else f"{head.name}."
+        found |= {f"{before}{name}": table for name, table in zip(named, tables, strict=True)}
+    return found
+
+
+def ranked_classes(
+    task: Task, scores: ArrayLike, targets: ArrayLike
+) -> dict[str, tuple[Floats, NDArray[np.bool_], NDArray[np.bool_]]]:
+    """Scores of every class that ``score_tables`` has, unbinned.
+
+    Args:
+        task: Names the heads.
+        scores: As ``losses.scores`` gives them.
+        targets: Shape ``(n, *task.target_shape)``.
+
+    Returns:
+        By the same names: each record's score, whether it is of the class, and whether that is known; ``(n,)`` each.
+    """
+    given, known = np.asarray(scores, dtype=np.float64), np.asarray(targets, dtype=np.float64)
+    if task.choice is not None:
+        given, known = given.reshape(len(given), -1), known[:, None]
+    found = {}
+    for head, own, truth in _parts(task, given, known):
+        if isinstance(head, Choice):
+            before = "" if len(task.heads) == 1 else f"{head.name}."
+            first = 1 if len(head.classes) == 2 else 0
+            for place, name in enumerate(head.classes[first:]):
+                found[f"{before}{name}"] = own[:, place], truth[:, 0] == place + first, ~np.isnan(truth[:, 0])
+    return found
 
 
 def concordance(table: ArrayLike) -> float:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -276,6 +277,25 @@ class PrivacyPlan(Evolving):
     spare_charges: Annotated[int, Field(ge=0, le=999), ALWAYS_WRITTEN] = 0
 
 
+class Subgroups(Evolving):
+    """Patients told apart by one column of a table: each in one group.
+
+    Attributes:
+        column: Name of the column in the task's schema.
+        edges: Of a numeric column, public, ascending: a group below the first, one from each to the next, one above.
+            Of a column of categories none; each category is a group.
+    """
+
+    column: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]{0,63}$")]
+    edges: Annotated[tuple[Annotated[float, Field(allow_inf_nan=False)], ...], Field(max_length=10)] = ()
+
+    @model_validator(mode="after")
+    def _edges_ascend(self) -> "Subgroups":
+        if any(low >= high for low, high in pairwise(self.edges)):
+            raise ValueError("edges must ascend")
+        return self
+
+
 class EvaluationPlan(Evolving):
     """Release of validation statistics: noised at the hospital with sigma * S, charged at sample rate 1.
 
@@ -284,12 +304,39 @@ class EvaluationPlan(Evolving):
         clip: S, the L2 norm that one validation patient's statistics are clipped to.
         noise_multiplier: sigma of the release.
         bins: Score bins of the released histograms.
+        subgroups: How patients are told apart for statistics of each group, in the same release at the same price: the
+            noise of every count is sqrt(1 + groupings) times as large.
     """
 
     every: Count
     clip: Positive
     noise_multiplier: Positive
     bins: Annotated[int, Field(ge=2, le=1000, multiple_of=2), ALWAYS_WRITTEN] = 20
+    subgroups: Annotated[tuple[Subgroups, ...], Field(max_length=8)] = ()
+
+    @model_validator(mode="after")
+    def _columns_are_named_once(self) -> "EvaluationPlan":
+        if len({one.column for one in self.subgroups}) < len(self.subgroups):
+            raise ValueError("subgroups: a column is named twice")
+        return self
+
+
+class Fold(Evolving):
+    """Which part of every hospital's patients is left out of training, and is what the model is evaluated on.
+
+    Attributes:
+        index: Which one, counted from 1.
+        count: How many there are. Hospitals divide their patients by a keyed hash of the id alone.
+    """
+
+    index: Annotated[int, Field(ge=1, le=20)]
+    count: Annotated[int, Field(ge=2, le=20)]
+
+    @model_validator(mode="after")
+    def _it_is_one_of_them(self) -> "Fold":
+        if self.index > self.count:
+            raise ValueError("index is above count")
+        return self
 
 
 class EarlyStopping(Evolving):
@@ -338,6 +385,8 @@ class StudyPlan(Evolving):
         averaging: How the coordinator moves the global parameters by the sum of a round.
         early_stopping: Whether the study may end before its last round.
         hospitals: Whom the study is for, sorted; None means every hospital of the roster.
+        fold: Part of a cross-validation: the patients that train are all but those of this fold, whatever share a
+            hospital's manifest keeps for validation.
     """
 
     format: Literal[1]
@@ -358,6 +407,7 @@ class StudyPlan(Evolving):
     averaging: Averaging = FedAvg(name="fedavg")
     early_stopping: EarlyStopping | None = None
     hospitals: Annotated[Hospitals | None, AfterValidator(_named_once)] = None
+    fold: Fold | None = None
 
     @model_validator(mode="after")
     def _its_parts_fit(self) -> "StudyPlan":
@@ -372,6 +422,8 @@ class StudyPlan(Evolving):
             yield "training.schedule", f"the last round's learning rate is below {SMALLEST_RATE:g} of the first's"
         if self.hospitals is not None and len(self.hospitals) < self.minimum_hospitals:
             yield "hospitals", f"{len(self.hospitals)} are named, and minimum_hospitals is {self.minimum_hospitals}"
+        if self.fold is not None and (self.evaluation is None or self.rounds % self.evaluation.every):
+            yield "fold", "a fold is for evaluating the last round's model: [evaluation] must release after it"
         if self.early_stopping is None:
             return
         if self.evaluation is None:

@@ -21,6 +21,7 @@ from client.records.stamps import Stamp, changed, stamps
 from client.records.tabular import Table, checked_table, split_table
 from client.settings import Settings
 from shared_models.errors import RecordsError
+from shared_models.plan import Fold
 from shared_models.tasks import Task
 
 _State = tuple[Manifest, Mapping[Path, Stamp], bool, frozenset[str]]
@@ -47,10 +48,14 @@ class Source:
     """Reads one hospital's records for one task, again only when manifest, a file or the opt-out list have changed.
 
     What a database answers has no stamp: a query is run again each time.
+
+    Args:
+        task: What the records are read for.
+        fold: Of a cross-validation: who validates, in place of the manifest's validation part.
     """
 
-    def __init__(self, task: Task) -> None:
-        self._task = task
+    def __init__(self, task: Task, *, fold: Fold | None = None) -> None:
+        self._task, self._fold = task, fold
         self._read: tuple[_State, Mapping[Path, Stamp], Population] | None = None
 
     def current(self, settings: Settings) -> Population:
@@ -69,7 +74,7 @@ class Source:
         manifest = read_manifest(settings.records)
         state = (manifest, stamps(manifest.files), settings.opt_out is not None, opt_outs)
         if self._read is None or self._read[0] != state or manifest.sql or changed(self._read[1]):
-            files, population = _population(settings, manifest, self._task, opt_outs)
+            files, population = _population(settings, manifest, self._task, opt_outs, self._fold)
             if (path := changed(state[1])) is not None:
                 raise RecordsError(f"{path} changed while it was read", hint="Replace it by renaming.")
             self._read = state, files, population
@@ -77,14 +82,14 @@ class Source:
 
 
 def _population(
-    settings: Settings, manifest: Manifest, task: Task, opt_outs: frozenset[str]
+    settings: Settings, manifest: Manifest, task: Task, opt_outs: frozenset[str], fold: Fold | None
 ) -> tuple[Mapping[Path, Stamp], Population]:
     """Read and check everything, then leave out who said no; also the files that the rows name."""
     table = checked_table(manifest, task)
     if table.on_disk is not None:
         table.on_disk.keep(settings.records_memory_mb << 20)
     out = opted_out(table, manifest, opt_outs, listed=settings.opt_out is not None)
-    parts = split_table(table, manifest, task, split_key=split_key(settings.state), opted_out=out)
+    parts = split_table(table, manifest, task, split_key=split_key(settings.state), opted_out=out, fold=fold)
     patients = {patient for patient, left in zip(table.ids, out, strict=True) if not left}
     training, validation = (_forgiving(part) for part in parts)
     return table.files, Population(

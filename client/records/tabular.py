@@ -31,6 +31,7 @@ from client.records.signals import read_signals
 from client.records.stamps import Stamp
 from client.records.text import read_texts
 from shared_models.errors import RecordsError
+from shared_models.plan import Fold
 from shared_models.tasks import Choice, ImageInput, Numeric, SeriesInput, TableInput, Task, TokensInput
 
 SERIES = "series"
@@ -95,15 +96,22 @@ def read_table(manifest: Manifest, task: Task, *, split_key: bytes) -> tuple[Rec
 
 
 def split_table(
-    table: Table, manifest: Manifest, task: Task, *, split_key: bytes, opted_out: Flags | None = None
+    table: Table,
+    manifest: Manifest,
+    task: Task,
+    *,
+    split_key: bytes,
+    opted_out: Flags | None = None,
+    fold: Fold | None = None,
 ) -> tuple[Records, Records]:
     """Encode a checked table and cut it into training and validation part; see ``read_table``.
 
-    Rows in ``opted_out`` are left out of both, after all checks: a part may end up without a class, or empty.
+    Rows in ``opted_out`` are left out of both, after all checks: a part may end up without a class, or empty. With a
+    ``fold``, that is the validation part in place of the manifest's; it may lack a class: nobody chose its patients.
     """
-    held_out = _held_out(table.ids, manifest.validation_fraction, split_key)
+    held_out = _held_out(table.ids, _stretch(manifest.validation_fraction, fold), split_key)
     _check_classes(manifest, task, table.labels[~held_out], "training")
-    if manifest.validation_fraction > 0:
+    if manifest.validation_fraction > 0 and fold is None:
         _check_classes(manifest, task, table.labels[held_out], "validation")
     left = np.ones(len(held_out), dtype=np.bool_) if opted_out is None else ~opted_out
     training, validation = (_records(table, task, part & left) for part in (~held_out, held_out))
@@ -230,9 +238,17 @@ def content_of(values: NDArray[Any] | OnDisk) -> NDArray[Any] | list[str]:
     return values if isinstance(values, np.ndarray) and values.ndim == 1 else digests(values)
 
 
-def _held_out(ids: list[str], fraction: float, key: bytes) -> Flags:
-    """Which rows belong to validation patients: the keyed hash of the id, as a number in [0, 1), is below fraction."""
-    chosen = {i: int.from_bytes(hmac.digest(key, i.encode(), "sha256")[:8]) < fraction * 2**64 for i in set(ids)}
+def _stretch(fraction: float, fold: Fold | None) -> tuple[float, float]:
+    """Where in [0, 1) the validation patients' hashes lie, times 2**64; folds lie side by side and leave nobody out."""
+    if fold is None:
+        return 0, fraction * 2**64
+    return (fold.index - 1) * 2**64 // fold.count, fold.index * 2**64 // fold.count
+
+
+def _held_out(ids: list[str], stretch: tuple[float, float], key: bytes) -> Flags:
+    """Which rows belong to validation patients: the keyed hash of the id, a number below 2**64, lies in the stretch."""
+    low, high = stretch
+    chosen = {i: low <= int.from_bytes(hmac.digest(key, i.encode(), "sha256")[:8]) < high for i in set(ids)}
     return np.array([chosen[i] for i in ids], dtype=np.bool_)
 
 

@@ -8,6 +8,7 @@ import pytest
 from client.books import read_budget
 from client.consent import Consents
 from client.records.manifest import read_manifest
+from client.records.population import Source
 from shared_models.errors import ConfigError, FederationError
 from shared_models.tasks import TableInput, find_task
 from tests.client.test_cli import run
@@ -99,6 +100,34 @@ def test_who_said_no_is_not_counted(waiting: Federation) -> None:
     (file.parent / "no.txt").write_text("\n".join(patients[:2]), encoding="utf-8")
 
     assert f"{len(set(patients)) - 2} to train with" in shown(waiting)
+
+
+def test_subgroups_and_a_fold_are_shown_with_the_fold_s_own_patients(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """By what patients are told apart, and who trains in this fold: not the part that the manifest keeps."""
+    evaluation = {
+        "every": 2,
+        "clip": 1.0,
+        "noise_multiplier": 40.0,
+        "subgroups": [{"column": "mean_radius", "edges": [14.0]}],
+    }
+    federation = make_federation(
+        tmp_path_factory.mktemp("fold"),
+        rounds=2,
+        privacy={"noise_multiplier": 40.0},
+        evaluation=evaluation,
+        fold={"index": 2, "count": 4},
+    )
+    change_policy(federation, HOSPITAL, standing_approvals=[])
+    Coordinator(federation).propose(HOSPITAL)
+    settings, plan = federation.settings(HOSPITAL), federation.plan
+
+    text = shown(federation)
+
+    population = Source(find_task(plan.task), fold=plan.fold).current(settings)
+    training, validation = population.training.patient_count, population.validation.patient_count
+    assert min(training, validation) > 0
+    assert f"fold 2 of 4 of a cross-validation: {training} to train with, {validation} to validate with" in text
+    assert "and of each group by mean_radius" in text
 
 
 def test_a_release_of_statistics_is_shown(tmp_path_factory: pytest.TempPathFactory) -> None:

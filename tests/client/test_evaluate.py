@@ -9,11 +9,13 @@ from torch import nn
 
 from client.evaluate import released_statistics, statistics
 from client.randomness import SecureRandom
+from client.records.records import Records
 from shared_models.errors import ConfigError
 from shared_models.metrics import compute_metrics
 from shared_models.nets.build import build_network
-from shared_models.plan import EvaluationPlan, Mlp
-from tests.client.made_up import chosen, repeatable, table, table_records, task_of
+from shared_models.plan import EvaluationPlan, Mlp, Subgroups
+from shared_models.subgroups import EVERYBODY, split
+from tests.client.made_up import chosen, numeric, repeatable, table, table_records, task_of
 
 BINS = 100
 PLAN = EvaluationPlan(every=1, clip=10.0, noise_multiplier=1e-9, bins=BINS)
@@ -77,3 +79,27 @@ def test_production_refuses_a_repeatable_generator() -> None:
     """A release is noised from the operating system's entropy, too."""
     with pytest.raises(ConfigError, match="operating system"):
         released_statistics(network(), table_records([0]), task_of(table(5)), plan=PLAN, random=repeatable())
+
+
+def test_a_release_holds_every_group_and_a_patient_is_clipped_whole() -> None:
+    """One patient's records in both bands are one row of norm S at most; each block counts its own records."""
+    records, task, model = table_records(np.arange(600)), task_of(table(5)), network()
+    grouped = PLAN.model_copy(update={"subgroups": (Subgroups(column="column-2", edges=(0.25,)),)})
+    above = np.flatnonzero(records.inputs[:][:, 2].numpy() >= task_scaled(0.25))
+
+    released = released_statistics(model, records, task, plan=grouped, random=repeatable(), allow_test_random=True)
+
+    found = split(task, grouped, released)
+    np.testing.assert_allclose(found[EVERYBODY], statistics(model, records, task, bins=BINS), atol=1e-5)
+    np.testing.assert_allclose(
+        found["column-2", "from 0.25 1"], statistics(model, chosen(records, above), task, bins=BINS), atol=1e-5
+    )
+    lone = Records(records.inputs[:50], records.targets[:50], np.zeros(50, dtype=np.int64), 1)
+    tight = grouped.model_copy(update={"clip": 0.05})
+    moved = released_statistics(model, lone, task, plan=tight, random=repeatable(), allow_test_random=True)
+    assert np.linalg.norm(moved) <= 0.05 + 1e-6
+
+
+def task_scaled(value: float) -> float:
+    """A value of one of the made-up columns as it is encoded."""
+    return float(np.float32(numeric("x").scaled(np.array([value]))[0]))

@@ -1,5 +1,6 @@
 """Tables on disk: what is read, how patients are kept apart, and what is refused with which words."""
 
+import hmac
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from rich.console import Console
 from client.records.manifest import read_manifest
 from client.records.records import Records
 from client.records.report import describe, summarise
-from client.records.tabular import read_table
+from client.records.tabular import checked_table, read_table, split_table
 from shared_models.errors import FederationError, RecordsError
+from shared_models.plan import Fold
 from shared_models.tasks import HEART_DISEASE, Categorical, Choice, Numeric, TableInput, Task, TokensInput
 
 KEY = b"the key of a test"
@@ -77,7 +79,7 @@ def test_a_table_becomes_the_tensors_that_the_schema_says(tmp_path: Path) -> Non
 
 def test_more_than_two_classes_become_class_numbers(tmp_path: Path) -> None:
     """Cross-entropy wants int64 targets."""
-    task = TASK.model_copy(update={"classes": ("well", "ill", "dead"), "loss": "cross-entropy"})
+    task = TASK.model_copy(update={"heads": (Choice(name="outcome", classes=("well", "ill", "dead")),)})
 
     records, _ = read(write(tmp_path, [*ROWS, "c,1,1,dead"]), task)
 
@@ -143,6 +145,49 @@ def test_the_split_depends_on_the_key_and_keeps_its_proportion(tmp_path: Path) -
 
     assert abs(len(one) - 667) < 105
     assert one.inputs[:].tolist() != other.inputs[:].tolist()
+
+
+def test_folds_share_out_the_patients(tmp_path: Path) -> None:
+    """Each patient validates in one fold and trains in all others; a fold keeps its size (five deviations: 90)."""
+    lines = [f"p{i},{i / 20},1,{('well', 'ill')[i % 2]}" for i in range(2000)]
+    manifest = read_manifest(write(tmp_path, [ROWS[0], *lines], validation_fraction=0.9))
+    table = checked_table(manifest, TASK)
+
+    def ages(records: Records) -> set[float]:
+        return set(records.inputs[:][:, 0].tolist())
+
+    parts = [
+        tuple(map(ages, split_table(table, manifest, TASK, split_key=KEY, fold=Fold(index=i, count=5))))
+        for i in range(1, 6)
+    ]
+
+    assert sum(len(validation) for _, validation in parts) == 2000
+    assert set.union(*(validation for _, validation in parts)) == set.union(*(training for training, _ in parts))
+    for training, validation in parts:
+        assert training.isdisjoint(validation)
+        assert len(training) + len(validation) == 2000
+        assert abs(len(validation) - 400) < 90
+
+
+@pytest.mark.parametrize("alike", ["validation", "training"])
+def test_a_fold_may_lack_a_class_but_training_may_not(tmp_path: Path, alike: str) -> None:
+    """Nobody chose who is in a fold; a hospital whose training part lacks a class has to declare that, as ever."""
+    fold = Fold(index=1, count=2)
+    inside = {f"p{i}": hmac.digest(KEY, f"p{i}".encode(), "sha256")[0] < 128 for i in range(40)}
+    classes = {i: "well" if held_out == (alike == "validation") else "ill" for i, held_out in inside.items()}
+    others = [i for i, held_out in inside.items() if held_out != (alike == "validation")]
+    classes[others[0]] = "well"
+    manifest = read_manifest(write(tmp_path, [ROWS[0], *(f"{i},1,1,{name}" for i, name in classes.items())]))
+    table = checked_table(manifest, TASK)
+
+    if alike == "training":
+        with pytest.raises(RecordsError, match="'ill' in the training part"):
+            split_table(table, manifest, TASK, split_key=KEY, fold=fold)
+        return
+    _, validation = split_table(table, manifest, TASK, split_key=KEY, fold=fold)
+
+    assert len(validation) == sum(inside.values())
+    assert validation.targets.sum() == 0
 
 
 def test_without_a_patient_column_every_row_is_declared_a_patient(tmp_path: Path) -> None:

@@ -88,6 +88,8 @@ PLANS = {
     "exponential": changed(RELEASING, training={"schedule": {"name": "exponential", "by": 0.9}}),
     "early stopping": changed(RELEASING, early_stopping={"metric": "auroc", "patience": 3}),
     "hospitals": changed(RELEASING, hospitals=["south", "north", "east"]),
+    "subgroups": changed(RELEASING, evaluation={"subgroups": [{"column": "mean_radius", "edges": [12.0, 16.0]}]}),
+    "fold": changed(RELEASING, fold={"index": 2, "count": 5}),
 }
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 NEW_KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(1, 33)))
@@ -150,6 +152,7 @@ def known_answers() -> dict[str, Any]:
         },
         "vector_digest": vector_digest(vector),
         "encoding": {purpose: asdict(code) for purpose, code in encodings.items()},
+        "encoding_of_subgroups": asdict(encoding(PLANS["subgroups"], "evaluate", parameters=31, hospitals=4)),
         "roster_digest": Roster.of({"ann": bytes(32), "bob": bytes([1]) * 32}).digest,
         "signed_roster": sign_roster(KEY, ROSTER).model_dump(mode="json"),
         "signed_roster_digest": ROSTER.digest,
