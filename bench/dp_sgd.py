@@ -151,7 +151,7 @@ def opacus(mode: str, model: nn.Module, optimizer: torch.optim.Optimizer, task: 
             return losses if self.reduction == "none" else losses.mean()
 
     loss: nn.Module = Loss()
-    loader = DataLoader(TensorDataset(records.inputs, records.targets), batch_size=len(records))
+    loader = DataLoader(TensorDataset(records.inputs[:], records.targets), batch_size=len(records))
     private = PrivacyEngine().make_private(
         module=model,
         optimizer=optimizer,

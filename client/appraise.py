@@ -202,7 +202,7 @@ def _rows_of_groups(task: Task, records: Records, subgroups: Sequence[Subgroups]
     everybody = np.arange(len(records))
     if not subgroups:
         return {EVERYBODY: everybody}
-    place = group_of_each(task, subgroups, records.inputs.numpy())
+    place = group_of_each(task, subgroups, records.inputs[:].numpy())
     return {EVERYBODY: everybody} | {
         f"{grouping.column}: {group}": np.flatnonzero(place[:, column] == number)
         for column, grouping in enumerate(groupings(task, subgroups))

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import cast
 
 import numpy as np
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from client.randomness import SecureRandom
-from client.records.records import Records
+from client.records.records import Records, Rows
 from shared_models.plan import Augmentation
 from shared_models.tasks import SeriesInput, Task
 
@@ -35,7 +34,7 @@ def augmented(records: Records, task: Task, augmentation: Augmentation, random: 
     inputs = _Changed(records.inputs, copies, lambda inputs: change(inputs, augmentation, generator))
     return replace(
         records,
-        inputs=cast("Tensor", inputs),
+        inputs=inputs,
         targets=records.targets.repeat_interleave(copies, dim=0),
         patients=np.repeat(records.patients, copies),
     )
@@ -44,7 +43,7 @@ def augmented(records: Records, task: Task, augmentation: Augmentation, random: 
 class _Changed:
     """Rows of inputs, each as often as there are copies, changed when they are asked for."""
 
-    def __init__(self, inputs: Tensor, copies: int, change: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, inputs: Tensor | Rows, copies: int, change: Callable[[Tensor], Tensor]) -> None:
         self._inputs, self._copies, self._change = inputs, copies, change
 
     @property
@@ -57,7 +56,10 @@ class _Changed:
 
     def __getitem__(self, rows: slice | Tensor) -> Tensor:
         chosen = torch.arange(len(self))[rows]
-        return self._change(self._inputs[chosen.div(self._copies, rounding_mode="floor")])
+        inputs = self._inputs[chosen.div(self._copies, rounding_mode="floor")]
+        changed = self._change(inputs)
+        changed[inputs.isnan().flatten(1).all(dim=1)] = torch.nan  # what could not be read is not made of zeros now
+        return changed
 
 
 def _change_images(images: Tensor, augmentation: Augmentation, generator: torch.Generator) -> Tensor:

@@ -327,7 +327,8 @@ def _without(records: Records, patient: int) -> Records:
     """Everybody's records but one patient's."""
     rows = np.flatnonzero(records.patients != patient)
     _, patients = np.unique(records.patients[rows], return_inverse=True)
-    return Records(records.inputs[rows], records.targets[rows], patients, records.patient_count - 1)
+    chosen = torch.from_numpy(rows)
+    return Records(records.inputs[chosen], records.targets[chosen], patients, records.patient_count - 1)
 
 
 def _audited(seen: Rehearsal, delta: float) -> tuple[CanaryAudit, Check]:

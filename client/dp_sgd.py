@@ -242,15 +242,17 @@ class PatientGradients(Gradients):
 
     def _means(self, patients: NDArray[np.int64]) -> list[Tensor]:
         """Each patient's mean gradient over all own records: per parameter, shape ``(patients, size)``."""
-        inputs, targets, owners = self._records.select(patients)
-        if len(owners) == len(patients) <= self._micro_batch:
+        counts = self._records.record_counts[patients]
+        if counts.sum() == len(patients) <= self._micro_batch:
+            inputs, targets, _ = self._records.select(patients)
             return self._record_gradients(inputs, targets)
-        owner = torch.from_numpy(owners).to(self._device)
-        share = (1 / torch.bincount(owner).double()).float()[owner, None]
-        means = [torch.zeros(len(patients), size, device=self._device) for size in self._sizes]
-        for rows in torch.arange(len(owners)).split(self._micro_batch):
-            for mean, gradient in zip(means, self._record_gradients(inputs[rows], targets[rows]), strict=True):
-                mean.index_add_(0, owner[rows], gradient * share[rows])
+        kind = self._parameters[0].dtype  # float64 in the self-check
+        share = torch.from_numpy(1 / counts).to(self._device, kind)
+        means = [torch.zeros(len(patients), size, device=self._device, dtype=kind) for size in self._sizes]
+        for inputs, targets, owners in self._records.parts(patients, self._micro_batch):
+            owner = torch.from_numpy(owners).to(self._device)
+            for mean, gradient in zip(means, self._record_gradients(inputs, targets), strict=True):
+                mean.index_add_(0, owner, gradient * share[owner, None])
         return means
 
     def _record_gradients(self, inputs: Tensor, targets: Tensor) -> list[Tensor]:
@@ -317,8 +319,8 @@ def self_check(model: nn.Module, task: Task, *, clip: float, micro_batch: int = 
         for parameter in trial.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
     records = made_up_records(task, generator)
-    if records.inputs.is_floating_point():
-        records = replace(records, inputs=records.inputs.double())
+    if records.inputs[:].is_floating_point():
+        records = replace(records, inputs=records.inputs[:].double())
     try:
         truth = _gradients_by_brute_force(trial, records, task)
         with gradients_for(trial, records, task, device="cpu", micro_batch=micro_batch) as gradients:

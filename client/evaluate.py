@@ -16,7 +16,7 @@ from shared_models.plan import EvaluationPlan
 from shared_models.subgroups import NO_GROUPS, group_of_each, release_size, spread
 from shared_models.tasks import Task
 
-_BATCH = 1024  # records at once on the device
+_BATCH = 256  # records at once in memory and on the device
 _PATIENTS = 512  # patients at once in a release: bounds memory, changes no result beyond rounding
 _ROUNDING = 1 - 2.0**-40  # clip this much below S, so that rounding in float64 cannot lift a patient above S
 
@@ -77,10 +77,13 @@ def released_statistics(
     total = np.zeros(release_size(task, plan))
     for first in range(0, records.patient_count, _PATIENTS):
         patients = np.arange(first, min(first + _PATIENTS, records.patient_count))
-        inputs, targets, owners = records.select(patients)
-        rows, finite = _rows(model, inputs, targets, task, plan.bins)
-        groups = group_of_each(task, plan.subgroups, inputs.numpy()) if plan.subgroups else NO_GROUPS
-        total += _clipped_sum(spread(task, plan, np.where(finite[:, None], rows, 0), groups), owners, clip=plan.clip)
+        found, whose = [np.empty((0, len(total)))], [np.empty(0, dtype=np.int64)]
+        for inputs, targets, owners in records.parts(patients, _BATCH):
+            rows, finite = _rows(model, inputs, targets, task, plan.bins)
+            groups = group_of_each(task, plan.subgroups, inputs.numpy()) if plan.subgroups else NO_GROUPS
+            found.append(spread(task, plan, np.where(finite[:, None], rows, 0), groups))
+            whose.append(owners)
+        total += _clipped_sum(np.concatenate(found), np.concatenate(whose), clip=plan.clip)
     return total + plan.noise_multiplier * plan.clip * random.gaussian(len(total))
 
 
@@ -102,7 +105,8 @@ def scores_of(model: nn.Module, records: Records, task: Task) -> NDArray[np.floa
     Raises:
         ConfigError: The network's outputs are not finite.
     """
-    found = _scores(model, records.inputs, task)
+    parts = range(0, max(1, len(records)), _BATCH)
+    found = np.concatenate([_scores(model, records.inputs[first : first + _BATCH], task) for first in parts])
     if not np.isfinite(found).all():
         raise ConfigError(
             "the network's outputs are not finite", hint="Lower the learning rate; this model cannot be used."
@@ -136,9 +140,9 @@ def _scores(model: nn.Module, inputs: Tensor, task: Task) -> NDArray[np.float64]
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    parts = [scores(task, model(part.to(device))).cpu() for part in inputs.split(_BATCH)]
+    score: NDArray[np.float64] = scores(task, model(inputs.to(device))).cpu().double().numpy()
     model.train(was_training)
-    return torch.cat(parts).double().numpy()
+    return score
 
 
 def _rows(

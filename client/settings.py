@@ -62,6 +62,8 @@ class Settings(Frozen):
         registry: Folder that all populations of this hospital share, with keyed hashes of the patients whose records
             were used: no patient is paid for out of two budgets. ``registry`` beside ``state`` unless told otherwise.
         opt_out: List of the patients who say no, one id per line.
+        records_memory_mb: How much of what was decoded of pictures and recordings stays in memory; the rest is decoded
+            again when it is needed.
         roster: The signed roster: who is in the consortium, and with which keys.
         device: ``auto`` takes CUDA when it is there, else the CPU.
         threads: Threads that torch may use.
@@ -74,6 +76,7 @@ class Settings(Frozen):
     state: LocalPath
     registry: LocalPath | None = None
     opt_out: LocalPath | None = None
+    records_memory_mb: Annotated[int, Field(ge=0, le=1_000_000)] = 512
     roster: LocalPath
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: Annotated[int, Field(ge=1, le=1024)] = 1

@@ -35,9 +35,10 @@ from lines.training import (
     run_study,
     train_in_one_place,
 )
-from server.examples import Example, ExampleHospital, declared_size
+from server.examples import Example, ExampleHospital
 from shared_models.errors import ConfigError
 from shared_models.plan import read_plan
+from shared_models.public_data import declared_size
 from shared_models.tasks import find_task
 
 FILE = Path("physionet2012") / "physionet2012_hourly.npz"

@@ -113,11 +113,12 @@ class BookKeeping(Gradients):
         return min(self._micro_batch, wanted)
 
     def _add_group(self, total: Tensor, patients: NDArray[np.int64], clip: float) -> None:
-        inputs, targets, owners = self._records.select(patients)
-        if len(owners) > self._micro_batch:
-            self._add_large(total, inputs, targets, clip)
+        counts = self._records.record_counts[patients]
+        if counts.sum() > self._micro_batch:
+            self._add_large(total, patients, clip)
             return
-        self._keep_books(inputs, targets, self._records.record_counts[patients])
+        inputs, targets, _ = self._records.select(patients)
+        self._keep_books(inputs, targets, counts)
         norms = self._norms(len(patients))
         factors = self._clip_factors(norms, clip)
         broken = ~norms.isfinite()
@@ -141,13 +142,13 @@ class BookKeeping(Gradients):
         extreme = is_extreme(quick)
         return (torch.where(extreme, squares(exact=True), quick) if extreme.any() else quick).sqrt()
 
-    def _add_large(self, total: Tensor, inputs: Tensor, targets: Tensor, clip: float) -> None:
+    def _add_large(self, total: Tensor, patients: NDArray[np.int64], clip: float) -> None:
         """One patient with more records than a micro-batch: their plain gradient, part by part."""
-        mean = torch.zeros_like(total)
-        for rows in torch.arange(len(inputs)).split(self._micro_batch):
-            losses = self._losses(inputs[rows], targets[rows])
+        mean, records = torch.zeros_like(total), int(self._records.record_counts[patients].sum())
+        for inputs, targets, _ in self._records.parts(patients, self._micro_batch):
+            losses = self._losses(inputs, targets)
             found = torch.autograd.grad(
-                losses.sum() / len(inputs), self._parameters, allow_unused=True, materialize_grads=True
+                losses.sum() / records, self._parameters, allow_unused=True, materialize_grads=True
             )
             mean += torch.cat([gradient.flatten() for gradient in found])
         factor = self._clip_factors(mean.norm()[None], clip)

@@ -20,6 +20,8 @@ from shared_models.errors import RecordsError
 with needed("images", "pydicom"):
     import pydicom
     from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi, pixel_array
+    from pydicom.pixels.utils import get_expected_length
+    from pydicom.uid import ExplicitVRLittleEndian
 
 # Of the confidentiality profile (PS3.15 table E.1-1): what names a patient, or is a number that a hospital can look up.
 IDENTIFYING = tuple(
@@ -32,6 +34,28 @@ IDENTIFYING = tuple(
 )
 _GREY = {"MONOCHROME1", "MONOCHROME2"}
 _OFTEN_WRITTEN_ON = {"US", "SC", "OT", "XC", "ES", "DOC"}  # ultrasound, screenshots, photographs, endoscopy, papers
+
+
+def check_dicom(place: Place, manifest: Manifest, pictures: Pictures) -> tuple[int, int]:
+    """Check all that stands before the pixels, and that uncompressed ones are there in full; arguments as below.
+
+    Returns:
+        Height and width.
+
+    Raises:
+        RecordsError, Exception: As ``read_dicom``.
+    """
+    with place.path.open("rb") as stream:
+        data = pydicom.dcmread(stream, stop_before_pixels=True)
+        left = place.path.stat().st_size - stream.tell()
+    syntax = data.file_meta.TransferSyntaxUID if "TransferSyntaxUID" in data.file_meta else ExplicitVRLittleEndian
+    if "Rows" not in data or (left <= 0 and not syntax.is_deflated):
+        raise _without_pixels(place)
+    _refuse(place, data, manifest, pictures)
+    if not (syntax.is_compressed or syntax.is_deflated) and left < get_expected_length(data):
+        raise ValueError("too short")
+    _frame(place, _frames(data))
+    return int(data.Rows), int(data.Columns)
 
 
 def read_dicom(place: Place, manifest: Manifest, pictures: Pictures) -> Picture:
@@ -52,13 +76,10 @@ def read_dicom(place: Place, manifest: Manifest, pictures: Pictures) -> Picture:
     """
     data = pydicom.dcmread(place.path)
     if "PixelData" not in data:
-        raise RecordsError(f"{place.path} has no pixels", hint="Leave objects other than images out.")
-    _refuse_identifiers(place, data, manifest)
-    _refuse_writing(place, data, pictures)
-    frames = int(data.get("NumberOfFrames") or 1)
-    check_size(place.path, int(data.Rows), int(data.Columns), frames)
+        raise _without_pixels(place)
+    _refuse(place, data, manifest, pictures)
     try:
-        pixels = pixel_array(data, index=_frame(place, frames) if frames > 1 else None)
+        pixels = pixel_array(data, index=_frame(place, _frames(data)))
     except (RuntimeError, NotImplementedError):  # no decoder for this compression is installed
         raise RecordsError(
             f"{place.path} is compressed in a way that nothing here decodes: {data.file_meta.TransferSyntaxUID.name}",
@@ -69,6 +90,21 @@ def read_dicom(place: Place, manifest: Manifest, pictures: Pictures) -> Picture:
     else:
         picture = _colours(pixels, data)
     return blanked(picture, pictures)
+
+
+def _without_pixels(place: Place) -> RecordsError:
+    return RecordsError(f"{place.path} has no pixels", hint="Leave objects other than images out.")
+
+
+def _refuse(place: Place, data: Any, manifest: Manifest, pictures: Pictures) -> None:
+    """All that a header can be refused for."""
+    _refuse_identifiers(place, data, manifest)
+    _refuse_writing(place, data, pictures)
+    check_size(place.path, int(data.Rows), int(data.Columns), _frames(data))
+
+
+def _frames(data: Any) -> int:
+    return int(data.get("NumberOfFrames") or 1)
 
 
 def _refuse_identifiers(place: Place, data: Any, manifest: Manifest) -> None:
@@ -99,7 +135,10 @@ def _refuse_writing(place: Place, data: Any, pictures: Pictures) -> None:
         )
 
 
-def _frame(place: Place, frames: int) -> int:
+def _frame(place: Place, frames: int) -> int | None:
+    """Which of several; None of one."""
+    if frames == 1:
+        return None
     if place.slice is None:
         raise RecordsError(f"{place.path} has {frames} frames", hint="Say which: slice or slice_column in [images].")
     return round(place.slice * (frames - 1))

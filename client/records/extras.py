@@ -27,13 +27,14 @@ def needed(extra: str, library: str) -> Iterator[None]:
 @contextmanager
 def silenced(*loggers: str) -> Iterator[None]:
     """Keep a library's warnings and log lines to itself: they quote what a file holds, and files hold patients."""
-    before = {name: logging.getLogger(name).disabled for name in loggers}
+    found = [logging.getLogger(name) for name in loggers]
+    before = [logger.disabled for logger in found]
     try:
-        for name in loggers:
-            logging.getLogger(name).disabled = True
+        for logger in found:
+            logger.disabled = True
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        for name, disabled in before.items():
-            logging.getLogger(name).disabled = disabled
+        for logger, disabled in zip(found, before, strict=True):
+            logger.disabled = disabled

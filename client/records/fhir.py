@@ -71,8 +71,9 @@ def _add(fhir: Fhir, rows: dict[str, dict[str, str]]) -> None:
                         rows[patient][conditions[code]] = "yes"
     absent = [code for code in (*observed, *conditions) if code not in found]
     if absent:
+        where = ", ".join(map(str, fhir.files)) or "fhir.files is empty"
         raise RecordsError(
-            f"no resource has code {absent[0]}", hint="Check the code, and that its file is in fhir.files."
+            f"{where}: no resource has code {absent[0]}", hint="Check the code, and that its file is in fhir.files."
         )
 
 

@@ -1,27 +1,42 @@
 """Images in one ``.npz`` file -> validated arrays: one of pixels, one of labels, one of patients.
 
-Nothing is ever unpickled: an array of objects is refused. The texts of errors are for the hospital's own terminal.
+Pixels that are stored as they are (``numpy.savez``) stay on the disk and are read when a batch needs them; compressed
+ones (``numpy.savez_compressed``) are in memory, a byte each. Nothing is ever unpickled: an array of objects is refused.
+The texts of errors are for the hospital's own terminal.
 """
 
-import hashlib
-from collections.abc import Iterable, Mapping
+import math
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from client.records.identifiers import refuse_columns
 from client.records.labels import Targets, label_columns, read_labels
 from client.records.manifest import IMAGES, Manifest
-from shared_models.errors import RecordsError
+from client.records.on_disk import OnDisk, digest, digests
+from client.records.stamps import Stamp, stamps
+from shared_models.errors import FederationError, RecordsError
 from shared_models.tasks import ImageInput, Outline, Task
 
 _CHECK = "Mend the file or the manifest, then run konsil-hospital check-data again."
+_CHUNK = 1 << 20
 
 
-def read_images(manifest: Manifest, task: Task, schema: ImageInput) -> tuple[NDArray[np.uint8], Targets, list[str]]:
+def read_images(
+    manifest: Manifest, task: Task, schema: ImageInput
+) -> tuple[OnDisk | NDArray[np.uint8], Targets, list[str]]:
     """Read and check a file of images.
+
+    Guarantees:
+        * Every array that is used agrees with the archive's checksum of it.
 
     Args:
         manifest: Names the file and its arrays.
@@ -36,13 +51,14 @@ def read_images(manifest: Manifest, task: Task, schema: ImageInput) -> tuple[NDA
         RecordsError: The file is no such file; an array is missing or has another type or length; a label is unknown.
     """
     columns = label_columns(manifest, task)
-    arrays = _loaded(manifest, columns.values())
-    pixels = _pixels(manifest, arrays, schema)
+    pixels, arrays = _loaded(manifest, schema, columns.values())
     labels = _targets(manifest, task, arrays, columns, len(pixels))
     return pixels, labels, _patient_ids(manifest, arrays, pixels, labels)
 
 
-def read_unlabelled(manifest: Manifest, task: Task, schema: ImageInput) -> tuple[NDArray[np.uint8], list[str | None]]:
+def read_unlabelled(
+    manifest: Manifest, task: Task, schema: ImageInput
+) -> tuple[OnDisk | NDArray[np.uint8], list[str | None]]:
     """Read and check a file of images without looking at labels.
 
     Returns:
@@ -51,34 +67,25 @@ def read_unlabelled(manifest: Manifest, task: Task, schema: ImageInput) -> tuple
     Raises:
         RecordsError: As for ``read_images``, but for labels.
     """
-    arrays = _loaded(manifest, label_columns(manifest, task).values())
-    pixels = _pixels(manifest, arrays, schema)
+    pixels, arrays = _loaded(manifest, schema, (), unused=label_columns(manifest, task).values())
     if manifest.patient is None:
         return pixels, [None] * len(pixels)
     return pixels, list(_patient_ids(manifest, arrays, pixels, np.zeros(len(pixels), dtype=np.int64)))
 
 
-def _loaded(manifest: Manifest, labels: Iterable[str]) -> Mapping[str, NDArray[Any]]:
-    """All arrays, none of which identifies somebody."""
-    arrays = _load(manifest)
-    used = [manifest.column(IMAGES), *labels, *([manifest.patient] if manifest.patient else [])]
-    refuse_columns(manifest.file, arrays, drop=manifest.drop, mapped=used)
-    return arrays
-
-
-def _pixels(manifest: Manifest, arrays: Mapping[str, NDArray[Any]], schema: ImageInput) -> NDArray[np.uint8]:
-    pixels = _array(manifest, arrays, manifest.column(IMAGES))
-    if pixels.ndim == 3 and schema.channels == 1:
-        pixels = pixels[:, None]
-    wanted = (schema.channels, schema.height, schema.width)
-    if pixels.dtype != np.uint8 or pixels.shape[1:] != wanted:
-        raise RecordsError(
-            f"{manifest.file}: images are {pixels.dtype} of shape {pixels.shape[1:]}, not uint8 of {wanted}",
-            hint=_CHECK,
-        )
+def _loaded(
+    manifest: Manifest, schema: ImageInput, labels: Iterable[str], *, unused: Iterable[str] = ()
+) -> tuple[OnDisk | NDArray[np.uint8], Mapping[str, NDArray[Any]]]:
+    """The images, and the arrays of labels and patients; none of the others identifies somebody."""
+    others = [*labels, *([manifest.patient] if manifest.patient else [])]
+    mapped = [manifest.column(IMAGES), *others, *unused]
+    with _opened(manifest) as (archive, before):
+        refuse_columns(manifest.file, archive.files, drop=manifest.drop, mapped=mapped)
+        pixels = _pixels(manifest, archive, schema, before)
+        arrays = {name: _array(manifest, archive, name) for name in others}
     if not len(pixels):
         raise RecordsError(f"{manifest.file} has no images", hint="Export the records again.")
-    return pixels
+    return pixels, arrays
 
 
 def scaled(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -89,17 +96,17 @@ def scaled(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
     return levels
 
 
-def repeated(records: NDArray[Any]) -> int:
-    """How many records of an array equal an earlier one."""
-    return len(records) - len({_digest(record) for record in records})
-
-
-def _load(manifest: Manifest) -> Mapping[str, NDArray[Any]]:
+@contextmanager
+def _opened(manifest: Manifest) -> Iterator[tuple[Any, Mapping[Path, Stamp]]]:
+    """The archive, whose arrays are read when they are asked for; and the file's stamp from before."""
+    if not manifest.file.exists():
+        raise RecordsError(f"{manifest.file} does not exist", hint="Check file = ... in the manifest.")
     try:
-        with manifest.file.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except FileNotFoundError:
-        raise RecordsError(f"{manifest.file} does not exist", hint="Check file = ... in the manifest.") from None
+        before = stamps([manifest.file])
+        with manifest.file.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
+            yield archive, before
+    except FederationError:
+        raise
     except Exception as error:  # of a damaged archive: zlib's, zipfile's, numpy's, and more
         raise RecordsError(
             f"{manifest.file} cannot be read: {type(error).__name__}",
@@ -107,10 +114,82 @@ def _load(manifest: Manifest) -> Mapping[str, NDArray[Any]]:
         ) from None
 
 
-def _array(manifest: Manifest, arrays: Mapping[str, NDArray[Any]], name: str) -> NDArray[Any]:
-    if name not in arrays:
+def _array(manifest: Manifest, archive: Any, name: str) -> NDArray[Any]:
+    if name not in archive.files:
         raise RecordsError(f"{manifest.file} has no array {name!r}", hint=_CHECK)
-    return arrays[name]
+    array: NDArray[Any] = archive[name]
+    return array
+
+
+def _pixels(
+    manifest: Manifest, archive: Any, schema: ImageInput, before: Mapping[Path, Stamp]
+) -> OnDisk | NDArray[np.uint8]:
+    """The images, on the disk where they lie there as they are, else in memory."""
+    name = manifest.column(IMAGES)
+    stored = _stored(archive, name) if name in archive.files else None
+    if stored is None:
+        pixels = _array(manifest, archive, name)
+        return pixels.reshape(_shape(manifest, pixels.dtype, pixels.shape, schema))
+    begin, found = stored
+    shape = _shape(manifest, np.dtype(np.uint8), found, schema)
+    return OnDisk(
+        partial(_row, manifest.file, begin, shape[1:]),
+        shape=shape,
+        dtype=np.uint8,
+        files_of=lambda _: [manifest.file],
+        stamps=before,
+    )
+
+
+def _shape(manifest: Manifest, dtype: np.dtype[Any], found: tuple[int, ...], schema: ImageInput) -> tuple[int, ...]:
+    """Shape of all images, with their channels; refuses those that are not the task's."""
+    shape = (found[0], 1, *found[1:]) if len(found) == 3 and schema.channels == 1 else found
+    wanted = (schema.channels, schema.height, schema.width)
+    if dtype != np.uint8 or shape[1:] != wanted:
+        raise RecordsError(
+            f"{manifest.file}: images are {dtype} of shape {shape[1:]}, not uint8 of {wanted}", hint=_CHECK
+        )
+    return shape
+
+
+def _stored(archive: Any, name: str) -> tuple[int, tuple[int, ...]] | None:
+    """Where an array of bytes begins in the archive, and its shape; None where it does not lie there as it is.
+
+    It is read to its end once, where ``zipfile`` compares the checksum; from the same place as rows will be.
+
+    Source:
+        PKWARE's APPNOTE.TXT 4.3.7, the local file header: lengths of name and extra field at 26 and 28.
+    """
+    info = archive.zip.getinfo(f"{name}.npy" if f"{name}.npy" in archive.zip.namelist() else name)
+    if info.compress_type != zipfile.ZIP_STORED:
+        return None
+    with archive.zip.open(info) as member:
+        version = npy.read_magic(member)
+        if version not in {(1, 0), (2, 0)}:
+            return None
+        shape, fortran, dtype = (npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0)(member)
+        if fortran or dtype != np.uint8 or len(shape) < 3:
+            return None
+        header = member.tell()
+        while member.read(_CHUNK):
+            pass
+        if member.tell() - header != math.prod(shape):
+            raise ValueError("another length")
+    archive.zip.fp.seek(info.header_offset + 26)
+    lengths = archive.zip.fp.read(4)
+    begin = info.header_offset + 30 + int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
+    return begin + header, shape
+
+
+def _row(path: Path, begin: int, shape: tuple[int, ...], number: int) -> NDArray[np.uint8]:
+    """One image: read, not mapped, because a file that is cut under a map takes the whole process with it."""
+    size = math.prod(shape)
+    with path.open("rb") as stream:
+        stream.seek(begin + number * size)
+        content = stream.read(size)
+    if len(content) != size:
+        raise RecordsError(f"{path} is shorter than it was", hint="Replace it by renaming.")
+    return np.frombuffer(content, np.uint8).reshape(shape)
 
 
 def _targets(
@@ -119,7 +198,7 @@ def _targets(
     if task.choice is not None:
         return _labels(manifest, task, _texts(manifest, arrays, columns[task.choice.name], images))
     if isinstance(head := task.heads[0], Outline):
-        return _masks(manifest, task, _array(manifest, arrays, columns[head.name]), images)
+        return _masks(manifest, task, arrays[columns[head.name]], images)
     cells = {name: _texts(manifest, arrays, name, images, kinds="iufU") for name in columns.values()}
     return read_labels(manifest, task, pd.DataFrame(cells))
 
@@ -139,7 +218,7 @@ def _texts(
     manifest: Manifest, arrays: Mapping[str, NDArray[Any]], name: str, images: int, kinds: str = "iuU"
 ) -> list[str]:
     """An array of one text or number per image, as stripped texts."""
-    found = _array(manifest, arrays, name)
+    found = arrays[name]
     if found.dtype.kind not in kinds or found.shape != (images,):
         raise RecordsError(
             f"{manifest.file}: {name!r} is {found.dtype} of shape {found.shape}, not one text or whole number for each "
@@ -164,16 +243,16 @@ def _labels(manifest: Manifest, task: Task, texts: list[str]) -> NDArray[np.int6
 
 
 def _patient_ids(
-    manifest: Manifest, arrays: Mapping[str, NDArray[Any]], pixels: NDArray[np.uint8], labels: Targets
+    manifest: Manifest, arrays: Mapping[str, NDArray[Any]], pixels: OnDisk | NDArray[np.uint8], labels: Targets
 ) -> list[str]:
     """An id per image: the patient array; or where there is none the image's digest, with a number for equal ones."""
     if manifest.patient is None:
         seen: dict[str, int] = {}
         ids = []
-        for image, label in zip(pixels, labels, strict=True):
-            digest = f"{_digest(image)} {label if label.ndim == 0 else _digest(label)}"
-            seen[digest] = seen.get(digest, -1) + 1
-            ids.append(f"{digest} {seen[digest]}")
+        for content, label in zip(digests(pixels), labels, strict=True):
+            known = f"{content} {label if label.ndim == 0 else digest(label)}"
+            seen[known] = seen.get(known, -1) + 1
+            ids.append(f"{known} {seen[known]}")
         return ids
     ids = _texts(manifest, arrays, manifest.patient, len(pixels))
     if "" in ids:
@@ -183,7 +262,3 @@ def _patient_ids(
             f"{manifest.file}: a patient has two images, but the manifest declares one_row_per_patient", hint=_CHECK
         )
     return ids
-
-
-def _digest(image: NDArray[Any]) -> str:
-    return hashlib.sha256(np.ascontiguousarray(image).tobytes()).hexdigest()

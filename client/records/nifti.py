@@ -43,34 +43,69 @@ def read_nifti(place: Place, manifest: Manifest, pictures: Pictures) -> Picture:
         Exception: Whatever nibabel raises for a damaged file.
     """
     length = _length(place)
+    image = _opened(place, manifest, pictures)
+    _check_length(image, length)
+    return blanked(to_bytes(windowed(_plane(place, image, pictures), *_window(place, pictures))), pictures)
+
+
+def check_nifti(place: Place, manifest: Manifest, pictures: Pictures) -> tuple[int, int]:
+    """Check the header, and the length of a file that is not compressed; arguments as above.
+
+    Returns:
+        The two sides of a slice.
+
+    Raises:
+        RecordsError, Exception: As ``read_nifti``.
+    """
+    image = _opened(place, manifest, pictures)
+    if not place.path.name.lower().endswith(".gz"):
+        _check_length(image, _length(place))
+    cut, _, _ = _cut(place, image, pictures)
+    first, second = (side for axis, side in enumerate(image.shape) if axis != cut)
+    return first, second
+
+
+def _opened(place: Place, manifest: Manifest, pictures: Pictures) -> Any:
+    """The header, which may be refused; voxels are read later."""
     image: Any = nibabel.load(place.path)
     if not isinstance(image, nibabel.Nifti1Image):  # a class above NIfTI-2's too
         raise TypeError("no NIfTI")
     _refuse_identifiers(place, image, manifest)
-    if pictures.window is None:
-        raise RecordsError(f"{place.path} needs a window", hint="window = [centre, width] in [images]: public figures.")
+    _window(place, pictures)
     shape = tuple(image.shape)
     if len(shape) != 3:
         raise RecordsError(f"{place.path} has {len(shape)} dimensions", hint="One volume per file.")
     check_size(place.path, *shape[:2])
-    if length < image.dataobj.offset + math.prod(shape) * image.get_data_dtype().itemsize:
+    return image
+
+
+def _window(place: Place, pictures: Pictures) -> tuple[float, float]:
+    if pictures.window is None:
+        raise RecordsError(f"{place.path} needs a window", hint="window = [centre, width] in [images]: public figures.")
+    return pictures.window
+
+
+def _check_length(image: Any, length: int) -> None:
+    if length < image.dataobj.offset + math.prod(image.shape) * image.get_data_dtype().itemsize:
         raise ValueError("too short")
-    return blanked(to_bytes(windowed(_plane(place, image, pictures), *pictures.window)), pictures)
 
 
-def _plane(place: Place, image: Any, pictures: Pictures) -> NDArray[np.float64]:
-    """The slice, its rows from the top and its columns from the left."""
-    orientation = nibabel.io_orientation(image.affine)  # for each axis of the file: axis of the body, direction
+def _cut(place: Place, image: Any, pictures: Pictures) -> tuple[int, int, NDArray[np.float64]]:
+    """Along which axis of the file is cut, at which number; and for each axis of the file the body's, and direction."""
+    orientation = nibabel.io_orientation(image.affine)
     if np.isnan(orientation).any():
         raise RecordsError(f"{place.path} does not say how it lies in space", hint="Export it with an orientation.")
-    wanted = _AXES[pictures.axis]
-    cut = int(np.flatnonzero(orientation[:, 0] == wanted)[0])
+    cut = int(np.flatnonzero(orientation[:, 0] == _AXES[pictures.axis])[0])
     depth = image.shape[cut]
     if place.slice is None and depth > 1:
         raise RecordsError(f"{place.path} has {depth} slices", hint="Say which: slice or slice_column in [images].")
     number = round((place.slice or 0) * (depth - 1))
-    if orientation[cut, 1] < 0:
-        number = depth - 1 - number
+    return cut, depth - 1 - number if orientation[cut, 1] < 0 else number, orientation
+
+
+def _plane(place: Place, image: Any, pictures: Pictures) -> NDArray[np.float64]:
+    """The slice, its rows from the top and its columns from the left."""
+    cut, number, orientation = _cut(place, image, pictures)
     index = tuple(number if axis == cut else slice(None) for axis in range(3))
     plane = np.asarray(image.dataobj[index], dtype=np.float64)
     left = [axis for axis in range(3) if axis != cut]

@@ -1,13 +1,16 @@
 """Files of pictures, named by the rows of a table -> images of the task's size.
 
-PNG and JPEG are decoded here; DICOM and NIfTI have files of their own. One picture is in memory at a time, beside the
-array of all images at the task's size.
+PNG and JPEG are decoded here; DICOM and NIfTI have files of their own. Before a study every file's header is checked;
+pixels are decoded when a batch needs them, one picture at a time.
 """
 
-from collections.abc import Iterator, Mapping
+import math
+import os
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -16,7 +19,8 @@ from numpy.typing import NDArray
 from client.records.extras import needed, silenced
 from client.records.frames import CHECK, check_header, missing, refuse, texts
 from client.records.manifest import IMAGES, Manifest, Pictures
-from client.records.stamps import Stamp, changed, stamps
+from client.records.on_disk import OnDisk, announced, refuse_changed
+from client.records.stamps import stamps
 from shared_models.errors import FederationError, RecordsError
 from shared_models.tasks import ImageInput
 
@@ -24,6 +28,8 @@ MOST_PIXELS = 100_000_000  # of one picture; whole-slide scans have more, and ar
 _PLAIN = (".png", ".jpg", ".jpeg")
 _DICOM = (".dcm", ".dicom")
 _NIFTI = (".nii", ".nii.gz")
+_HEADER = 1 << 15  # bytes of a file that its header seldom exceeds
+_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "I;16", "I;16L", "I;16B", "I;16N"}
 Picture = NDArray[np.uint8]  # (height, width) or (height, width, 3)
 
 
@@ -42,12 +48,12 @@ class Place:
     slice: float | None
 
 
-def read_pictures(
-    manifest: Manifest, schema: ImageInput, frame: pd.DataFrame
-) -> tuple[NDArray[np.uint8], Mapping[Path, Stamp]]:
-    """Decode the picture of each row.
+def open_pictures(manifest: Manifest, schema: ImageInput, frame: pd.DataFrame) -> OnDisk:
+    """Check the headers of all pictures, and say how each is decoded.
 
     Guarantees:
+        * Of every file is known: it is there, inside the folder, of a known kind, of a size that fits, and names
+          nobody. Whether its pixels can be decoded is known when they are: ``OnDisk.whole`` decodes all.
         * Nothing is computed from several pictures, and nothing from one that is not public but its own pixels.
         * No metadata of a picture (PNG texts, EXIF, DICOM tags) goes anywhere.
 
@@ -57,7 +63,7 @@ def read_pictures(
         frame: A row per image.
 
     Returns:
-        Pixels of shape ``(n, channels, height, width)``, and the stamp of each file from before it was read.
+        Pixels of shape ``(n, channels, height, width)``, uint8.
 
     Raises:
         RecordsError: A path leads out of the folder or to nothing; a file is damaged, of no known kind, identifies
@@ -66,14 +72,24 @@ def read_pictures(
     pictures = manifest.images or Pictures()
     places = _places(manifest, pictures, frame)
     before = stamps(dict.fromkeys(place.path for place in places))
-    pixels = np.empty((len(places), schema.channels, schema.height, schema.width), dtype=np.uint8)
-    for number, place in enumerate(places):
+    for place in announced(places, lambda place: [place.path], length=_HEADER):
         with decoding(place.path):
-            picture = _decode(place, manifest, pictures)
-            pixels[number] = _fitted(place.path, picture, schema, pictures)
-    if (path := changed(before)) is not None:
-        raise RecordsError(f"{path} changed while it was read", hint="Replace it by renaming.")
-    return pixels, before
+            height, width = _check(place, manifest, pictures)
+            _check_fit(place.path, height, width, schema, pictures)
+    refuse_changed(before)
+
+    def read(number: int) -> NDArray[np.uint8]:
+        path = places[number].path
+        with decoding(path):
+            return _fitted(path, _decode(places[number], manifest, pictures), schema, pictures)
+
+    return OnDisk(
+        read,
+        shape=(len(places), schema.channels, schema.height, schema.width),
+        dtype=np.uint8,
+        files_of=lambda number: [places[number].path],
+        stamps=before,
+    )
 
 
 def inside(manifest: Manifest, frame: pd.DataFrame, column: str) -> list[Path]:
@@ -84,9 +100,10 @@ def inside(manifest: Manifest, frame: pd.DataFrame, column: str) -> list[Path]:
     """
     refuse(manifest, frame, column, missing(frame[column], manifest), "names no file", quoted=False)
     folder = manifest.file.parent
-    root = folder.resolve()
+    root = os.path.join(os.path.realpath(folder), "")  # noqa: PTH118 - ends in a separator
     paths = [folder / text for text in texts(frame[column])]
-    outside = np.array(["\0" in str(p) or not p.resolve().is_relative_to(root) for p in paths], dtype=np.bool_)
+    # Of ten thousands of files Path.resolve takes longer than their headers.
+    outside = np.array(["\0" in (p := str(path)) or not os.path.realpath(p).startswith(root) for path in paths])
     refuse(manifest, frame, column, outside, "leads out of the folder", quoted=False)
     return paths
 
@@ -95,7 +112,7 @@ def inside(manifest: Manifest, frame: pd.DataFrame, column: str) -> list[Path]:
 def decoding(path: Path) -> Iterator[None]:
     """Around a decoder: whatever it does with a damaged file becomes an error of the records that names the file."""
     try:
-        with silenced("pydicom", "nibabel.global", "PIL"):
+        with silenced("pydicom", "pydicom.pixels.decoders.base", "nibabel.global", "PIL"):
             yield
     except FederationError:
         raise
@@ -133,20 +150,45 @@ def _places(manifest: Manifest, pictures: Pictures, frame: pd.DataFrame) -> list
     return [Place(*fields) for fields in zip(paths, patients, slices, strict=True)]
 
 
+def _check(place: Place, manifest: Manifest, pictures: Pictures) -> tuple[int, int]:
+    """Height and width as the header has them, after all that a header can be refused for."""
+    match _kind(place.path):
+        case "dicom":
+            from client.records.dicom import check_dicom  # noqa: PLC0415  # it imports an extra
+
+            return check_dicom(place, manifest, pictures)
+        case "nifti":
+            from client.records.nifti import check_nifti  # noqa: PLC0415  # it imports an extra
+
+            return check_nifti(place, manifest, pictures)
+        case _:
+            return _check_plain(place.path)
+
+
 def _decode(place: Place, manifest: Manifest, pictures: Pictures) -> Picture:
-    name = place.path.name.lower()
+    match _kind(place.path):
+        case "dicom":
+            from client.records.dicom import read_dicom  # noqa: PLC0415  # it imports an extra
+
+            return read_dicom(place, manifest, pictures)
+        case "nifti":
+            from client.records.nifti import read_nifti  # noqa: PLC0415  # it imports an extra
+
+            return read_nifti(place, manifest, pictures)
+        case _:
+            return _plain(place.path, pictures)
+
+
+def _kind(path: Path) -> Literal["plain", "dicom", "nifti"]:
+    name = path.name.lower()
     if name.endswith(_PLAIN):
-        return _plain(place.path, pictures)
-    if name.endswith(_DICOM) or (not name.endswith(_NIFTI) and _is_dicom(place.path)):
-        from client.records.dicom import read_dicom  # noqa: PLC0415  # it imports an extra
-
-        return read_dicom(place, manifest, pictures)
+        return "plain"
     if name.endswith(_NIFTI):
-        from client.records.nifti import read_nifti  # noqa: PLC0415  # it imports an extra
-
-        return read_nifti(place, manifest, pictures)
+        return "nifti"
+    if name.endswith(_DICOM) or _is_dicom(path):
+        return "dicom"
     raise RecordsError(
-        f"{place.path} is of no kind that is read", hint=f"Pictures end in {', '.join((*_PLAIN, *_DICOM, *_NIFTI))}."
+        f"{path} is of no kind that is read", hint=f"Pictures end in {', '.join((*_PLAIN, *_DICOM, *_NIFTI))}."
     )
 
 
@@ -164,15 +206,30 @@ def blanked(picture: Picture, pictures: Pictures) -> Picture:
     return picture
 
 
+def _check_plain(path: Path) -> tuple[int, int]:
+    with needed("images", "pillow"):
+        from PIL import Image  # noqa: PLC0415  # an extra
+    with Image.open(path, formats=("PNG", "JPEG")) as image:
+        _refuse_plain(path, image)
+        return image.height, image.width
+
+
+def _refuse_plain(path: Path, image: Any) -> None:
+    """All that a header can be refused for."""
+    check_size(path, image.height, image.width)
+    if getattr(image, "n_frames", 1) != 1:
+        raise RecordsError(f"{path} holds several pictures", hint="One picture per file.")
+    if image.mode not in _MODES:
+        raise RecordsError(f"{path} has pixels of kind {image.mode}", hint="Grey (8 or 16 bits) or RGB.")
+
+
 def _plain(path: Path, pictures: Pictures) -> Picture:
     with needed("images", "pillow"):
         from PIL import Image, ImageOps  # noqa: PLC0415  # an extra
     with Image.open(path, formats=("PNG", "JPEG")) as image:
-        check_size(path, image.height, image.width)
+        _refuse_plain(path, image)
         image.verify()  # of PNG every chunk's checksum, which decoding skips
     with Image.open(path, formats=("PNG", "JPEG")) as image:
-        if getattr(image, "n_frames", 1) != 1:
-            raise RecordsError(f"{path} holds several pictures", hint="One picture per file.")
         upright = ImageOps.exif_transpose(image)
         mode = upright.mode
         if mode.startswith("I;16"):
@@ -186,8 +243,6 @@ def _plain(path: Path, pictures: Pictures) -> Picture:
             if pictures.window:
                 grey = to_bytes(windowed(grey.astype(np.float64), *pictures.window))
             return blanked(grey, pictures)
-        if mode not in {"P", "PA", "RGB", "RGBA"}:
-            raise RecordsError(f"{path} has pixels of kind {mode}", hint="Grey (8 or 16 bits) or RGB.")
         return blanked(np.asarray(upright.convert("RGB")), pictures)
 
 
@@ -197,7 +252,7 @@ def check_size(path: Path, *lengths: int) -> None:
     Raises:
         RecordsError: It is, or has no pixels.
     """
-    if min(lengths) < 1 or np.prod(lengths, dtype=np.float64) > MOST_PIXELS:
+    if min(lengths) < 1 or math.prod(lengths) > MOST_PIXELS:
         raise RecordsError(f"{path} has {' x '.join(map(str, lengths))} pixels", hint=f"At most {MOST_PIXELS}.")
 
 
@@ -214,12 +269,22 @@ def _fitted(path: Path, picture: Picture, schema: ImageInput, pictures: Pictures
     return picture[None] if picture.ndim == 2 else picture.transpose(2, 0, 1)
 
 
+def _check_fit(path: Path, height: int, width: int, schema: ImageInput, pictures: Pictures) -> None:
+    """Refuse another size than the task's; what may yet be turned (by EXIF, or a volume's axes) either way."""
+    if pictures.resize == "refuse" and sorted((height, width)) != sorted((schema.height, schema.width)):
+        raise _does_not_fit(path, height, width, schema)
+
+
+def _does_not_fit(path: Path, height: int, width: int, schema: ImageInput) -> RecordsError:
+    return RecordsError(
+        f"{path} has {height} x {width} pixels, not {schema.height} x {schema.width}",
+        hint='Say how it is to be fitted: resize = "pad" or "stretch" in [images].',
+    )
+
+
 def _resized(path: Path, picture: Picture, schema: ImageInput, pictures: Pictures) -> Picture:
     if pictures.resize == "refuse":
-        raise RecordsError(
-            f"{path} has {picture.shape[0]} x {picture.shape[1]} pixels, not {schema.height} x {schema.width}",
-            hint='Say how it is to be fitted: resize = "pad" or "stretch" in [images].',
-        )
+        raise _does_not_fit(path, picture.shape[0], picture.shape[1], schema)
     with needed("images", "pillow"):
         from PIL import Image  # noqa: PLC0415  # an extra
     height, width = picture.shape[:2]

@@ -5,7 +5,7 @@ what is in memory is gone with the process.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ import numpy as np
 from client.keys import local_key, split_key
 from client.records.frames import Flags
 from client.records.manifest import Manifest, read_manifest
+from client.records.on_disk import OnDemand
 from client.records.opt_out import read_opt_outs
 from client.records.patient_ids import fingerprint, members, plain
 from client.records.records import Records
@@ -85,14 +86,25 @@ def _population(
 ) -> tuple[Mapping[Path, Stamp], Population]:
     """Read and check everything, then leave out who said no; also the files that the rows name."""
     table = checked_table(manifest, task)
+    if table.on_disk is not None:
+        table.on_disk.keep(settings.records_memory_mb << 20)
     out = opted_out(table, manifest, opt_outs, listed=settings.opt_out is not None)
     parts = split_table(table, manifest, task, split_key=split_key(settings.state), opted_out=out, fold=fold)
     patients = {patient for patient, left in zip(table.ids, out, strict=True) if not left}
+    training, validation = (_forgiving(part) for part in parts)
     return table.files, Population(
-        *parts,
+        training,
+        validation,
         fingerprint=fingerprint(patients, local_key(settings.state, "population fingerprint")),
         members=members(patients, local_key(settings.registry_folder, "patients")),
     )
+
+
+def _forgiving(records: Records) -> Records:
+    """Records for use after a charge: what turns out to be unreadable counts as zero, and raises nothing."""
+    if isinstance(records.inputs, OnDemand):
+        return replace(records, inputs=records.inputs.forgiving())
+    return records
 
 
 def opted_out(table: Table, manifest: Manifest, opt_outs: frozenset[str], *, listed: bool) -> Flags:

@@ -1,7 +1,9 @@
-"""Validated records in memory: tensors, and which patient each row belongs to."""
+"""Validated records: inputs in memory or read on demand, targets, and which patient each row belongs to."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -11,12 +13,29 @@ from torch import Tensor
 from shared_models.errors import RecordsError
 
 
+class Rows(Protocol):
+    """Encoded inputs that are made when they are asked for, so that not all of them need to fit in memory."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of all inputs together, ``(n, ...)``."""
+        ...
+
+    def __len__(self) -> int:
+        """Number of records."""
+        ...
+
+    def __getitem__(self, rows: slice | Tensor, /) -> Tensor:
+        """Inputs of some records; NaN for one whose content cannot be had, where an error must not be."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class Records:
     """Records of one hospital, or of one part (training, validation) of them.
 
     Attributes:
-        inputs: Encoded inputs, shape ``(n, ...)``; float32, or int64 token ids.
+        inputs: Encoded inputs, shape ``(n, ...)``; float32, or int64 token ids. In memory, or made on demand.
         targets: Shape ``(n, *task.target_shape)``: of a task with one choice int64 class indices, float32 where it is
             between two; else float32 numbers, NaN where one is not known.
         patients: For each record the index of its patient, shape ``(n,)``, each of ``0 .. patient_count - 1`` at least
@@ -27,7 +46,7 @@ class Records:
         RecordsError: The lengths disagree, or the patient indices are not as above.
     """
 
-    inputs: Tensor
+    inputs: Tensor | Rows
     targets: Tensor
     patients: NDArray[np.int64]
     patient_count: int
@@ -59,6 +78,14 @@ class Records:
         rows, owners = self.rows_of(patients)
         chosen = torch.from_numpy(rows)
         return self.inputs[chosen], self.targets[chosen], owners
+
+    def parts(self, patients: NDArray[np.int64], most: int) -> Iterator[tuple[Tensor, Tensor, NDArray[np.int64]]]:
+        """The same, at most so many records at once: what must not be in memory together is not."""
+        rows, owners = self.rows_of(patients)
+        for first in range(0, len(rows), most):
+            part = slice(first, first + most)
+            chosen = torch.from_numpy(rows[part])
+            yield self.inputs[chosen], self.targets[chosen], owners[part]
 
     def rows_of(self, patients: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Row numbers of all records of some patients, and the position of each row's patient in ``patients``."""

@@ -3,15 +3,17 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 from rich.console import Group
 from rich.table import Table as Grid
 from rich.text import Text
 
-from client.records.images import repeated
 from client.records.manifest import IMAGES, TEXT, check_fits, read_manifest
+from client.records.on_disk import OnDisk, digests
 from client.records.opt_out import read_opt_outs
 from client.records.patient_ids import plain
 from client.records.population import opted_out
@@ -132,18 +134,28 @@ def _columns(
             content = pd.DataFrame({name: content_of(values) for name, values in arrays.items()})
             return tuple(_column(column, table) for column in schema.columns), int(content.duplicated().sum())
         case ImageInput():
-            pixels = table.cells[IMAGES]
-            found = ColumnSummary(IMAGES, 0, f"{pixels.min()} to {pixels.max()}", "0 to 255")
-            return (found,), repeated(pixels)
+            pixels = table.content(IMAGES)
+            least, greatest = (
+                (pixels.whole.least, pixels.whole.greatest)
+                if isinstance(pixels, OnDisk)
+                else (float(pixels.min()), float(pixels.max()))
+            )
+            return (ColumnSummary(IMAGES, 0, f"{least:g} to {greatest:g}", "0 to 255"),), _repeated(pixels)
         case SeriesInput():
             cells = len(table.labels) * schema.steps
             columns = tuple(_variable(variable, table, cells) for variable in schema.variables)
-            return columns, repeated(table.cells[SERIES])
+            return columns, _repeated(table.content(SERIES))
         case TokensInput():
             tokens = table.cells[TEXT]
             lengths = (tokens != PADDING).sum(axis=1)
             words = f"{lengths.min()} to {lengths.max()} words used, {int((lengths == schema.length).sum())} texts cut"
-            return (ColumnSummary(TEXT, 0, words, f"{schema.length} words"),), repeated(tokens)
+            return (ColumnSummary(TEXT, 0, words, f"{schema.length} words"),), _repeated(tokens)
+
+
+def _repeated(content: OnDisk | NDArray[Any]) -> int:
+    """How many rows equal an earlier one; content on the disk is read through for it."""
+    found = digests(content)
+    return len(found) - len(set(found))
 
 
 def _variable(variable: Numeric, table: Table, cells: int) -> ColumnSummary:

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from client.records.frames import CHECK, check_header, explained, from_arrow, missing, refuse, texts
 from client.records.identifiers import refuse_columns
 from client.records.manifest import LongForm, Manifest
-from client.records.stamps import Stamp
 from shared_models.errors import RecordsError
 from shared_models.tasks import Numeric, SeriesInput
 
@@ -28,22 +27,29 @@ Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Series:
-    """The series of all rows, and what was left aside.
+class Account:
+    """What all rows' series hold, and what was left aside.
 
     Attributes:
-        inputs: As ``SeriesInput`` says, shape ``(n, steps, 3 * variables)``.
         seen: Of each variable the cells with a value, the least and the greatest value.
         left_out: Measurements that were left aside, by reason.
         empty: Rows without any value.
-        files: The files behind the rows, with their stamps from before they were read.
     """
 
-    inputs: NDArray[np.float32]
     seen: Mapping[str, tuple[int, float, float]]
     left_out: Mapping[str, int]
     empty: NDArray[np.bool_]
-    files: Mapping[Path, Stamp]
+
+
+@dataclass(frozen=True)
+class Series(Account):
+    """The series of all rows too.
+
+    Attributes:
+        inputs: As ``SeriesInput`` says, shape ``(n, steps, 3 * variables)``.
+    """
+
+    inputs: NDArray[np.float32]
 
 
 class Bins:
@@ -89,7 +95,7 @@ class Bins:
         # Of several values for one cell numpy keeps the one that comes last: the latest.
         self._values[ordered], self._times[ordered] = values[order], times[order]
 
-    def finish(self, manifest: Manifest, left_out: Mapping[str, int], files: Mapping[Path, Stamp]) -> Series:
+    def finish(self, manifest: Manifest, left_out: Mapping[str, int]) -> Series:
         """Encode what was gathered.
 
         Raises:
@@ -118,11 +124,10 @@ class Bins:
         counts = mask.sum(axis=(0, 1)).tolist()
         fields = zip(self._schema.variables, counts, self._least.tolist(), self._greatest.tolist(), strict=True)
         return Series(
-            inputs,
+            inputs=inputs,
             seen={variable.name: (count, least, greatest) for variable, count, least, greatest in fields},
             left_out={**left_out, "out of range": left_out["out of range"] + beyond},
             empty=np.logical_not(mask.any(axis=(1, 2))),
-            files=files,
         )
 
 
@@ -138,13 +143,16 @@ def elapsed(mask: NDArray[np.bool_]) -> NDArray[np.float32]:
     return found
 
 
-def read_long_form(manifest: Manifest, schema: SeriesInput, frame: pd.DataFrame) -> Series:
+def read_long_form(manifest: Manifest, schema: SeriesInput, frame: pd.DataFrame) -> tuple[Account, NDArray[np.float32]]:
     """Read and bin the measurements of each row.
 
     Args:
         manifest: Names the long form and its columns.
         schema: Variables with their public ranges, and steps.
         frame: A row per record; its label and patient are read elsewhere.
+
+    Returns:
+        What all series hold; and the series, as ``SeriesInput`` says, shape ``(n, steps, 3 * variables)``.
 
     Raises:
         RecordsError: A column or variable is missing; two rows have one key; a time or value is no number, or a value
@@ -173,7 +181,8 @@ def read_long_form(manifest: Manifest, schema: SeriesInput, frame: pd.DataFrame)
         use = held & inside & ~empty
         bins.add(records[use], times[use], variables[use], values[use])
     _refuse_absent(schema, found, long_form)
-    return bins.finish(file, left_out, {})
+    series = bins.finish(file, left_out)
+    return series, series.inputs
 
 
 # the rows that measurements belong to

@@ -1,10 +1,13 @@
 """Recordings (WFDB, EDF), named by the rows of a table -> series: resampled to the task's steps.
 
-Each file is decoded by ``wfdb_files.py`` or ``edf.py``, one recording in memory at a time. A step holds the mean of its
+Each file is decoded by ``wfdb_files.py`` or ``edf.py``, one recording in memory at a time: all of them once before a
+study, since a recording may turn out to be empty, and then again when a batch needs them. A step holds the mean of its
 samples (or their last or sum, as the task's variable says); where a recording has fewer samples than steps, the steps
 between are masked.
 """
 
+import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +18,10 @@ from numpy.typing import NDArray
 
 from client.records.frames import check_header, texts
 from client.records.manifest import SIGNALS, Manifest
+from client.records.on_disk import OnDisk, Whole, digest, refuse_changed
 from client.records.pictures import decoding, inside
-from client.records.series import Bins, Series
-from client.records.stamps import changed, stamps
+from client.records.series import Account, Bins, Series
+from client.records.stamps import stamps
 from shared_models.errors import RecordsError
 from shared_models.tasks import Numeric, SeriesInput
 
@@ -42,13 +46,16 @@ class Channel:
     read: Callable[[], NDArray[np.float64]]
 
 
-def read_signals(manifest: Manifest, schema: SeriesInput, frame: pd.DataFrame) -> Series:
-    """Read and resample the recording of each row.
+def read_signals(manifest: Manifest, schema: SeriesInput, frame: pd.DataFrame) -> tuple[Account, OnDisk]:
+    """Check the recording of each row by reading it, and say how it is read again and resampled.
 
     Args:
         manifest: Names the column of paths (WFDB's header ``.hea``, or ``.edf``) and translates channels' names.
         schema: Variables with their units and public ranges, and steps.
         frame: A row per record.
+
+    Returns:
+        What all recordings hold; and the series, as ``SeriesInput`` says, shape ``(n, steps, 3 * variables)``.
 
     Raises:
         RecordsError: A file is damaged or identifies somebody; a channel is missing, of another unit, or there twice; a
@@ -62,23 +69,53 @@ def read_signals(manifest: Manifest, schema: SeriesInput, frame: pd.DataFrame) -
     column = manifest.column(SIGNALS)
     check_header(manifest.file, list(frame.columns), [column])
     paths = inside(manifest, frame, column)
-    before = stamps(dict.fromkeys(file for path in paths for file in _files(path)))
-    bins, left_out = Bins(schema, len(paths)), {"missing": 0, "at other times": 0, "out of range": 0}
-    patients = texts(frame[manifest.patient]) if manifest.patient else [None] * len(paths)
-    for number, (path, patient) in enumerate(zip(paths, patients, strict=True)):
-        with decoding(path):
-            channels = _channels(path, patient, manifest)
-            for variable in range(len(schema.variables)):
-                _add(bins, path, number, variable, channels, schema, manifest, left_out)
-    if (path_changed := changed(before)) is not None:
-        raise RecordsError(f"{path_changed} changed while it was read", hint="Replace it by renaming.")
-    return bins.finish(manifest, left_out, before)
+    files = [_files(path) for path in paths]
+    before = stamps(dict.fromkeys(file for some in files for file in some))
+    patients = list(texts(frame[manifest.patient])) if manifest.patient else [None] * len(paths)
+
+    def read(number: int) -> Series:
+        return _read(paths[number], patients[number], manifest, schema)
+
+    account, whole = _walk(read, len(paths), schema)
+    refuse_changed(before)
+    return account, OnDisk(
+        lambda number: read(number).inputs[0],
+        shape=(len(paths), schema.steps, 3 * len(schema.variables)),
+        dtype=np.float32,
+        files_of=lambda number: files[number],
+        stamps=before,
+        whole=whole,
+    )
+
+
+def _walk(read: Callable[[int], Series], count: int, schema: SeriesInput) -> tuple[Account, Whole]:
+    """Read every recording once, and keep what they hold together, and a digest of each."""
+    seen = {variable.name: (0, math.inf, -math.inf) for variable in schema.variables}
+    left_out, empty, digests = Counter[str](), np.zeros(count, dtype=np.bool_), []
+    for number in range(count):
+        one = read(number)
+        for name, (cells, least, greatest) in one.seen.items():
+            known = seen[name]
+            seen[name] = known[0] + cells, min(known[1], least), max(known[2], greatest)
+        left_out.update(one.left_out)
+        empty[number] = one.empty[0]
+        digests.append(digest(one.inputs[0]))
+    return Account(seen, dict(left_out), empty), Whole(digests, math.nan, math.nan)
+
+
+def _read(path: Path, patient: str | None, manifest: Manifest, schema: SeriesInput) -> Series:
+    """One recording."""
+    bins, left_out = Bins(schema, 1), {"missing": 0, "at other times": 0, "out of range": 0}
+    with decoding(path):
+        channels = _channels(path, patient, manifest)
+        for variable in range(len(schema.variables)):
+            _add(bins, path, variable, channels, schema, manifest, left_out)
+        return bins.finish(manifest, left_out)
 
 
 def _add(
     bins: Bins,
     path: Path,
-    record: int,
     number: int,
     channels: list[Channel],
     schema: SeriesInput,
@@ -104,7 +141,7 @@ def _add(
     left_out["at other times"] += int((known & ~held).sum())
     left_out["out of range"] += int(outside.sum())
     use = np.flatnonzero(good & held)
-    bins.add(np.full(len(use), record), times[use], np.full(len(use), number), values[use])
+    bins.add(np.zeros(len(use), dtype=np.int64), times[use], np.full(len(use), number), values[use])
 
 
 def _find(path: Path, channels: list[Channel], name: str) -> Channel:

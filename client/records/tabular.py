@@ -5,7 +5,6 @@ the hospital's own terminal: they name file, row, column and value. What a recor
 series, texts) is read by a file of this folder each.
 """
 
-import hashlib
 import hmac
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from client.records.columns import categories, numbers
 from client.records.frames import CHECK, Flags, check_header, load, missing, refuse, texts
@@ -23,9 +23,10 @@ from client.records.identifiers import masked, refuse_columns
 from client.records.images import read_images, read_unlabelled, scaled
 from client.records.labels import Targets, absent_labels, label_columns, read_labels
 from client.records.manifest import IMAGES, SIGNALS, TEXT, Manifest, check_fits, schema_names
-from client.records.pictures import read_pictures
+from client.records.on_disk import OnDemand, OnDisk, digests
+from client.records.pictures import open_pictures
 from client.records.records import Records
-from client.records.series import Series, read_long_form
+from client.records.series import Account, read_long_form
 from client.records.signals import read_signals
 from client.records.stamps import Stamp
 from client.records.text import read_texts
@@ -42,14 +43,14 @@ class Table:
 
     Attributes:
         cells: Every column of the schema: numbers as float64, categories as their index; images, series or tokens as
-            one array.
+            one array, unless they are in ``on_disk``.
         labels: Targets, as ``read_labels`` gives them: of a task with one choice the index into its classes.
         ids: The patient of each row.
         missing: Cells that were missing, by schema name; their rows are not in ``cells``.
         left_out: Rows with a missing value, where the manifest leaves such rows out.
         seen: Of each variable of a series the cells with a value, and the least and the greatest one.
         set_aside: Measurements that were left aside, by reason.
-        files: Files that the rows name, with their stamps from before they were read.
+        on_disk: Images or series that are read when they are needed.
     """
 
     cells: Mapping[str, NDArray[Any]]
@@ -59,7 +60,16 @@ class Table:
     left_out: int
     seen: Mapping[str, tuple[int, float, float]] = field(default_factory=dict)
     set_aside: Mapping[str, int] = field(default_factory=dict)
-    files: Mapping[Path, Stamp] = field(default_factory=dict)
+    on_disk: OnDisk | None = None
+
+    def content(self, name: str) -> OnDisk | NDArray[Any]:
+        """What all records are made of where it is one array: images, series or tokens."""
+        return self.cells[name] if self.on_disk is None else self.on_disk
+
+    @property
+    def files(self) -> Mapping[Path, Stamp]:
+        """Files behind the rows besides those that the manifest names, with stamps from before they were checked."""
+        return {} if self.on_disk is None else self.on_disk.stamps
 
 
 def read_table(manifest: Manifest, task: Task, *, split_key: bytes) -> tuple[Records, Records]:
@@ -114,7 +124,8 @@ def checked_table(manifest: Manifest, task: Task) -> Table:
     schema = check_fits(manifest, task)
     if isinstance(schema, ImageInput) and manifest.file.suffix == ".npz":
         pixels, labels, ids = read_images(manifest, task, schema)
-        return Table({IMAGES: pixels}, labels, ids, {}, 0)
+        in_memory = {} if isinstance(pixels, OnDisk) else {IMAGES: pixels}
+        return Table(in_memory, labels, ids, {}, 0, on_disk=pixels if isinstance(pixels, OnDisk) else None)
     frame, counts, left_out = _complete_rows(manifest, task)
     labels = read_labels(manifest, task, frame)
     match schema:
@@ -125,13 +136,12 @@ def checked_table(manifest: Manifest, task: Task) -> Table:
             }
             return Table(cells, labels, _patient_ids(frame, manifest, cells, labels), counts, left_out)
         case ImageInput():
-            pixels, files = read_pictures(manifest, schema, frame)
-            cells = {IMAGES: pixels}
-            return Table(cells, labels, _patient_ids(frame, manifest, cells, labels), counts, left_out, files=files)
+            on_disk = open_pictures(manifest, schema, frame)
+            ids = _patient_ids(frame, manifest, {IMAGES: on_disk}, labels)
+            return Table({}, labels, ids, counts, left_out, on_disk=on_disk)
         case SeriesInput():
             reader = read_long_form if manifest.series else read_signals
-            series = reader(manifest, schema, frame)
-            return _with_series(frame, manifest, labels, counts, left_out, series)
+            return _with_series(frame, manifest, labels, counts, left_out, *reader(manifest, schema, frame))
         case TokensInput():
             cells = {TEXT: read_texts(manifest, schema, frame)}
             return Table(cells, labels, _patient_ids(frame, manifest, cells, labels), counts, left_out)
@@ -180,7 +190,8 @@ def _with_series(
     labels: Targets,
     counts: dict[str, int],
     left_out: int,
-    series: Series,
+    series: Account,
+    inputs: OnDisk | NDArray[np.float32],
 ) -> Table:
     """A table of series; a row without any measurement is one with a missing value."""
     if manifest.incomplete_rows == "refuse":
@@ -189,16 +200,17 @@ def _with_series(
     kept = ~series.empty
     if not kept.any():
         raise RecordsError(f"{manifest.file} has no record with a measurement", hint=CHECK)
-    cells = {SERIES: series.inputs[kept]}
+    left = inputs.only(kept) if isinstance(inputs, OnDisk) else inputs[kept]
+    on_disk = left if isinstance(left, OnDisk) else None
     return Table(
-        cells,
+        {} if isinstance(left, OnDisk) else {SERIES: left},
         labels[kept],
-        _patient_ids(frame[kept], manifest, cells, labels[kept]),
+        _patient_ids(frame[kept], manifest, {SERIES: left}, labels[kept]),
         {**counts, SERIES: int(series.empty.sum())},
         left_out + int(series.empty.sum()),
         seen=series.seen,
         set_aside=series.left_out,
-        files=series.files,
+        on_disk=on_disk,
     )
 
 
@@ -206,7 +218,7 @@ def _with_series(
 
 
 def _patient_ids(
-    frame: pd.DataFrame, manifest: Manifest, cells: Mapping[str, NDArray[Any]], labels: Targets
+    frame: pd.DataFrame, manifest: Manifest, cells: Mapping[str, NDArray[Any] | OnDisk], labels: Targets
 ) -> list[str]:
     """An id per row: the patient column, or where there is none the row's content with a number for equal rows."""
     if manifest.patient is None:
@@ -221,11 +233,9 @@ def _patient_ids(
     return list(ids)
 
 
-def content_of(values: NDArray[Any]) -> NDArray[Any] | list[str]:
+def content_of(values: NDArray[Any] | OnDisk) -> NDArray[Any] | list[str]:
     """What stands for a row's content: a cell itself, and of an image, a series or a text its digest."""
-    if values.ndim == 1:
-        return values
-    return [hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest() for value in values]
+    return values if isinstance(values, np.ndarray) and values.ndim == 1 else digests(values)
 
 
 def _stretch(fraction: float, fold: Fold | None) -> tuple[float, float]:
@@ -248,24 +258,26 @@ def _records(table: Table, task: Task, part: Flags) -> Records:
     targets = torch.from_numpy(table.labels[part])
     indices = task.choice is not None and task.outputs > 1
     return Records(
-        inputs=torch.from_numpy(_encode(table, task, part)),
+        inputs=_inputs(table, task, part),
         targets=targets if indices else targets.to(torch.float32),
         patients=patients.astype(np.int64),
         patient_count=len(distinct),
     )
 
 
-def _encode(table: Table, task: Task, part: Flags) -> NDArray[Any]:
-    """Inputs of some rows, as the task's ``input`` says: float32, or int64 for tokens."""
+def _inputs(table: Table, task: Task, part: Flags) -> Tensor | OnDemand:
+    """Inputs of some rows, as the task's ``input`` says: float32, or int64 for tokens; images are scaled per batch."""
     match task.input:
         case ImageInput():
-            return scaled(table.cells[IMAGES][part])
+            return OnDemand(table.content(IMAGES), np.flatnonzero(part), scaled)
         case SeriesInput():
-            return table.cells[SERIES][part]
+            if table.on_disk is not None:
+                return OnDemand(table.on_disk, np.flatnonzero(part), np.asarray)
+            return torch.from_numpy(table.cells[SERIES][part])
         case TokensInput():
-            return table.cells[TEXT][part]
+            return torch.from_numpy(table.cells[TEXT][part])
         case TableInput() as schema:
-            return _encode_columns(table, schema, part)
+            return torch.from_numpy(_encode_columns(table, schema, part))
 
 
 def _encode_columns(table: Table, schema: TableInput, part: Flags) -> NDArray[np.float32]:
@@ -366,7 +378,7 @@ def read_inputs(manifest: Manifest, task: Task, *, at_once: int) -> Iterator[Inp
             encoded, empty = _encoded_rows(rows, manifest, task)
         else:
             these = slice(done, done + len(rows))
-            encoded, empty = series.inputs[these], series.empty[these]
+            encoded, empty = series[1][these], series[0].empty[these]
         done += len(rows)
         if empty.any() and manifest.incomplete_rows == "refuse":
             column = manifest.series.record if manifest.series else manifest.column(SIGNALS)
@@ -430,10 +442,10 @@ def _encoded_rows(frame: pd.DataFrame, manifest: Manifest, task: Task) -> tuple[
             table = Table(cells, np.zeros(len(frame), dtype=np.int64), [], {}, 0)
             return _encode_columns(table, schema, np.ones(len(frame), dtype=np.bool_)), nothing
         case ImageInput() as image:
-            return scaled(read_pictures(manifest, image, frame)[0]), nothing
+            return scaled(open_pictures(manifest, image, frame)[:]), nothing
         case SeriesInput() as series:
-            found = read_signals(manifest, series, frame)
-            return found.inputs, found.empty
+            account, recordings = read_signals(manifest, series, frame)
+            return recordings[:], account.empty
         case TokensInput() as tokens:
             if frame.empty:
                 return np.empty((0, tokens.length), dtype=np.int64), nothing

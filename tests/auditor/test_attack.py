@@ -188,7 +188,7 @@ def test_hospitals_read_canaries_as_the_auditor_does(tmp_path: Path) -> None:
         candidates = read_candidates(home / "canaries" / "canaries.csv", task)
 
         assert len(read) == included == candidates.members.sum()
-        np.testing.assert_allclose(read.inputs.numpy(), candidates.inputs[candidates.members], rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(read.inputs[:].numpy(), candidates.inputs[candidates.members], rtol=1e-6, atol=1e-6)
         np.testing.assert_array_equal(read.targets.numpy(), candidates.targets[candidates.members])
 
 

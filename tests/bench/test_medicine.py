@@ -233,9 +233,9 @@ def test_cholesterol_that_was_not_measured_is_a_finding_and_no_number(
     centres = heart.read_centres(example)
 
     assert CORONARY_DISEASE.input.width == 14  # type: ignore[union-attr]
-    assert [int(centre.training.inputs[:, -1].sum()) for centre in centres] == zeros
+    assert [int(centre.training.inputs[:][:, -1].sum()) for centre in centres] == zeros
     assert sum(zeros) > 0
-    assert min(float(centre.training.inputs[:, 6].min()) for centre in centres) > -2
+    assert min(float(centre.training.inputs[:][:, 6].min()) for centre in centres) > -2
 
 
 def _lines(folder: Path) -> list[str]:

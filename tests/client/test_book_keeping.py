@@ -180,7 +180,7 @@ def one_by_one(model: nn.Module, records: Records) -> Tensor:
     exact = copy.deepcopy(model).double()
     parameters = [p for p in exact.parameters() if p.requires_grad]
     means = torch.zeros(records.patient_count, sum(p.numel() for p in parameters), dtype=torch.float64)
-    inputs = records.inputs.double() if records.inputs.is_floating_point() else records.inputs
+    inputs = records.inputs[:].double() if records.inputs[:].is_floating_point() else records.inputs[:]
     for row, patient in enumerate(records.patients):
         loss = loss_per_record(TASK, exact(inputs[row : row + 1]), records.targets[row : row + 1]).sum()
         found = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
@@ -230,8 +230,8 @@ def test_sums_and_norms_equal_those_of_the_loop_over_patients(
     truth = one_by_one(model, records)
     if double:
         model = model.double()
-    elif records.inputs.is_floating_point():
-        records = Records(records.inputs.float(), records.targets, records.patients, records.patient_count)
+    elif records.inputs[:].is_floating_point():
+        records = Records(records.inputs[:].float(), records.targets, records.patients, records.patient_count)
         truth = one_by_one(model, records)
     norms = truth.norm(dim=1)
     assert covers(model)
@@ -430,7 +430,7 @@ def test_broken_patients_change_nobody_elses_share() -> None:
     records = table_records([0, 1, 1, 2, 3])
     model = build_network(Mlp(name="mlp", hidden=(4,)), TASK, seed=0)
     wanted = summed(model, records, 0.1, patients=np.array([0, 2, 3]))
-    records.inputs[1] = math.nan
+    records.inputs[:][1] = math.nan
 
     with engine(model, records) as gradients:
         total = gradients.clipped_sum(np.arange(4), clip=0.1)

@@ -195,7 +195,7 @@ def test_null_coordinates_move_by_the_mechanism_s_noise_and_by_nothing_else(pati
 def test_a_patient_whose_gradient_is_not_finite_counts_as_zero(value: float) -> None:
     """One broken record, also among a patient's good ones, changes nobody else's share and raises nothing."""
     records = table_records([0, 1, 1, 2])
-    records.inputs[2] = value
+    records.inputs[:][2] = value
     healthy = chosen(records, [0, 3])
     broken, expected = small_network(), small_network()
 
@@ -238,7 +238,7 @@ def test_a_half_used_layer_leaks_nothing_into_the_next_batch(calls: int) -> None
 def test_the_report_counts_what_happened() -> None:
     """Steps, patients drawn, clipped and not finite: for the local log."""
     records = table_records(np.arange(6))
-    records.inputs[0] = math.nan
+    records.inputs[:][0] = math.nan
 
     report = local_steps(
         small_network(),
@@ -503,7 +503,7 @@ def test_a_layer_with_buffers_is_refused_in_training_too() -> None:
 def test_the_baseline_learns_and_repeats() -> None:
     """Plain SGD lowers the loss; the seed orders the records and torch's global generator has no part."""
     records = table_records(np.arange(50))
-    records.targets.copy_((records.inputs[:, 0] > 0).float())
+    records.targets.copy_((records.inputs[:][:, 0] > 0).float())
     models = [small_network(), small_network()]
 
     for model in models:

@@ -85,7 +85,7 @@ def test_a_release_holds_every_group_and_a_patient_is_clipped_whole() -> None:
     """One patient's records in both bands are one row of norm S at most; each block counts its own records."""
     records, task, model = table_records(np.arange(600)), task_of(table(5)), network()
     grouped = PLAN.model_copy(update={"subgroups": (Subgroups(column="column-2", edges=(0.25,)),)})
-    above = np.flatnonzero(records.inputs[:, 2].numpy() >= task_scaled(0.25))
+    above = np.flatnonzero(records.inputs[:][:, 2].numpy() >= task_scaled(0.25))
 
     released = released_statistics(model, records, task, plan=grouped, random=repeatable(), allow_test_random=True)
 

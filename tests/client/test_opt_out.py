@@ -106,7 +106,7 @@ def test_all_rows_of_a_listed_patient_are_left_out(tmp_path: Path, text: str, ag
     """However the id is spelled; an id that is not in the records is fine."""
     records = left(write(tmp_path, ROWS), listed(tmp_path, text))
 
-    np.testing.assert_allclose(records.inputs[:, 0].numpy(), ages, rtol=1e-6)
+    np.testing.assert_allclose(records.inputs[:][:, 0].numpy(), ages, rtol=1e-6)
     assert records.patient_count == len(set(records.patients.tolist()))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tomli_w
+import torch
 from hypothesis import HealthCheck, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from client.records.manifest import read_manifest
+from client.records.on_disk import OnDisk
 from client.records.population import Source
 from client.records.report import summarise
 from client.records.tabular import checked_table
@@ -53,8 +55,15 @@ def write(folder: Path, *paths: str, **changes: Any) -> Path:
 
 def read(folder: Path, task: Task = PNEUMONIA) -> NDArray[np.uint8]:
     """Pixels, shape ``(n, channels, height, width)``."""
-    pixels: NDArray[np.uint8] = checked_table(read_manifest(folder), task).cells["images"]
+    pixels: NDArray[np.uint8] = opened(folder, task)[:]
     return pixels
+
+
+def opened(folder: Path, task: Task = PNEUMONIA) -> OnDisk:
+    """The pictures after their headers were checked, not decoded yet."""
+    found = checked_table(read_manifest(folder), task).on_disk
+    assert found is not None
+    return found
 
 
 def refusal(folder: Path, task: Task = PNEUMONIA) -> str:
@@ -300,32 +309,42 @@ def test_a_picture_that_is_replaced_is_noticed_by_the_next_round(tmp_path: Path)
     source = Source(PNEUMONIA)
 
     before = source.current(own)
+    first = before.training.inputs[:]
     again = source.current(own)
     save(folder, "new.png", grey(1))
     (folder / "new.png").replace(folder / "b.png")
-    after = source.current(own)
+    after = source.current(own).training.inputs[:]
 
     assert again is before
-    assert not np.array_equal(after.training.inputs[1], before.training.inputs[1])
-    assert np.array_equal(after.training.inputs[0], before.training.inputs[0])
+    assert not torch.equal(after[1], first[1])
+    assert torch.equal(after[0], first[0])
 
 
-def test_a_picture_that_changes_while_others_are_read_is_refused(
+def test_a_picture_that_changes_while_others_are_checked_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Half of an export must not pass for all of it."""
+    """Half of an export must not pass for all of it: not while headers are checked, and not while all are decoded."""
     from client.records import pictures
 
     for name in ("a.png", "b.png"):
         save(tmp_path, name, grey())
     write(tmp_path, "a.png", "b.png")
-    fitted = pictures._fitted
+    check, fitted = pictures._check, pictures._fitted
+    changes = iter(range(1, 100))
+
+    def slow_check(place: pictures.Place, *arguments: Any) -> tuple[int, int]:
+        if place.path.name == "b.png":
+            save(tmp_path, "a.png", grey(next(changes)))
+        return check(place, *arguments)
 
     def slow(path: Path, *arguments: Any) -> NDArray[np.uint8]:
         if path.name == "b.png":
-            save(tmp_path, "a.png", grey(1))
+            save(tmp_path, "a.png", grey(next(changes)))
         return fitted(path, *arguments)
 
+    with monkeypatch.context() as patch:
+        patch.setattr(pictures, "_check", slow_check)
+        assert "a.png changed while it was read" in refusal(tmp_path)
     monkeypatch.setattr(pictures, "_fitted", slow)
-
-    assert "a.png changed while it was read" in refusal(tmp_path)
+    with pytest.raises(RecordsError, match=r"a\.png changed while it was read"):
+        summarise(tmp_path)

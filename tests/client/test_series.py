@@ -88,7 +88,7 @@ def test_measurements_become_values_mask_and_time_since_last_seen(tmp_path: Path
 
     records, _ = read_table(read_manifest(tmp_path), TASK, split_key=b"key")
 
-    values, mask, since = records.inputs.numpy().reshape(3, 4, 3, 3).transpose(2, 0, 3, 1)  # record, variable, step
+    values, mask, since = records.inputs[:].numpy().reshape(3, 4, 3, 3).transpose(2, 0, 3, 1)  # record, variable, step
     assert values[0].tolist() == [[-1, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]  # 50 of 0..200, then 100: the middle
     assert mask[0].tolist() == [[1, 0, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
     assert values[1, 1].tolist() == [0, -1, 0, 0]  # 100 + 150 of 0..1000
@@ -132,9 +132,9 @@ def test_the_parts_in_which_a_file_is_read_change_nothing(
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(series, "_AT_ONCE", at_once)
         stays = pd.read_csv(folder / "stays.csv", dtype=str)
-        found = series.read_long_form(manifest, TASK.input, stays)  # type: ignore[arg-type]
+        _, found = series.read_long_form(manifest, TASK.input, stays)  # type: ignore[arg-type]
 
-    values, mask = found.inputs[:, :, :3], found.inputs[:, :, 3:6]
+    values, mask = found[:, :, :3], found[:, :, 3:6]
     assert {tuple(cell) for cell in np.argwhere(mask).tolist()} == set(expected)
     for cell, measured in expected.items():
         what = (

@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from client.records.manifest import read_manifest
+from client.records.population import Source
 from client.records.tabular import Table, checked_table
 from shared_models.errors import RecordsError
 from shared_models.tasks import Choice, Numeric, SeriesInput, Task
+from tests.client.test_population import settings
 
 TASK = Task(
     name="beats",
@@ -55,6 +57,14 @@ def write(folder: Path, *paths: str, **changes: Any) -> Path:
 def read(folder: Path) -> Table:
     """The checked table."""
     return checked_table(read_manifest(folder), TASK)
+
+
+def series(folder: Path) -> NDArray[np.float32]:
+    """All series, read on demand, shape ``(n, steps, 6)``."""
+    found = read(folder).on_disk
+    assert found is not None
+    inputs: NDArray[np.float32] = found[:]
+    return inputs
 
 
 def refusal(folder: Path) -> str:
@@ -114,7 +124,7 @@ def test_both_formats_hold_the_same_series(tmp_path: Path) -> None:
 
     table = read(tmp_path)
 
-    inputs = table.cells["series"]
+    inputs = series(tmp_path)
     np.testing.assert_allclose(inputs[0, :, :2], binned(signals), atol=1e-6)
     np.testing.assert_allclose(inputs[1, :, :2], binned(signals), atol=1e-3)  # one digital step is 0.001 mV
     assert (inputs[:, :, 2:4] == 1).all()
@@ -130,7 +140,7 @@ def test_files_of_other_tools_are_read(tmp_path: Path) -> None:
 
     table = read(write(tmp_path, "a.edf", columns=columns, drop=drop))
 
-    assert table.cells["series"].shape == (1, 10, 6)
+    assert series(tmp_path).shape == (1, 10, 6)
     assert table.seen["lead_i"][1:] == pytest.approx((-0.1, 0.1), abs=1e-4)  # +-100 uV, in mV
 
 
@@ -146,7 +156,9 @@ def test_channels_may_have_frequencies_of_their_own(tmp_path: Path) -> None:
     task = TASK.model_copy(update={"input": one})
     write(tmp_path, "quick.hea", "slow.hea", columns={"signals": "path", "lead_i": "I"})
 
-    values, mask = checked_table(read_manifest(tmp_path), task).cells["series"].transpose(2, 0, 1)[:2]
+    found = checked_table(read_manifest(tmp_path), task).on_disk
+    assert found is not None
+    values, mask = found[:].transpose(2, 0, 1)[:2]
 
     np.testing.assert_allclose(values[0], quick.reshape(10, 2).mean(axis=1) * 0.4, atol=1e-6)
     assert mask.tolist() == [[1] * 10, [1, 0] * 5]
@@ -163,7 +175,7 @@ def test_samples_that_are_missing_or_out_of_range_are_masked_and_counted(tmp_pat
 
     table = read(write(tmp_path, "rec.hea", out_of_range="leave-out"))
 
-    assert table.cells["series"][0, :, 2].tolist() == [0, 0] + [1] * 8
+    assert series(tmp_path)[0, :, 2].tolist() == [0, 0] + [1] * 8
     assert (table.set_aside["missing"], table.set_aside["out of range"]) == (FREQUENCY, FREQUENCY)
 
 
@@ -171,7 +183,7 @@ def test_volts_are_converted_and_other_units_refused(tmp_path: Path) -> None:
     """A file in microvolts is a thousand times larger; one in mmHg is something else."""
     signals = leads() / 1000
     write(tmp_path, save_edf(tmp_path, leads(), unit="uV"))
-    np.testing.assert_allclose(read(tmp_path).cells["series"][0, :, :2], binned(signals), atol=1e-6)
+    np.testing.assert_allclose(series(tmp_path)[0, :, :2], binned(signals), atol=1e-6)
 
     write(tmp_path, save_wfdb(tmp_path, leads(), units=["mmHg", "mV"]))
     assert "channel 'I' is in mmHg, the task in mV" in refusal(tmp_path)
@@ -220,6 +232,23 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     assert "rec.dat cannot be read: No such file" in refusal(tmp_path)
 
 
+def test_a_recording_is_read_again_when_it_is_drawn(tmp_path: Path) -> None:
+    """Nothing of it stays in memory where the settings say so; one that is gone by then is NaN, and raises nothing."""
+    own = settings(tmp_path).model_copy(update={"records_memory_mb": 0})
+    names = save_wfdb(own.records, leads()), save_edf(own.records, leads())
+    write(own.records, *names, absent_classes=["other"])
+    expected = series(own.records)
+
+    records = Source(TASK).current(own).training
+    before = records.inputs[:]
+    (own.records / "rec.dat").unlink()
+    after = records.inputs[:]
+
+    np.testing.assert_array_equal(before, expected)
+    assert after[0].isnan().all()
+    np.testing.assert_array_equal(after[1], expected[1])
+
+
 @examples(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     name=st.sampled_from(["rec.hea", "rec.dat", "rec.edf"]),
@@ -243,14 +272,14 @@ def test_a_damaged_recording_is_an_error_or_inside_its_public_range(
     write(tmp_path, "rec.edf" if name == "rec.edf" else "rec.hea")
 
     try:
-        found: Table | None = read(tmp_path)
+        found: NDArray[np.float32] | None = series(tmp_path)
     except RecordsError as error:
         if str(tmp_path) not in str(error):
             raise
         found = None
 
     if found is not None:
-        values = found.cells["series"][:, :, :2]
+        values = found[:, :, :2]
         assert np.isfinite(values).all()
         assert np.abs(values).max() <= 2
         if name != "rec.edf" and sum(now != then for now, then in zip(data, whole, strict=True)) == 1:

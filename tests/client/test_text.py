@@ -56,7 +56,7 @@ def test_texts_become_the_tokens_that_everybody_has(tmp_path: Path, file: str) -
 
     records, _ = read_table(read_manifest(tmp_path), TASK, split_key=b"key")
 
-    assert records.inputs.tolist() == [encode(note, vocabulary=100, length=4).tolist() for note in notes]
+    assert records.inputs[:].tolist() == [encode(note, vocabulary=100, length=4).tolist() for note in notes]
     assert records.targets.tolist() == [4, 5, 4]
 
 

@@ -98,12 +98,12 @@ class Story:
         """A patient's encoded record, as the trainer would get it."""
         manifest = read_manifest(self.data.parent)
         everybody, _ = read_table(manifest, find_task(manifest.task), split_key=bytes(32))
-        return everybody.inputs[self.patients.index(patient)]
+        return everybody.inputs[:][self.patients.index(patient)]
 
 
 def holds(records: Records, row: torch.Tensor) -> bool:
     """Whether a record is among these."""
-    return bool((records.inputs == row).all(dim=1).any())
+    return bool((records.inputs[:] == row).all(dim=1).any())
 
 
 def test_who_says_no_between_two_rounds_is_not_in_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

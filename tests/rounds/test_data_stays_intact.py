@@ -87,7 +87,7 @@ def needles(federation: Federation) -> dict[str, bytes]:
         everybody, _ = read_table(
             manifest.model_copy(update={"validation_fraction": 0.0}), find_task(manifest.task), split_key=b""
         )
-        for row, values in enumerate(everybody.inputs.numpy()):
+        for row, values in enumerate(everybody.inputs[:].numpy()):
             found[f"encoded row {row} of {name}"] = values[:4].tobytes()
     return found
 

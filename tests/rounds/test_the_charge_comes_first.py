@@ -23,7 +23,7 @@ from tests.federation import Federation, make_federation
 
 EVALUATION = {"every": 1, "clip": 1.0, "noise_multiplier": 40.0, "bins": 20}
 MECHANISMS = {"train": "poisson-gaussian", "evaluate": "gaussian-release"}
-TOUCHABLE = {field.name for field in fields(Records)} | {"select", "rows_of", "record_counts"}
+TOUCHABLE = {field.name for field in fields(Records)} | {"select", "parts", "rows_of", "record_counts"}
 
 Station = Callable[..., Any]
 
@@ -143,4 +143,4 @@ def test_a_charge_after_the_read_is_caught(late: str, releasing: Federation, mon
 
     assert len(releasing.events("round")) == 2
     assert {(name, purpose) for name, purpose, _ in observer.unpaid} == {(name, late) for name in releasing.names}
-    assert "select" in {what for _, _, what in observer.unpaid}
+    assert "rows_of" in {what for _, _, what in observer.unpaid}
