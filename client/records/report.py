@@ -106,7 +106,7 @@ def describe(folder: Path, *, split_key: bytes = bytes(32), opt_out: Path | None
     lines = [f"{summary.file}: fit for training"]
     for name, (records, patients, classes) in summary.parts.items():
         counts = ", ".join(f"{n} {label}" for label, n in classes.items())
-        lines.append(f"{name}: {records} records of {patients} patients ({counts})")
+        lines.append(f"{name}: {records} records of {patients} patients" + (f" ({counts})" if counts else ""))
     lines.append(
         f"left out for a missing value: {summary.left_out} rows; equal to an earlier row: {summary.repeated_rows}"
     )

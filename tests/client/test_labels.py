@@ -1,5 +1,6 @@
 """Label columns of tasks with other heads than one choice: read, encoded, refused with which words."""
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,10 @@ import pandas as pd
 import pytest
 import tomli_w
 from PIL import Image
+from rich.console import Console
 
 from client.records.manifest import read_manifest
-from client.records.report import summarise
+from client.records.report import describe, summarise
 from client.records.tabular import Table, checked_table, read_table
 from shared_models import tasks
 from shared_models.errors import RecordsError
@@ -155,6 +157,16 @@ def test_check_data_counts_the_classes_of_every_head(tmp_path: Path, monkeypatch
         "ill: yes": 1,
     }
     assert found.repeated_rows == 1
+
+
+def test_check_data_of_a_task_without_classes_counts_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing stands in empty brackets."""
+    monkeypatch.setattr(tasks, "TASKS", {"many": task_with(DEATH)})
+
+    shown = io.StringIO()
+    Console(file=shown, width=200).print(describe(write(tmp_path)))
+
+    assert "training: 4 records of 3 patients\n" in "\n".join(line.rstrip() for line in shown.getvalue().splitlines())
 
 
 def test_rows_without_ids_are_told_apart_by_every_label(tmp_path: Path) -> None:
