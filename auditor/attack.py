@@ -20,6 +20,7 @@ from shared_models.model_file import read_model
 from shared_models.nets.build import build_network
 from shared_models.nets.losses import loss_per_record
 from shared_models.plan import StudyPlan
+from shared_models.pretrained import task_of
 from shared_models.privacy.empirical import (
     CONFIDENCE,
     Guesses,
@@ -28,7 +29,7 @@ from shared_models.privacy.empirical import (
     one_run_bound,
     rates_bound,
 )
-from shared_models.tasks import Task, TokensInput, find_task
+from shared_models.tasks import Task, TokensInput
 
 FALSE_POSITIVE_RATES = (0.001, 0.01, 0.1)
 _BATCH = 4096  # records at once when a model is asked
@@ -118,7 +119,7 @@ def attack_model(
         few, and each record in half of the shadows.
     """
     plan, model = read_model(model_file)
-    task = find_task(plan.task)
+    task = task_of(plan)
     if shadows < 4 or shadows % 2:
         raise ConfigError(f"{shadows} shadow models", hint="An even number of at least 4.")
     torch.set_num_threads(threads)

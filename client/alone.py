@@ -15,7 +15,8 @@ from shared_models.model_file import read_model, write_model
 from shared_models.nets.build import build_network
 from shared_models.nets.losses import loss_per_record
 from shared_models.plan import StudyPlan
-from shared_models.tasks import Task, find_task
+from shared_models.pretrained import task_of
+from shared_models.tasks import Task
 
 NO_SECRET = bytes(32)  # nothing leaves: whoever reads this folder's results reads its records too
 LOCAL_BINS = 1000  # of local evaluation; exact to 1/2000 in a score
@@ -29,7 +30,7 @@ def train_folder(
     Raises:
         ConfigError, RecordsError: The folder's manifest or data does not fit the plan's task.
     """
-    task = find_task(plan.task)
+    task = task_of(plan)
     training, _ = read_table(read_manifest(folder), task, split_key=NO_SECRET)
     model = build_network(plan.network, task, seed=plan.seed)
     torch.set_num_threads(1)
@@ -46,7 +47,7 @@ def evaluate_folder(model_file: Path, folder: Path) -> dict[str, float]:
         ConfigError: The file is no model of ours.
     """
     plan, model = read_model(model_file)
-    task = find_task(plan.task)
+    task = task_of(plan)
     records, _ = read_table(read_manifest(folder), task, split_key=NO_SECRET)
     return compute_metrics(len(task.classes), statistics(model, records, task, bins=LOCAL_BINS), bins=LOCAL_BINS)
 

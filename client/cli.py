@@ -34,6 +34,9 @@ app.add_typer(ledger_app, name="ledger")
 
 SettingsFile = Annotated[Path, typer.Argument(help="The hospital's settings, hospital.toml.")]
 Study = Annotated[str, typer.Argument(help="Name of the study, as `studies` lists it.")]
+Bases = Annotated[
+    list[Path] | None, typer.Option("--base", help="Copy of the pretrained base that the model or plan starts from.")
+]
 RecordsFolder = Annotated[Path, typer.Option("--records", help="Folder with manifest.toml and the data it names.")]
 
 
@@ -309,6 +312,7 @@ def train_alone(
     steps: Annotated[int, typer.Option(min=1, help="Gradient steps.")] = 3000,
     learning_rate: Annotated[float, typer.Option(help="Step size of plain SGD.")] = 0.1,
     batch_size: Annotated[int, typer.Option(min=1, help="Records per step.")] = 32,
+    base: Bases = None,
 ) -> None:
     """Train on this folder alone, without privacy and without a network: a baseline to compare a study with.
 
@@ -316,11 +320,23 @@ def train_alone(
     """
     from client.alone import evaluate_folder, train_folder
     from shared_models.plan import read_plan
+    from shared_models.pretrained import offer_files
 
+    offer_files(base or ())
     plan = read_plan(plan_file)
     train_folder(plan, records, out, steps=steps, learning_rate=learning_rate, batch_size=batch_size)
     if test is not None:
         typer.echo(json.dumps(evaluate_folder(out, test)))
+
+
+@app.command()
+def pretrained(
+    path: Annotated[Path, typer.Argument(help="Folder of a text encoder, or a model file of this project.")],
+) -> None:
+    """Print the digest by which a plan names a pretrained base, as a line for [pretrained] in the settings."""
+    from shared_models.pretrained import digest_of
+
+    typer.echo(f'{digest_of(path)} = "{path.absolute()}"')
 
 
 @app.command()
@@ -329,13 +345,16 @@ def evaluate(
     model: Annotated[
         Path | None, typer.Argument(help="A model file; without it, paths come on standard input.")
     ] = None,
+    base: Bases = None,
 ) -> None:
     """Measure models on local records, without noise: one line of JSON per model. For the hospital's own eyes.
 
     Without MODEL it stays warm and reads one path per line from standard input.
     """
     from client.alone import evaluate_folder
+    from shared_models.pretrained import offer_files
 
+    offer_files(base or ())
     if model is not None:
         typer.echo(json.dumps(evaluate_folder(model, records)))
         return

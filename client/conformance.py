@@ -26,6 +26,7 @@ from shared_models.encoding import NULL_COORDINATES
 from shared_models.errors import ConfigError
 from shared_models.nets.build import build_network
 from shared_models.plan import LogisticRegression, StudyPlan, TrainingPlan
+from shared_models.pretrained import task_of
 from shared_models.privacy.accounting import reported_epsilon
 from shared_models.privacy.conformance import CanaryAudit, Check, Conformance, Verdict
 from shared_models.privacy.empirical import (
@@ -44,7 +45,8 @@ from shared_models.privacy.empirical import (
 )
 from shared_models.privacy.mechanisms import PoissonGaussian, training_mechanism
 from shared_models.software import folder_digest
-from shared_models.tasks import Numeric, TableInput, Task, find_task
+from shared_models.tasks import Numeric, TableInput, Task
+from shared_models.update import trainable
 
 CANARIES = 800  # a multiple of 8
 LONGEST = 2000  # steps that are rehearsed at most, over all rounds
@@ -282,7 +284,7 @@ def _clipping(plan: StudyPlan, device: str | torch.device) -> Check:
 
     Made-up records of four patients, some with several; once at C, once where the clip binds for everybody.
     """
-    task, clip = find_task(plan.task), plan.privacy.clip
+    task, clip = task_of(plan), plan.privacy.clip
     try:
         model = build_network(plan.network, task, seed=plan.seed)
         dp_sgd.self_check(model, task, clip=clip)
@@ -306,7 +308,7 @@ def _step(
 ) -> NDArray[np.float64]:
     """Where one step without noise, with everybody drawn, takes a copy of a network, in units of the clip."""
     trial = copy.deepcopy(model).to(device)
-    before = torch.nn.utils.parameters_to_vector(trial.parameters()).detach().double()
+    before = torch.nn.utils.parameters_to_vector(trainable(trial).values()).detach().double()
     dp_sgd.local_steps(
         trial,
         records,
@@ -321,7 +323,7 @@ def _step(
         device=device,
         micro_batch=2,
     )
-    after = torch.nn.utils.parameters_to_vector(trial.parameters()).detach().double()
+    after = torch.nn.utils.parameters_to_vector(trainable(trial).values()).detach().double()
     return (after - before).cpu().numpy()
 
 

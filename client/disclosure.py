@@ -13,11 +13,12 @@ from client.settings import Settings
 from shared_models.encoding import NULL_COORDINATES
 from shared_models.nets.build import count_parameters
 from shared_models.plan import StudyPlan
+from shared_models.pretrained import base_of, task_of
 from shared_models.privacy.entries import Entry
 from shared_models.privacy.mechanisms import NEIGHBOURING, UNIT
 from shared_models.secagg.protocol import plan_threshold
 from shared_models.software import software_digest
-from shared_models.tasks import TableInput, Task, find_task
+from shared_models.tasks import TableInput, Task
 from shared_models.terminal import printable
 from shared_models.versions import RELEASE
 
@@ -36,7 +37,7 @@ def disclose(settings: Settings, plan: StudyPlan, budget: Budget, *, before: Ent
     Raises:
         FederationError: The task is not installed, the records do not fit it, or there is no roster.
     """
-    task = find_task(plan.task)
+    task = task_of(plan)
     manifest = read_manifest(settings.records)
     return [
         ("study", f"{plan.study}, plan {plan.digest()}"),
@@ -84,7 +85,7 @@ def _training(settings: Settings, plan: StudyPlan, task: Task, manifest: Manifes
     privacy = plan.privacy
     return [
         ("task", f"{task.name}: {task.description}"),
-        ("network", f"{plan.network.name}, {parameters} parameters"),
+        ("network", f"{plan.network.name}, {parameters} parameters{_base(plan)}"),
         ("columns", _columns(manifest, task)),
         (
             "patients",
@@ -98,6 +99,13 @@ def _training(settings: Settings, plan: StudyPlan, task: Task, manifest: Manifes
             f"to {privacy.clip:g}, and Gaussian noise of {privacy.noise_multiplier:g} times that is added",
         ),
     ]
+
+
+def _base(plan: StudyPlan) -> str:
+    base = base_of(plan.network)
+    return (
+        f" that are trained, on the pretrained base {base}, of which this hospital's copy was checked" if base else ""
+    )
 
 
 def _columns(manifest: Manifest, task: Task) -> str:

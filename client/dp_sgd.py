@@ -26,6 +26,7 @@ from shared_models.errors import ConfigError
 from shared_models.nets.losses import loss_per_record
 from shared_models.plan import PrivacyPlan, TrainingPlan
 from shared_models.tasks import SeriesInput, TableInput, Task, TokensInput
+from shared_models.update import trainable
 
 log = logging.getLogger("konsil.hospital")
 
@@ -275,8 +276,8 @@ def self_check(model: nn.Module, task: Task, *, clip: float, micro_batch: int = 
     Each engine is silently wrong for some modules: both for one that mixes records, book-keeping for one that uses a
     layer's weight past the layer, Opacus for one that owns a parameter and receives its input by keyword. So a copy of
     the network sees a few made-up records, its gradients are computed once more by autograd, one record at a time, and
-    everything is compared. The copy's parameters are moved a little first: a layer that starts at zero would hide every
-    layer before it.
+    everything is compared. The copy's trainable parameters are moved a little first: a layer that starts at zero would
+    hide every layer before it.
 
     Guarantees (for the made-up records, up to relative 1e-4):
         * The clipped sum equals the sum of clipped brute-force gradients, with clipping off, at C, and at a clip that
@@ -297,7 +298,7 @@ def self_check(model: nn.Module, task: Task, *, clip: float, micro_batch: int = 
     generator = torch.Generator().manual_seed(0)
     trial = copy.deepcopy(model).cpu().train()
     with torch.no_grad():
-        for parameter in trial.parameters():
+        for parameter in trainable(trial).values():
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
     records = made_up_records(task, generator)
     try:
@@ -331,7 +332,7 @@ def _compare(gradients: Gradients, truth: Tensor, clip: float) -> None:
 
 def _gradients_by_brute_force(model: nn.Module, records: Records, task: Task) -> Tensor:
     """Each patient's mean gradient, shape ``(patients, d)`` in float64: one record at a time, without Opacus."""
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    parameters = trainable(model)
     if not parameters:
         raise _refused("it has no trainable parameter")
     means = torch.zeros(records.patient_count, sum(p.numel() for p in parameters.values()), dtype=torch.float64)

@@ -71,13 +71,14 @@ from shared_models.messages import (
 )
 from shared_models.nets.build import build_network, count_parameters
 from shared_models.plan import Network, StudyPlan, parse_plan
+from shared_models.pretrained import check_copy, offer_bases, task_of
 from shared_models.privacy.mechanisms import GaussianRelease, PoissonGaussian, release_mechanism, training_mechanism
 from shared_models.receipts import Receipt
 from shared_models.secagg import protocol
 from shared_models.secagg.key_agreement import Announcement, Purpose
 from shared_models.software import software_digest
-from shared_models.tasks import Task, find_task
-from shared_models.update import check_vector, parameters_to_vector, vector_digest, vector_to_parameters
+from shared_models.tasks import Task
+from shared_models.update import check_vector, parameters_to_vector, trainable, vector_digest, vector_to_parameters
 
 log = logging.getLogger("konsil.hospital")
 
@@ -120,8 +121,8 @@ class Study:
 
     @property
     def parameters(self) -> int:
-        """Parameters of the network."""
-        return sum(parameter.numel() for parameter in self.model.parameters())
+        """Trainable parameters of the network."""
+        return sum(parameter.numel() for parameter in trainable(self.model).values())
 
 
 class Hospital:
@@ -144,6 +145,7 @@ class Hospital:
         test_random: Callable[[], SecureRandom] | None = None,
     ) -> None:
         software_digest()  # of the code that was loaded, not of what an update puts in its place later
+        offer_bases(settings.pretrained)
         self.settings = settings
         self.books = books
         self.egress = EgressLog(settings)
@@ -216,7 +218,8 @@ class Hospital:
         policy, coordinator = self.settings.policy, self.settings.coordinator
         if self.settings.name not in (plan.hospitals or {self.settings.name}):
             raise PolicyError(f"study {plan.study} is for other hospitals", hint="Its plan names those that it is for.")
-        self._admit(plan, count_parameters(plan.network, find_task(plan.task)))
+        check_copy(plan.network, self.settings.pretrained)
+        self._admit(plan, count_parameters(plan.network, task_of(plan)))
         known = self.books.budget.check(plan)
         if known is None or not holds(known):
             stands = policy.stands(plan, coordinator, upgrade=known is not None)
@@ -254,7 +257,7 @@ class Hospital:
 
     def _prepare(self, plan: StudyPlan) -> Study:
         """Validate the records and check the network before anything is approved, let alone charged."""
-        task = find_task(plan.task)
+        task = task_of(plan)
         source = Source(task)
         population = source.current(self.settings)
         self._registry.check(population.members, has_spent=self.books.budget.has_spent)

@@ -109,6 +109,9 @@ def simulate(
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of made-up records; never of noise.")] = 0,
     threads: Annotated[int, typer.Option(min=1, max=1024, help="Of torch.")] = 1,
+    base: Annotated[
+        list[Path] | None, typer.Option(help="Copy of a pretrained base that the plan starts from; everybody's.")
+    ] = None,
 ) -> None:
     """Run a study with many hospitals in this one process: masks, ledgers and privacy as ever, no network."""
     from rich.console import Console
@@ -128,6 +131,7 @@ def simulate(
         seed=seed,
         threads=threads,
         json_file=json_file,
+        bases=tuple(base or ()),
     )
     run_simulation(options, Console())
 

@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 import tomli_w
@@ -234,6 +234,7 @@ class Options:
         seed: Of made-up records.
         threads: Of torch.
         json_file: Where to write the result for machines.
+        bases: Copies of pretrained bases, which every hospital and the coordinator use.
     """
 
     plan: Path
@@ -245,6 +246,7 @@ class Options:
     seed: int
     threads: int
     json_file: Path | None
+    bases: tuple[Path, ...] = ()
 
 
 def run_simulation(options: Options, console: Console) -> dict[str, Any]:
@@ -258,6 +260,7 @@ def run_simulation(options: Options, console: Console) -> dict[str, Any]:
     plan = read_plan(options.plan)
     task = find_task(plan.task)
     hospital_app()
+    bases = _offered(plan, options.bases)
     if options.records is not None:
         chosen = hospitals_in(options.records, options.public_size)[: options.hospitals]
     else:
@@ -274,7 +277,7 @@ def run_simulation(options: Options, console: Console) -> dict[str, Any]:
         if chosen is None:
             records = folder / "records"
             chosen = write_made_up(task, records, hospitals=count, patients=options.patients, seed=options.seed)
-        lay_out(folder, chosen, plan)
+        lay_out(folder, chosen, plan, bases)
     except BaseException:
         shutil.rmtree(folder)  # nothing has run: leave nothing half-done
         raise
@@ -325,7 +328,23 @@ def hospitals_in(records: Path, public_size: int | None) -> list[ExampleHospital
     return [ExampleHospital(name=home.name, folder=home, public_size=public_size) for home in homes]
 
 
-def lay_out(folder: Path, hospitals: Iterable[ExampleHospital], plan: StudyPlan) -> None:
+def _offered(plan: StudyPlan, bases: Sequence[Path]) -> dict[str, Path]:
+    """The copies of pretrained bases by digest; the one that the plan starts from is read and checked."""
+    if not bases and not hasattr(plan.network, "base"):
+        return {}
+    from shared_models.pretrained import check_copy, offer_files  # noqa: PLC0415 - needs torch
+
+    copies = offer_files(bases)
+    check_copy(plan.network, copies)
+    return copies
+
+
+def lay_out(
+    folder: Path,
+    hospitals: Iterable[ExampleHospital],
+    plan: StudyPlan,
+    bases: Mapping[str, Path] = MappingProxyType({}),
+) -> None:
     """Make everybody's throw-away keys and settings, and one roster that all of them read."""
     (folder / "plan.toml").write_text(plan_text(plan), encoding="utf-8")
     sizes = {hospital.name: hospital.public_size for hospital in hospitals}
@@ -339,6 +358,7 @@ def lay_out(folder: Path, hospitals: Iterable[ExampleHospital], plan: StudyPlan)
             "records": str(hospital.folder.absolute()),
             "roster": str(folder / "roster.json"),
             "keys": {"identity": "keys/identity.key", "node": "keys/node.key", "root": str(folder / "root.pub")},
+            "pretrained": {digest: str(path) for digest, path in bases.items()},
         }
         (home / "hospital.toml").write_text(tomli_w.dumps(settings), encoding="utf-8")
     hand_out(root, trial_roster(root, public, sizes), [folder])

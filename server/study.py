@@ -19,8 +19,8 @@ from server.store import State, Store
 from server.turns import Turns
 from shared_models.nets.build import build_network
 from shared_models.plan import StudyPlan
+from shared_models.pretrained import task_of
 from shared_models.secagg.key_agreement import Roster
-from shared_models.tasks import find_task
 from shared_models.update import parameters_to_vector
 
 
@@ -79,7 +79,7 @@ class Study:
 
     def __post_init__(self) -> None:
         self.digest = self.plan.digest()
-        self.task = find_task(self.plan.task)
+        self.task = task_of(self.plan)
         self.model = build_network(self.plan.network, self.task, seed=self.plan.seed)
         self.parameters: NDArray[np.float32] = parameters_to_vector(self.model)
         self.server_step = server_step(self.plan.averaging, len(self.parameters))

@@ -108,11 +108,16 @@ class SeriesInput(Frozen):
 
 
 class TokensInput(Frozen):
-    """Token ids, int64 of shape ``(length,)``, by ``tokens.encode``; id 0 pads."""
+    """Token ids, int64 of shape ``(length,)``; id 0 pads.
+
+    Attributes:
+        base: Whose tokenizer gives the ids: a pretrained base's, by digest. None: ``tokens.encode``.
+    """
 
     kind: Literal["tokens"] = "tokens"
     vocabulary: Annotated[int, Field(ge=2, le=10_000_000)]
     length: Annotated[int, Field(ge=1, le=100_000)]
+    base: str | None = None
 
 
 class Task(Frozen):
