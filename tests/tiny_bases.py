@@ -23,7 +23,24 @@ from tests.federation import changed
 WIDTH, LAYERS, HEADS, INNER, POSITIONS = 16, 3, 2, 24, 40
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 PIECES = (
-    *"kidney stone bladder urine prostate catheter eye cataract lens retina vision cornea the with left right".split(),
+    *[
+        "kidney",
+        "stone",
+        "bladder",
+        "urine",
+        "prostate",
+        "catheter",
+        "eye",
+        "cataract",
+        "lens",
+        "retina",
+        "vision",
+        "cornea",
+        "the",
+        "with",
+        "left",
+        "right",
+    ],
     *("0", "##0", "##s", ".", ",", "-"),
 )
 

@@ -1,7 +1,6 @@
 """Training on top of a pretrained base: clipped per patient, exactly; the base stays what it is."""
 
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np

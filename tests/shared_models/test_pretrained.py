@@ -112,9 +112,9 @@ def test_a_base_that_nobody_has_is_named_with_what_to_do(encoder: Path) -> None:
         check_copy(plan.network, {})
 
     assert "[pretrained] DIGEST = PATH" in caught.value.hint
-    with pytest.raises(PretrainedError, match="0{64}"):
+    with pytest.raises(PretrainedError, match=r"0{64}"):
         task_of(unknown)
-    with pytest.raises(PretrainedError, match="0{64}"):
+    with pytest.raises(PretrainedError, match=r"0{64}"):
         count_parameters(image_plan("0" * 64).network, find_task("pneumonia"))
 
 
@@ -455,7 +455,7 @@ def test_a_model_file_holds_what_was_trained_and_names_the_base(
     assert parameters_to_vector(again).tobytes() == vector.tobytes()
     foreign = plan.model_copy(update={"network": plan.network.model_copy(update={"base": "2" * 64})})
     write_model(tmp_path / "foreign.safetensors", model, foreign)
-    with pytest.raises(PretrainedError, match="2{64}"):
+    with pytest.raises(PretrainedError, match=r"2{64}"):
         read_model(tmp_path / "foreign.safetensors")
 
 
