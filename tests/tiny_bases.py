@@ -22,27 +22,8 @@ from tests.federation import changed
 
 WIDTH, LAYERS, HEADS, INNER, POSITIONS = 16, 3, 2, 24, 40
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
-PIECES = (
-    *[
-        "kidney",
-        "stone",
-        "bladder",
-        "urine",
-        "prostate",
-        "catheter",
-        "eye",
-        "cataract",
-        "lens",
-        "retina",
-        "vision",
-        "cornea",
-        "the",
-        "with",
-        "left",
-        "right",
-    ],
-    *("0", "##0", "##s", ".", ",", "-"),
-)
+WORDS = "kidney stone bladder urine prostate catheter eye cataract lens retina vision cornea the with left right"
+PIECES = (*WORDS.split(), "0", "##0", "##s", ".", ",", "-")
 
 
 def write_encoder(folder: Path, *, seed: int = 0) -> str:

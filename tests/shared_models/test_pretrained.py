@@ -408,7 +408,12 @@ def test_what_is_frozen_is_computed_once_for_each_record(
                 parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
     part, seen = "_features" if kind == "cnn" else "_frozen", list[int]()
     below = getattr(model, part)
-    monkeypatch.setattr(model, part, lambda inputs: (seen.append(len(inputs)), below(inputs))[1])
+
+    def counted(inputs: Tensor) -> Tensor:
+        seen.append(len(inputs))
+        return below(inputs)
+
+    monkeypatch.setattr(model, part, counted)
     inputs = torch.rand(3, 1, 28, 28) if kind == "cnn" else tokens(encoder)
 
     for rows in ([0, 1], [1, 2, 1], [2], [0, 1, 2]):
