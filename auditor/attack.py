@@ -20,7 +20,6 @@ from shared_models.model_file import read_model
 from shared_models.nets.build import build_network
 from shared_models.nets.losses import loss_per_record
 from shared_models.plan import StudyPlan
-from shared_models.pretrained import task_of
 from shared_models.privacy.empirical import (
     CONFIDENCE,
     Guesses,
@@ -29,7 +28,7 @@ from shared_models.privacy.empirical import (
     one_run_bound,
     rates_bound,
 )
-from shared_models.tasks import Task, TokensInput
+from shared_models.tasks import Task, TokensInput, task_of
 
 FALSE_POSITIVE_RATES = (0.001, 0.01, 0.1)
 _BATCH = 4096  # records at once when a model is asked

@@ -77,7 +77,7 @@ def attack(
         trained_by = _plan_of(model, base or ())  # torch is there
         from auditor.attack import attack_model
         from auditor.canaries import read_candidates
-        from shared_models.pretrained import task_of
+        from shared_models.tasks import task_of
 
         claimed = _claim(trained_by, hospitals)
         membership = attack_model(

@@ -35,7 +35,7 @@ from client.records.records import Records
 from shared_models import plan
 from shared_models.nets.build import build_network
 from shared_models.nets.losses import loss_per_record
-from shared_models.tasks import ImageInput, Numeric, SeriesInput, TableInput, Task, TokensInput
+from shared_models.tasks import Choice, ImageInput, Numeric, SeriesInput, TableInput, Task, TokensInput
 
 CLIP, NOISE_MULTIPLIER, LEARNING_RATE = 0.5, 1.0, 0.05
 STEPS = 3  # of one turn
@@ -82,9 +82,7 @@ def task_of(inputs: ImageInput | SeriesInput | TokensInput | TableInput, classes
         name="made-up",
         description="Made up for a benchmark.",
         input=inputs,
-        label="label",
-        classes=tuple(f"class {i}" for i in range(classes)),
-        loss="binary-cross-entropy" if classes == 2 else "cross-entropy",
+        heads=(Choice(name="label", classes=tuple(f"class {i}" for i in range(classes))),),
     )
 
 

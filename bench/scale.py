@@ -65,7 +65,7 @@ from shared_models.receipts import Receipt
 from shared_models.secagg.key_agreement import Roster
 from shared_models.secagg.protocol import Hospital, Positions
 from shared_models.software import software_digest
-from shared_models.tasks import find_task
+from shared_models.tasks import find_task, task_of
 
 MEMORY_HOSPITALS, MEMORY_WIDTH = (10, 50, 200), 3146  # 30 inputs and two hidden layers: 10,001,135 parameters
 TIME_HOSPITALS, TIME_WIDTH = (10, 25, 50, 100, 1000), 300  # 99,901 parameters
@@ -136,7 +136,7 @@ class Party:
     def _train(self, asked: TrainRequest) -> tuple[Body, Lanes]:
         now, plan = self._party.announcement, self._plan
         assert self._party.accept(asked.delivery, parameters_digest=now.parameters_digest) is None
-        parameters = count_parameters(plan.network, find_task(plan.task))
+        parameters = count_parameters(plan.network, task_of(plan))
         length = encoding(plan, "train", parameters=parameters, hospitals=len(now.invited)).length
         masked = self._party.upload(np.zeros(length, np.uint32), charge="a" * 64)
         receipt = Receipt(

@@ -10,13 +10,12 @@ from client.records.manifest import read_manifest
 from client.records.records import Records
 from client.records.tabular import read_table
 from shared_models.errors import ConfigError
-from shared_models.metrics import compute_metrics
 from shared_models.model_file import read_model, write_model
 from shared_models.nets.build import build_network
 from shared_models.nets.losses import loss_per_record
+from shared_models.outcomes import compute_metrics
 from shared_models.plan import StudyPlan
-from shared_models.pretrained import task_of
-from shared_models.tasks import Task
+from shared_models.tasks import Task, task_of
 
 NO_SECRET = bytes(32)  # nothing leaves: whoever reads this folder's results reads its records too
 LOCAL_BINS = 1000  # of local evaluation; exact to 1/2000 in a score
@@ -49,7 +48,7 @@ def evaluate_folder(model_file: Path, folder: Path) -> dict[str, float]:
     plan, model = read_model(model_file)
     task = task_of(plan)
     records, _ = read_table(read_manifest(folder), task, split_key=NO_SECRET)
-    return compute_metrics(len(task.classes), statistics(model, records, task, bins=LOCAL_BINS), bins=LOCAL_BINS)
+    return compute_metrics(task, statistics(model, records, task, bins=LOCAL_BINS), bins=LOCAL_BINS)
 
 
 def train_without_privacy(

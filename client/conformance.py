@@ -26,7 +26,6 @@ from shared_models.encoding import NULL_COORDINATES
 from shared_models.errors import ConfigError
 from shared_models.nets.build import build_network
 from shared_models.plan import LogisticRegression, StudyPlan, TrainingPlan
-from shared_models.pretrained import task_of
 from shared_models.privacy.accounting import reported_epsilon
 from shared_models.privacy.conformance import CanaryAudit, Check, Conformance, Verdict
 from shared_models.privacy.empirical import (
@@ -45,7 +44,7 @@ from shared_models.privacy.empirical import (
 )
 from shared_models.privacy.mechanisms import PoissonGaussian, training_mechanism
 from shared_models.software import folder_digest
-from shared_models.tasks import Numeric, TableInput, Task
+from shared_models.tasks import Choice, Numeric, TableInput, Task, task_of
 from shared_models.update import trainable
 
 CANARIES = 800  # a multiple of 8
@@ -215,9 +214,7 @@ def _canary_task() -> Task:
         name="canaries",
         description="Made up: no patient stands behind any of it.",
         input=TableInput(columns=columns),
-        label="label",
-        classes=("out", "in"),
-        loss="binary-cross-entropy",
+        heads=(Choice(name="label", classes=("out", "in")),),
     )
 
 

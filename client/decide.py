@@ -20,9 +20,10 @@ from shared_models.approval import ApprovedPrice, sign_approval
 from shared_models.errors import ConfigError, FederationError, PolicyError
 from shared_models.identity import load_key
 from shared_models.nets.build import count_parameters
-from shared_models.pretrained import check_copy, offer_bases, task_of
+from shared_models.pretrained import check_copy, offer_bases
 from shared_models.privacy.ledger import StudyLimit
 from shared_models.software import software_digest
+from shared_models.tasks import task_of
 from shared_models.terminal import printable
 
 SHORTEST_DIGEST = 8

@@ -7,18 +7,19 @@ from client.budget import Budget, Price
 from client.consent import named
 from client.membership import read_roster
 from client.policy import Policy
+from client.records.labels import label_columns
 from client.records.manifest import Manifest, read_manifest
 from client.records.population import Source
 from client.settings import Settings
 from shared_models.encoding import NULL_COORDINATES
 from shared_models.nets.build import count_parameters
 from shared_models.plan import StudyPlan
-from shared_models.pretrained import base_of, task_of
+from shared_models.pretrained import base_of
 from shared_models.privacy.entries import Entry
 from shared_models.privacy.mechanisms import NEIGHBOURING, UNIT
 from shared_models.secagg.protocol import plan_threshold
 from shared_models.software import software_digest
-from shared_models.tasks import TableInput, Task
+from shared_models.tasks import TableInput, Task, task_of
 from shared_models.terminal import printable
 from shared_models.versions import RELEASE
 
@@ -115,10 +116,12 @@ def _columns(manifest: Manifest, task: Task) -> str:
         if isinstance(task.input, TableInput)
         else manifest.contents(task)
     )
-    named = [(name, manifest.column(name)) for name in schema] + [(task.label, manifest.label)]
-    listed = ", ".join(name if name == column else f"{name} (in the file: {column})" for name, column in named)
+    labels = label_columns(manifest, task)
+    named = {name: manifest.column(name) for name in schema} | labels
+    listed = ", ".join(name if name == column else f"{name} (in the file: {column})" for name, column in named.items())
+    last = "the last is the label" if len(labels) == 1 else f"the last {len(labels)} are labels"
     patient = f"patient column: {manifest.patient}" if manifest.patient else "every row is a patient"
-    return f"{listed}; the last is the label; {patient}"
+    return f"{listed}; {last}; {patient}"
 
 
 def _leaving(policy: Policy, plan: StudyPlan, task: Task) -> Rows:

@@ -25,7 +25,17 @@ from client.records.records import Records
 from shared_models.errors import ConfigError
 from shared_models.nets.losses import loss_per_record
 from shared_models.plan import PrivacyPlan, TrainingPlan
-from shared_models.tasks import SeriesInput, TableInput, Task, TokensInput
+from shared_models.tasks import (
+    Choice,
+    Head,
+    Outline,
+    Quantity,
+    SeriesInput,
+    Survival,
+    TableInput,
+    Task,
+    TokensInput,
+)
 from shared_models.update import trainable
 
 log = logging.getLogger("konsil.hospital")
@@ -364,8 +374,31 @@ def made_up_records(task: Task, generator: torch.Generator) -> Records:
         mask.copy_((mask > 0).float())
         values.mul_(mask)
         since.abs_()
-    targets = torch.arange(n) % len(task.classes)
-    return Records(inputs, targets.float() if task.outputs == 1 else targets, patients, int(patients.max()) + 1)
+    return Records(inputs, _made_up_targets(task, n, generator), patients, int(patients.max()) + 1)
+
+
+def _made_up_targets(task: Task, n: int, generator: torch.Generator) -> Tensor:
+    """Every class, intervals with and without an event, and of several heads one that is not known."""
+    if task.choice is not None:
+        classes = torch.arange(n) % len(task.choice.classes)
+        return classes.float() if task.outputs == 1 else classes
+    parts = [_made_up_target(head, n, width[1], generator) for head, width in zip(task.heads, task.widths, strict=True)]
+    for number, (head, part) in enumerate(zip(task.heads, parts, strict=True)):
+        if len(parts) > 1 and isinstance(head, Choice | Quantity):
+            part[number % n] = torch.nan
+    return torch.cat(parts, dim=1)
+
+
+def _made_up_target(head: Head, n: int, width: int, generator: torch.Generator) -> Tensor:
+    match head:
+        case Choice(classes=names):
+            return (torch.arange(n) % len(names)).float()[:, None]
+        case Quantity():
+            return torch.rand(n, 1, generator=generator) * 4 - 2
+        case Survival(edges=edges):
+            return torch.stack([torch.arange(n) % len(edges), torch.arange(n) % 2], dim=1).float()
+        case Outline():
+            return (torch.rand(n, width, generator=generator) < 0.5).float()
 
 
 def _input_shape(task: Task) -> tuple[int, ...]:

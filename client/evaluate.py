@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from client.randomness import SecureRandom, require_system_key
 from client.records.records import Records
 from shared_models.errors import ConfigError
-from shared_models.metrics import record_statistics, statistics_size
 from shared_models.nets.losses import scores
+from shared_models.outcomes import record_statistics, statistics_size
 from shared_models.plan import EvaluationPlan
 from shared_models.tasks import Task
 
@@ -24,12 +24,12 @@ def statistics(model: nn.Module, records: Records, task: Task, *, bins: int) -> 
     """Exact additive statistics over all records: stays at the hospital, because it is not noised.
 
     Returns:
-        Shape ``(statistics_size(classes, bins),)``; ``compute_metrics`` turns it, or a sum of several, into metrics.
+        Shape ``(statistics_size(task, bins),)``; ``compute_metrics`` turns it, or a sum of several, into metrics.
 
     Raises:
         ConfigError: The network's outputs are not finite.
     """
-    total = np.zeros(statistics_size(len(task.classes), bins))
+    total = np.zeros(statistics_size(task, bins))
     for first in range(0, len(records), _BATCH):
         part = slice(first, first + _BATCH)
         rows, finite = _rows(model, records.inputs[part], records.targets[part], task, bins)
@@ -61,19 +61,19 @@ def released_statistics(
     Args:
         model: Network; its device is used, its mode is restored.
         records: Validation records.
-        task: Names classes and loss.
+        task: Names the heads.
         plan: S, noise multiplier and bins.
         random: Source of the noise, fresh for every charge.
         allow_test_random: Accept a repeatable generator. Tests only.
 
     Returns:
-        Shape ``(statistics_size(classes, plan.bins),)``; entries may be negative.
+        Shape ``(statistics_size(task, plan.bins),)``; entries may be negative.
 
     Raises:
         ConfigError: ``random`` is not keyed by the operating system.
     """
     require_system_key(random, allow_test_random=allow_test_random)
-    total = np.zeros(statistics_size(len(task.classes), plan.bins))
+    total = np.zeros(statistics_size(task, plan.bins))
     for first in range(0, records.patient_count, _PATIENTS):
         patients = np.arange(first, min(first + _PATIENTS, records.patient_count))
         inputs, targets, owners = records.select(patients)
@@ -104,4 +104,4 @@ def _rows(
     score = torch.cat(parts).double().numpy()
     finite = np.isfinite(score.reshape(len(score), -1)).all(axis=1)
     score[~finite] = 0
-    return record_statistics(len(task.classes), score, targets.numpy().astype(np.int64), bins=bins), finite
+    return record_statistics(task, score, targets.double().numpy(), bins=bins), finite

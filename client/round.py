@@ -70,14 +70,15 @@ from shared_models.messages import (
     signed_receipt,
 )
 from shared_models.nets.build import build_network, count_parameters
+from shared_models.nets.pretrained import forget
 from shared_models.plan import Network, StudyPlan, parse_plan
-from shared_models.pretrained import check_copy, offer_bases, task_of
+from shared_models.pretrained import check_copy, offer_bases
 from shared_models.privacy.mechanisms import GaussianRelease, PoissonGaussian, release_mechanism, training_mechanism
 from shared_models.receipts import Receipt
 from shared_models.secagg import protocol
 from shared_models.secagg.key_agreement import Announcement, Purpose
 from shared_models.software import software_digest
-from shared_models.tasks import Task
+from shared_models.tasks import Task, task_of
 from shared_models.update import check_vector, parameters_to_vector, trainable, vector_digest, vector_to_parameters
 
 log = logging.getLogger("konsil.hospital")
@@ -298,6 +299,8 @@ class Hospital:
         self._unfinished = True
         advertisement = self._party.advertise(announcement, plan_digest=study.digest)
         self.books.budget.population_is(population.fingerprint)
+        if population.fingerprint != study.population.fingerprint:
+            forget(study.model)  # somebody has left
         study.population = population
         return Advertised(advertisement=advertisement)
 
@@ -382,7 +385,8 @@ class Hospital:
         A coordinator that was killed before it had the statement asks again, perhaps another process of this hospital.
         """
         delta = self.books.budget.finish(request.study, request.plan_digest)
-        self._studies.pop(request.study, None)
+        if (study := self._studies.pop(request.study, None)) is not None:
+            forget(study.model)
         log.info("study %s is over", request.study)
         return self.books.statement(request.study, delta)
 

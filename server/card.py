@@ -14,7 +14,7 @@ from shared_models.plan import StudyPlan
 from shared_models.secagg.protocol import plan_threshold, who_could_learn_what
 from shared_models.secagg.quantize import MODULUS_BITS
 from shared_models.software import software_digest
-from shared_models.tasks import find_task
+from shared_models.tasks import task_of
 
 Metrics = Mapping[str, float]
 
@@ -47,7 +47,7 @@ def write_card(
         "study": plan.study,
         "purpose": plan.purpose,
         "task": plan.task,
-        "description": find_task(plan.task).description,
+        "description": task_of(plan).description,
         "network": plan.network.model_dump(mode="json"),
         "rounds": plan.rounds,
         "stopped_early": next((_stop(event) for event in events if event["event"] == "stopped-early"), None),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from shared_models.plan import StudyPlan
 
 WATCHED = "auroc"  # where the plan names no metric
-_LOWER_IS_BETTER = frozenset({"brier"})
+_LOWER_IS_BETTER = frozenset({"brier", "mae", "rmse", "wape"})
 
 
 @dataclass(frozen=True, kw_only=True)

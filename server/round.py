@@ -38,11 +38,11 @@ from shared_models.messages import (
 from shared_models.model_file import write_model
 from shared_models.nets.build import count_parameters
 from shared_models.plan import LARGEST_COHORT, StudyPlan
-from shared_models.pretrained import task_of
 from shared_models.privacy.mechanisms import Mechanism, release_mechanism, training_mechanism
 from shared_models.receipts import SignedReceipt
 from shared_models.secagg.key_agreement import Announcement, Purpose
 from shared_models.secagg.protocol import Coordinator, check_cohort_rule, plan_threshold
+from shared_models.tasks import task_of
 from shared_models.update import vector_digest, vector_to_parameters
 
 log = logging.getLogger("konsil.coordinator")

@@ -43,7 +43,7 @@ from shared_models.errors import ConfigError, FederationError
 from shared_models.identity import read_public
 from shared_models.messages import Proposal, StudyEnd
 from shared_models.plan import LARGEST_COHORT, SMALLEST_COHORT, StudyPlan, read_plan
-from shared_models.tasks import find_task
+from shared_models.tasks import task_of
 
 # Flower's logger has a handler of its own; what matters is in the journal.
 logging.getLogger("flwr").setLevel(logging.ERROR)
@@ -258,7 +258,7 @@ def run_simulation(options: Options, console: Console) -> dict[str, Any]:
     """
     started = time.monotonic()
     plan = read_plan(options.plan)
-    task = find_task(plan.task)
+    task = task_of(plan)
     hospital_app()
     bases = _offered(plan, options.bases)
     if options.records is not None:

@@ -19,8 +19,8 @@ from server.store import State, Store
 from server.turns import Turns
 from shared_models.nets.build import build_network
 from shared_models.plan import StudyPlan
-from shared_models.pretrained import task_of
 from shared_models.secagg.key_agreement import Roster
+from shared_models.tasks import task_of
 from shared_models.update import parameters_to_vector
 
 

@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared_models.errors import ProtocolError
-from shared_models.metrics import statistics_size
+from shared_models.outcomes import statistics_size
 from shared_models.plan import StudyPlan
 from shared_models.secagg.key_agreement import Purpose
 from shared_models.secagg.quantize import Uniform, dequantize, quantization_scale, quantize, rounding_error
-from shared_models.tasks import find_task
+from shared_models.tasks import task_of
 from shared_models.update import bound_update, update_bound
 
 NULL_COORDINATES = 1024  # at the end of every update: no gradient, the same noise; the auditor tests their sum
@@ -115,7 +115,7 @@ def encoding(plan: StudyPlan, purpose: Purpose, *, parameters: int, hospitals: i
         evaluation = plan.evaluation
         if evaluation is None:
             raise ProtocolError(f"study {plan.study} releases no statistics", hint="Its plan has no [evaluation].")
-        length, bound = statistics_size(len(find_task(plan.task).classes), evaluation.bins), 1.0
+        length, bound = statistics_size(task_of(plan), evaluation.bins), 1.0
         noise = evaluation.noise_multiplier * math.sqrt(length)
         unit = 1.5 * evaluation.clip * (plan.weight_cap + noise)
     scale = quantization_scale(bound=bound, hospitals=hospitals)

@@ -11,7 +11,8 @@ from torch import nn
 from shared_models.errors import ConfigError, UnsupportedFileError
 from shared_models.nets.build import build_network
 from shared_models.plan import StudyPlan, parse_plan_json
-from shared_models.pretrained import base_of, task_of
+from shared_models.pretrained import base_of
+from shared_models.tasks import task_of
 from shared_models.update import load_model, save_model
 from shared_models.versions import unsupported_format
 

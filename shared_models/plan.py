@@ -53,6 +53,13 @@ class Cnn(Evolving):
     channels: Annotated[tuple[Count, ...], ALWAYS_WRITTEN] = (16, 32, 64)
 
 
+class UNet(Evolving):
+    """Outlines in images: convolutions with GroupNorm down to a small map and up again."""
+
+    name: Literal["unet"]
+    channels: Annotated[tuple[Count, ...], Field(min_length=2), ALWAYS_WRITTEN] = (16, 32, 64)
+
+
 class Lstm(Evolving):
     """Series with missing values: values, mask and time since last seen enter together."""
 
@@ -113,7 +120,7 @@ class PretrainedCnn(Evolving):
 
 
 Network = Annotated[
-    LogisticRegression | Mlp | Cnn | Lstm | Transformer | PretrainedEncoder | PretrainedCnn,
+    LogisticRegression | Mlp | Cnn | UNet | Lstm | Transformer | PretrainedEncoder | PretrainedCnn,
     Field(discriminator="name"),
 ]
 
@@ -182,12 +189,15 @@ class TrainingPlan(Evolving):
         proximal: mu of FedProx: every local step also pulls towards the round's global parameters, by mu times the
             distance from them. 0 is FedAvg's plain step.
         schedule: How the learning rate falls from round to round; it never rises above ``learning_rate``.
+        class_weights: What a record's loss is multiplied with, by label column and, in the task's order, class. From
+            public figures or from released, noised counts: a hospital's own counts would be one more release.
     """
 
     learning_rate: Positive
     steps: Annotated[int, Field(ge=1, le=100_000)]
     proximal: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     schedule: Schedule = ConstantRate(name="constant")
+    class_weights: Mapping[str, tuple[Positive, ...]] = {}
 
     @model_validator(mode="after")
     def _the_pull_does_not_overshoot(self) -> "TrainingPlan":
@@ -292,7 +302,9 @@ class EarlyStopping(Evolving):
         minimum_improvement: By how much a release must beat the best one before it to count as an improvement.
     """
 
-    metric: Literal["auroc", "auprc", "accuracy", "balanced_accuracy", "f1", "brier"]
+    metric: Literal[
+        "auroc", "auprc", "accuracy", "balanced_accuracy", "f1", "brier", "mae", "rmse", "wape", "c_index", "dice"
+    ]
     patience: Count
     minimum_improvement: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
 

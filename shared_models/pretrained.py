@@ -19,8 +19,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from shared_models.errors import PretrainedError
-from shared_models.plan import Cnn, Network, PretrainedCnn, PretrainedEncoder, StudyPlan, parse_plan_json
-from shared_models.tasks import Task, TokensInput, find_task
+from shared_models.plan import Cnn, Network, PretrainedCnn, PretrainedEncoder, parse_plan_json
 from shared_models.tokens import blurred
 
 if TYPE_CHECKING:
@@ -156,23 +155,6 @@ def find_base(digest: str) -> Base:
         PretrainedError: No copy is known here, it cannot be read, it is another one, or no network here can use it.
     """
     return _loaded[digest] if digest in _loaded else _load(digest, _offered.get(digest))
-
-
-def task_of(plan: StudyPlan) -> Task:
-    """The installed task that a plan names, with inputs as its network takes them.
-
-    A pretrained encoder has its own tokens: with it, a task on texts is the same task in these.
-
-    Raises:
-        ConfigError: The task is not installed.
-        PretrainedError: As for ``find_base``.
-    """
-    task, network = find_task(plan.task), plan.network
-    if not isinstance(network, PretrainedEncoder) or not isinstance(task.input, TokensInput):
-        return task
-    vocabulary = find_encoder(network.base).shape["vocab_size"]
-    tokens = TokensInput(vocabulary=vocabulary, length=network.length, base=network.base)
-    return task.model_copy(update={"input": tokens})
 
 
 def find_encoder(digest: str) -> Encoder:

@@ -1,12 +1,16 @@
 """A task: what is predicted, from which columns, with public ranges and categories and named units.
 
+What is predicted are *heads*: one of several classes, a quantity, the time to an event, an outline. Most tasks have
+one. Several findings that a picture may show together are several heads of two classes each.
+
 Normalisation uses the public ranges below, never a hospital's own means: private statistics would be one more release.
 The loss is named here and computed in ``shared_models/nets/losses.py``, so that this file needs no torch.
 """
 
 from collections.abc import Mapping
+from itertools import pairwise
 from types import MappingProxyType
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +18,9 @@ from pydantic import Field, model_validator
 
 from shared_models.config import Frozen
 from shared_models.errors import ConfigError
+
+if TYPE_CHECKING:
+    from shared_models.plan import StudyPlan
 
 
 class Numeric(Frozen):
@@ -120,26 +127,218 @@ class TokensInput(Frozen):
     base: str | None = None
 
 
-class Task(Frozen):
-    """Model input, label, loss and metrics, all public.
+class Choice(Frozen):
+    """One of several classes.
 
     Attributes:
-        label: Name of the label column in a hospital's data.
-        classes: What the label's values mean, in order; two for a binary task. The last of two is "positive".
-        loss: ``binary-cross-entropy`` has one output logit, ``cross-entropy`` one per class.
+        name: Name of the label column.
+        classes: What the label's values mean, in order. The last of two is "positive"; two have one logit together.
+        weights: What a record's loss is multiplied with, by its class; None weighs all alike. From the plan.
+    """
+
+    kind: Literal["choice"] = "choice"
+    name: str
+    classes: Annotated[tuple[str, ...], Field(min_length=2)]
+    weights: tuple[float, ...] | None = None
+
+    @model_validator(mode="after")
+    def _every_class_has_a_weight(self) -> "Choice":
+        if self.weights is not None and len(self.weights) != len(self.classes):
+            raise ValueError(f"{self.name} has {len(self.classes)} classes, and {len(self.weights)} weights")
+        return self
+
+    @property
+    def outputs(self) -> int:
+        """Number of logits."""
+        return 1 if len(self.classes) == 2 else len(self.classes)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of its label columns; a record's target has a number for each."""
+        return (self.name,)
+
+
+class Quantity(Frozen):
+    """A number: regression, and forecasting where the inputs are of the past. Public range, as of any column.
+
+    Attributes:
+        measure: The label column: its range, and on which scale an error counts.
+        loss: Of the encoded value, ``absolute`` (the network learns medians) or half its ``squared`` error (means).
+    """
+
+    kind: Literal["quantity"] = "quantity"
+    measure: Numeric
+    loss: Literal["absolute", "squared"] = "squared"
+
+    @property
+    def name(self) -> str:
+        """Of the label column."""
+        return self.measure.name
+
+    @property
+    def outputs(self) -> int:
+        """One number, on the scale of ``Numeric.scaled``."""
+        return 1
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of its label columns."""
+        return (self.measure.name,)
+
+
+class Survival(Frozen):
+    """Time to an event, in intervals with public edges: a hazard for each, given that nothing happened before.
+
+    Its likelihood is a product over records, so that a patient's share of the gradient is the patient's alone, and
+    clipping bounds it. Cox's partial likelihood is not: a patient stands in the risk set of every earlier event.
+
+    Attributes:
+        name: Of the event.
+        time: Label column: time until the event, or until the record was last seen without it.
+        event: Label column: ``yes`` where the event happened.
+        unit: Of the times.
+        edges: Where each interval ends, ascending; the first begins at 0. What happens later counts as seen no more.
+
+    Source:
+        Gensheimer and Narasimhan, "A scalable discrete-time survival model for neural networks", PeerJ 2019.
+    """
+
+    kind: Literal["survival"] = "survival"
+    name: str
+    time: str
+    event: str
+    unit: str
+    edges: Annotated[tuple[float, ...], Field(min_length=2)]
+
+    @model_validator(mode="after")
+    def _edges_ascend(self) -> "Survival":
+        if not all(before < after for before, after in pairwise((0.0, *self.edges))):
+            raise ValueError(f"{self.name}: edges must ascend from above 0")
+        return self
+
+    @property
+    def outputs(self) -> int:
+        """Number of logits: one hazard an interval."""
+        return len(self.edges)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of its label columns; the target is ``intervals``."""
+        return self.time, self.event
+
+    def intervals(self, times: NDArray[np.float64], events: NDArray[np.bool_]) -> NDArray[np.float64]:
+        """Targets of records: how many intervals passed without the event, and whether it happened in the next.
+
+        Who was last seen in an interval has passed it if more than half of it was over.
+
+        Args:
+            times: Shape ``(n,)``, not negative.
+            events: Shape ``(n,)``.
+
+        Returns:
+            Shape ``(n, 2)``: intervals passed, from 0 to their number; 1 where the event happened in the next, else 0.
+        """
+        edges = np.array((0.0, *self.edges))
+        middles = (edges[1:] + edges[:-1]) / 2
+        happened = events & (times <= edges[-1])
+        passed = np.where(
+            happened,
+            np.searchsorted(edges[1:], times, side="left"),  # an interval holds its end
+            np.searchsorted(middles, times, side="left"),
+        )
+        return np.stack([passed, happened], axis=1).astype(np.float64)
+
+
+class Outline(Frozen):
+    """Which pixels of an image belong to something: segmentation. The only head of its task.
+
+    Attributes:
+        name: Name of the label column, which names the file of a record's mask.
+    """
+
+    kind: Literal["outline"] = "outline"
+    name: str
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of its label columns; the target is the mask, 1 where the pixel belongs to it, row by row."""
+        return (self.name,)
+
+
+Head = Annotated[Choice | Quantity | Survival | Outline, Field(discriminator="kind")]
+
+
+class Task(Frozen):
+    """Model input and what is predicted from it, all public.
+
+    Attributes:
+        heads: What is predicted; several share the network but its last layer, and their losses add up.
     """
 
     name: str
     description: str
     input: Annotated[TableInput | ImageInput | SeriesInput | TokensInput, Field(discriminator="kind")]
-    label: str
-    classes: Annotated[tuple[str, ...], Field(min_length=2)]
-    loss: Literal["binary-cross-entropy", "cross-entropy"]
+    heads: Annotated[tuple[Head, ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> "Task":
+        if any(isinstance(head, Outline) for head in self.heads) and not (
+            len(self.heads) == 1 and isinstance(self.input, ImageInput)
+        ):
+            raise ValueError("an outline is of an image, and the only head of its task")
+        columns = self.label_columns
+        if len(set(columns)) < len(columns):
+            raise ValueError("two heads have a label column of the same name")
+        return self
+
+    @property
+    def choice(self) -> Choice | None:
+        """The head of a task that has one, if it is a choice."""
+        head = self.heads[0]
+        return head if len(self.heads) == 1 and isinstance(head, Choice) else None
+
+    @property
+    def label_columns(self) -> tuple[str, ...]:
+        """Names of all label columns, in the order of the heads."""
+        return tuple(column for head in self.heads for column in head.columns)
+
+    @property
+    def label(self) -> str:
+        """Name of the label column of a task with one choice; see ``classes``."""
+        return self._one_choice().name
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Classes of a task with one choice.
+
+        Raises:
+            ConfigError: It is another kind of task.
+        """
+        return self._one_choice().classes
 
     @property
     def outputs(self) -> int:
-        """Number of logits the network must produce per record."""
-        return 1 if self.loss == "binary-cross-entropy" else len(self.classes)
+        """Numbers that the network must give for each record: logits, or encoded quantities."""
+        return sum(widths[0] for widths in self.widths)
+
+    @property
+    def widths(self) -> tuple[tuple[int, int], ...]:
+        """Of each head: how many of the network's outputs are its own, and how many numbers its target has."""
+        if isinstance(self.input, ImageInput) and isinstance(self.heads[0], Outline):
+            return ((self.input.height * self.input.width,) * 2,)
+        return tuple((head.outputs, len(head.columns)) for head in self.heads if not isinstance(head, Outline))
+
+    @property
+    def target_shape(self) -> tuple[int, ...]:
+        """Shape of one record's target: a class index for a task with one choice, else all heads' numbers."""
+        return () if self.choice else (sum(widths[1] for widths in self.widths),)
+
+    def _one_choice(self) -> Choice:
+        if self.choice is None:
+            raise ConfigError(
+                f"task {self.name} is more than one choice between classes", hint="This is for tasks with classes only."
+            )
+        return self.choice
 
 
 # Ten measures of cell nuclei; ranges of the mean, of the standard error and of the "worst" (mean of the three largest).
@@ -169,9 +368,7 @@ BREAST_CANCER = Task(
             for low, high in (ranges[kind],)
         )
     ),
-    label="diagnosis",
-    classes=("benign", "malignant"),
-    loss="binary-cross-entropy",
+    heads=(Choice(name="diagnosis", classes=("benign", "malignant")),),
 )
 
 HEART_DISEASE = Task(
@@ -194,18 +391,14 @@ HEART_DISEASE = Task(
             Numeric(name="st_depression", unit="mm", low=-3, high=7, description="exercise against rest"),
         )
     ),
-    label="disease",
-    classes=("absent", "present"),
-    loss="binary-cross-entropy",
+    heads=(Choice(name="disease", classes=("absent", "present")),),
 )
 
 PNEUMONIA = Task(
     name="pneumonia",
     description="Pneumonia or none, from a frontal chest X-ray of a child (as PneumoniaMNIST: Kermany et al. 2018).",
     input=ImageInput(channels=1, height=28, width=28),
-    label="finding",
-    classes=("normal", "pneumonia"),
-    loss="binary-cross-entropy",
+    heads=(Choice(name="finding", classes=("normal", "pneumonia")),),
 )
 
 # Variables of the PhysioNet/CinC Challenge 2012, in its units. Ranges are what bedside monitors and laboratory
@@ -264,41 +457,80 @@ ICU_MORTALITY = Task(
         steps=48,
         step_unit="hour",
     ),
-    label="outcome",
-    classes=("survived", "died"),
-    loss="binary-cross-entropy",
+    heads=(Choice(name="outcome", classes=("survived", "died")),),
 )
 
 NOTE_SPECIALTY = Task(
     name="note-specialty",
     description="The specialty that a transcribed clinical note belongs to (eight organ specialties of MTSamples).",
     input=TokensInput(vocabulary=8192, length=256),
-    label="specialty",
-    classes=(
-        "cardiovascular-pulmonary",
-        "orthopaedic",
-        "gastroenterology",
-        "obstetrics-gynaecology",
-        "urology",
-        "neurology",
-        "ear-nose-throat",
-        "ophthalmology",
+    heads=(
+        Choice(
+            name="specialty",
+            classes=(
+                "cardiovascular-pulmonary",
+                "orthopaedic",
+                "gastroenterology",
+                "obstetrics-gynaecology",
+                "urology",
+                "neurology",
+                "ear-nose-throat",
+                "ophthalmology",
+            ),
+        ),
     ),
-    loss="cross-entropy",
 )
 
 TRIAL_IMAGES = Task(
     name="trial-images",
     description="Ten kinds of made-up pictures, for trials and benchmarks: without any clinical meaning.",
     input=ImageInput(channels=1, height=28, width=28),
-    label="kind",
-    classes=tuple(f"kind-{number}" for number in range(10)),
-    loss="cross-entropy",
+    heads=(Choice(name="kind", classes=tuple(f"kind-{number}" for number in range(10))),),
 )
 
 TASKS: Mapping[str, Task] = MappingProxyType(
     {task.name: task for task in (BREAST_CANCER, HEART_DISEASE, PNEUMONIA, ICU_MORTALITY, NOTE_SPECIALTY, TRIAL_IMAGES)}
 )
+
+
+def task_of(plan: "StudyPlan") -> Task:
+    """The plan's task, with inputs as its network takes them, and the class weights that the plan gives it.
+
+    A pretrained encoder has tokens of its own: with it, a task on texts is the same task in these.
+
+    Raises:
+        ConfigError: The task is not installed here, or has no such classes.
+        PretrainedError: The base that the network starts from is not here.
+    """
+    task = _in_tokens_of(plan, find_task(plan.task))
+    weights = plan.training.class_weights
+    choices = {head.name: len(head.classes) for head in task.heads if isinstance(head, Choice)}
+    for name, given in weights.items():
+        if choices.get(name) != len(given):
+            raise ConfigError(
+                f"training.class_weights: task {task.name} has no label {name!r} of {len(given)} classes",
+                hint="A weight for each class, by label: "
+                + (
+                    ", ".join(f"{label} ({classes})" for label, classes in choices.items())
+                    or "it has none with classes"
+                )
+                + ".",
+            )
+    heads = (
+        head.model_copy(update={"weights": weights[head.name]}) if head.name in weights else head for head in task.heads
+    )
+    return task.model_copy(update={"heads": tuple(heads)}) if weights else task
+
+
+def _in_tokens_of(plan: "StudyPlan", task: Task) -> Task:
+    network = plan.network
+    if network.name != "pretrained-encoder" or not isinstance(task.input, TokensInput):
+        return task
+    from shared_models.pretrained import find_encoder  # noqa: PLC0415 - needs torch, which this file does not
+
+    vocabulary = find_encoder(network.base).shape["vocab_size"]
+    tokens = TokensInput(vocabulary=vocabulary, length=network.length, base=network.base)
+    return task.model_copy(update={"input": tokens})
 
 
 def find_task(name: str) -> Task:

@@ -8,34 +8,36 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from client.records.identifiers import refuse_columns
+from client.records.labels import Targets, label_columns, read_labels
 from client.records.manifest import IMAGES, Manifest
 from shared_models.errors import RecordsError
-from shared_models.tasks import ImageInput, Task
+from shared_models.tasks import ImageInput, Outline, Task
 
 _CHECK = "Mend the file or the manifest, then run konsil-hospital check-data again."
 
 
-def read_images(
-    manifest: Manifest, task: Task, schema: ImageInput
-) -> tuple[NDArray[np.uint8], NDArray[np.int64], list[str]]:
+def read_images(manifest: Manifest, task: Task, schema: ImageInput) -> tuple[NDArray[np.uint8], Targets, list[str]]:
     """Read and check a file of images.
 
     Args:
         manifest: Names the file and its arrays.
-        task: Names the classes.
+        task: Names the heads.
         schema: Channels, height and width that every image must have.
 
     Returns:
-        Pixels of shape ``(n, channels, height, width)``, class indices and a patient id for each image.
+        Pixels of shape ``(n, channels, height, width)``, targets as ``read_labels`` gives them, and a patient id for
+        each image. Masks are an array of the images' shape, not 0 where a pixel belongs to the outline.
 
     Raises:
         RecordsError: The file is no such file; an array is missing or has another type or length; a label is unknown.
     """
     arrays = _load(manifest)
-    used = [manifest.column(IMAGES), manifest.label, *([manifest.patient] if manifest.patient else [])]
+    columns = label_columns(manifest, task)
+    used = [manifest.column(IMAGES), *columns.values(), *([manifest.patient] if manifest.patient else [])]
     refuse_columns(manifest.file, arrays, drop=manifest.drop, mapped=used)
     pixels = _array(manifest, arrays, manifest.column(IMAGES))
     if pixels.ndim == 3 and schema.channels == 1:
@@ -48,7 +50,7 @@ def read_images(
         )
     if not len(pixels):
         raise RecordsError(f"{manifest.file} has no images", hint="Export the records again.")
-    labels = _labels(manifest, task, _texts(manifest, arrays, manifest.label, len(pixels)))
+    labels = _targets(manifest, task, arrays, columns, len(pixels))
     return pixels, labels, _patient_ids(manifest, arrays, pixels, labels)
 
 
@@ -84,10 +86,34 @@ def _array(manifest: Manifest, arrays: Mapping[str, NDArray[Any]], name: str) ->
     return arrays[name]
 
 
-def _texts(manifest: Manifest, arrays: Mapping[str, NDArray[Any]], name: str, images: int) -> list[str]:
-    """An array of one text or whole number per image, as stripped texts."""
+def _targets(
+    manifest: Manifest, task: Task, arrays: Mapping[str, NDArray[Any]], columns: Mapping[str, str], images: int
+) -> Targets:
+    if task.choice is not None:
+        return _labels(manifest, task, _texts(manifest, arrays, columns[task.choice.name], images))
+    if isinstance(head := task.heads[0], Outline):
+        return _masks(manifest, task, _array(manifest, arrays, columns[head.name]), images)
+    cells = {name: _texts(manifest, arrays, name, images, kinds="iufU") for name in columns.values()}
+    return read_labels(manifest, task, pd.DataFrame(cells))
+
+
+def _masks(manifest: Manifest, task: Task, masks: NDArray[Any], images: int) -> NDArray[np.float64]:
+    assert isinstance(task.input, ImageInput)  # noqa: S101 - the task has checked it
+    wanted = (images, task.input.height, task.input.width)
+    if masks.dtype.kind not in "biu" or masks.shape != wanted:
+        raise RecordsError(
+            f"{manifest.file}: masks are {masks.dtype} of shape {masks.shape}, not whole numbers of {wanted}",
+            hint=_CHECK,
+        )
+    return (masks != 0).reshape(images, -1).astype(np.float64)
+
+
+def _texts(
+    manifest: Manifest, arrays: Mapping[str, NDArray[Any]], name: str, images: int, kinds: str = "iuU"
+) -> list[str]:
+    """An array of one text or number per image, as stripped texts."""
     found = _array(manifest, arrays, name)
-    if found.dtype.kind not in "iuU" or found.shape != (images,):
+    if found.dtype.kind not in kinds or found.shape != (images,):
         raise RecordsError(
             f"{manifest.file}: {name!r} is {found.dtype} of shape {found.shape}, not one text or whole number for each "
             f"of {images} images",
@@ -111,14 +137,14 @@ def _labels(manifest: Manifest, task: Task, texts: list[str]) -> NDArray[np.int6
 
 
 def _patient_ids(
-    manifest: Manifest, arrays: Mapping[str, NDArray[Any]], pixels: NDArray[np.uint8], labels: NDArray[np.int64]
+    manifest: Manifest, arrays: Mapping[str, NDArray[Any]], pixels: NDArray[np.uint8], labels: Targets
 ) -> list[str]:
     """An id per image: the patient array; or where there is none the image's digest, with a number for equal ones."""
     if manifest.patient is None:
         seen: dict[str, int] = {}
         ids = []
-        for image, label in zip(pixels, labels.tolist(), strict=True):
-            digest = f"{_digest(image)} {label}"
+        for image, label in zip(pixels, labels, strict=True):
+            digest = f"{_digest(image)} {label if label.ndim == 0 else _digest(label)}"
             seen[digest] = seen.get(digest, -1) + 1
             ids.append(f"{digest} {seen[digest]}")
         return ids

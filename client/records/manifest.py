@@ -28,7 +28,7 @@ from pydantic import AfterValidator, Field, ValidationError, ValidationInfo, mod
 
 from shared_models.config import Frozen, Name, explain, read_toml
 from shared_models.errors import ConfigError, RecordsError
-from shared_models.tasks import ImageInput, SeriesInput, TableInput, Task, TokensInput
+from shared_models.tasks import Choice, ImageInput, SeriesInput, TableInput, Task, TokensInput
 
 MANIFEST = "manifest.toml"
 # The schema's one name for what a record holds, where it holds no columns.
@@ -171,7 +171,8 @@ class Manifest(Frozen):
         file: One row per record: CSV (UTF-8, comma, one header row), Parquet or JSON lines; a query (``.sql``), whose
             result is the rows; Patients of a FHIR export (``.ndjson``); or all images in numpy's ``.npz``. Inside the
             manifest's folder.
-        label: The file's label column; of an ``.npz`` file, as everywhere below, its array.
+        label: The file's label column, for a task with one choice; other tasks' label columns have names like any
+            other, and ``columns`` translates them. Of an ``.npz`` file, as everywhere below, it is an array.
         validation_fraction: Share of the patients that is kept for validation, chosen by keyed hash of the id alone.
         columns: Schema name -> column of the file; a column that is left out has the schema's own name.
         categories: Schema name (or the label's) -> code in the file -> the schema's category.
@@ -180,7 +181,8 @@ class Manifest(Frozen):
         missing_values: Texts that stand for "not known", besides an empty cell.
         incomplete_rows: What becomes of a row with a missing value, or a series without any: an error, or left out and
             counted.
-        absent_classes: Classes that this hospital never sees; without this, their absence is an error.
+        absent_classes: Classes that this hospital never sees; without this, their absence is an error. Of a task with
+            several heads, as ``head: class``.
         drop: Columns, DICOM tags and header fields that identify somebody, and are not to be used. Without this they
             are refused.
         out_of_range: What becomes of a value of a series outside the task's public range: an error, or taken for
@@ -190,7 +192,7 @@ class Manifest(Frozen):
 
     task: Name
     file: Annotated[Path, AfterValidator(_records_file)]
-    label: Column
+    label: Column | None = None
     validation_fraction: Annotated[float, Field(ge=0, le=0.9)]
     columns: Mapping[str, str] = {}
     categories: Mapping[str, Mapping[str, str]] = {}
@@ -222,7 +224,7 @@ class Manifest(Frozen):
 
     @model_validator(mode="after")
     def _nothing_is_dropped_and_used(self) -> "Manifest":
-        used = {self.label, self.patient, *self.columns.values()}
+        used = {self.label, self.patient, *self.columns.values()} - {None}
         if both := [name for name in self.drop if name in used]:
             raise ValueError(f"drop: {', '.join(both)} is used by label, patient or [columns]")
         return self
@@ -280,11 +282,12 @@ def check_fits(manifest: Manifest, task: Task) -> TableInput | ImageInput | Seri
             f"{where} is for task {manifest.task}, not {task.name}", hint="Point the study at its own records."
         )
     _check_kind(manifest, task, where)
+    _check_label(manifest, task, where)
     names = schema_names(task)
     unknown = [
-        *(f"columns.{name}" for name in manifest.columns if name not in names),
-        *(f"categories.{name}" for name in manifest.categories if name not in names | {task.label}),
-        *(f"absent_classes: {name}" for name in manifest.absent_classes if name not in task.classes),
+        *(f"columns.{name}" for name in manifest.columns if name not in names | _own_labels(task)),
+        *(f"categories.{name}" for name in manifest.categories if name not in names | set(task.label_columns)),
+        *(f"absent_classes: {name}" for name in manifest.absent_classes if name not in _class_names(task)),
         *(f"series.absent_variables: {name}" for name in _absent_variables(manifest) if name not in names),
     ]
     if unknown:
@@ -293,7 +296,7 @@ def check_fits(manifest: Manifest, task: Task) -> TableInput | ImageInput | Seri
 
 
 def schema_names(task: Task) -> set[str]:
-    """Names that a manifest may translate to columns of its file."""
+    """Names of what a record is made of, which a manifest may translate to columns of its file."""
     match task.input:
         case TableInput(columns=columns):
             return {column.name for column in columns}
@@ -303,6 +306,30 @@ def schema_names(task: Task) -> set[str]:
             return {SIGNALS, *(variable.name for variable in variables)}
         case TokensInput():
             return {TEXT}
+
+
+def _check_label(manifest: Manifest, task: Task, where: Path) -> None:
+    """Refuse a manifest that names no label column where there must be one, or one where there are others."""
+    if (manifest.label is None) == (task.choice is not None):
+        names = ", ".join(task.label_columns)
+        raise RecordsError(
+            f"{where}: "
+            + (f"names no label column for {names}" if task.choice else f"task {task.name} has no one label"),
+            hint='Name the file\'s column: label = "..."'
+            if task.choice
+            else f"Leave label out; {names} are columns of the file, or translated by [columns].",
+        )
+
+
+def _class_names(task: Task) -> set[str]:
+    if task.choice is not None:
+        return set(task.choice.classes)
+    return {f"{head.name}: {name}" for head in task.heads if isinstance(head, Choice) for name in head.classes}
+
+
+def _own_labels(task: Task) -> set[str]:
+    """Label columns that ``columns`` translates."""
+    return set() if task.choice else set(task.label_columns)
 
 
 def _absent_variables(manifest: Manifest) -> tuple[str, ...]:

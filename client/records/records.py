@@ -17,7 +17,8 @@ class Records:
 
     Attributes:
         inputs: Encoded inputs, shape ``(n, ...)``; float32, or int64 token ids.
-        targets: Labels, shape ``(n,)``; float32 for a binary task, int64 otherwise.
+        targets: Shape ``(n, *task.target_shape)``: of a task with one choice int64 class indices, float32 where it is
+            between two; else float32 numbers, NaN where one is not known.
         patients: For each record the index of its patient, shape ``(n,)``, each of ``0 .. patient_count - 1`` at least
             once. An index says nothing about the patient's id, which never leaves the reader of the file.
         patient_count: Number of patients: a true count, which stays at the hospital.
@@ -32,8 +33,8 @@ class Records:
     patient_count: int
 
     def __post_init__(self) -> None:
-        records = len(self.patients)
-        if self.inputs.shape[:1] != (records,) or self.targets.shape != (records,) or self.patients.shape != (records,):
+        lengths = {len(self.inputs), len(self.targets), self.patients.size}
+        if self.patients.ndim != 1 or len(lengths) > 1:
             raise RecordsError("inputs, targets and patients have different lengths", hint="Read the records again.")
         if not np.array_equal(np.unique(self.patients), np.arange(self.patient_count)):
             raise RecordsError("patient indices are not 0, 1, 2, ... without gaps", hint="Read the records again.")

@@ -16,7 +16,7 @@ from client.records.opt_out import read_opt_outs
 from client.records.patient_ids import plain
 from client.records.population import opted_out
 from client.records.records import Records
-from client.records.tabular import SERIES, Table, checked_table, class_counts, split_table
+from client.records.tabular import SERIES, Table, checked_table, class_counts, content_of, split_table
 from shared_models.tasks import (
     Categorical,
     ImageInput,
@@ -128,7 +128,8 @@ def _columns(
     """Every column, and how many rows repeat an earlier one."""
     match schema:
         case TableInput():
-            content = pd.DataFrame({**table.cells, "": table.labels})
+            arrays = {**table.cells, "": table.labels}
+            content = pd.DataFrame({name: content_of(values) for name, values in arrays.items()})
             return tuple(_column(column, table) for column in schema.columns), int(content.duplicated().sum())
         case ImageInput():
             pixels = table.cells[IMAGES]

@@ -7,7 +7,7 @@ series, texts) is read by a file of this folder each.
 
 import hashlib
 import hmac
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,11 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
+from client.records.columns import categories, numbers
 from client.records.frames import CHECK, Flags, check_header, load, missing, refuse, texts
 from client.records.identifiers import refuse_columns
 from client.records.images import read_images, scaled
+from client.records.labels import Targets, absent_labels, label_columns, read_labels
 from client.records.manifest import IMAGES, SIGNALS, TEXT, Manifest, check_fits, schema_names
 from client.records.pictures import read_pictures
 from client.records.records import Records
@@ -28,7 +30,7 @@ from client.records.signals import read_signals
 from client.records.stamps import Stamp
 from client.records.text import read_texts
 from shared_models.errors import RecordsError
-from shared_models.tasks import Categorical, ImageInput, Numeric, SeriesInput, TableInput, Task, TokensInput
+from shared_models.tasks import Choice, ImageInput, Numeric, SeriesInput, TableInput, Task, TokensInput
 
 SERIES = "series"
 
@@ -40,7 +42,7 @@ class Table:
     Attributes:
         cells: Every column of the schema: numbers as float64, categories as their index; images, series or tokens as
             one array.
-        labels: Index into the task's classes.
+        labels: Targets, as ``read_labels`` gives them: of a task with one choice the index into its classes.
         ids: The patient of each row.
         missing: Cells that were missing, by schema name; their rows are not in ``cells``.
         left_out: Rows with a missing value, where the manifest leaves such rows out.
@@ -50,7 +52,7 @@ class Table:
     """
 
     cells: Mapping[str, NDArray[Any]]
-    labels: NDArray[np.int64]
+    labels: Targets
     ids: list[str]
     missing: Mapping[str, int]
     left_out: int
@@ -100,16 +102,17 @@ def split_table(
 
 def checked_table(manifest: Manifest, task: Task) -> Table:
     """Load the file and check all that the task needs; see ``read_table`` for what is refused."""
+    labels: Targets
     schema = check_fits(manifest, task)
     if isinstance(schema, ImageInput) and manifest.file.suffix == ".npz":
         pixels, labels, ids = read_images(manifest, task, schema)
         return Table({IMAGES: pixels}, labels, ids, {}, 0)
     frame, counts, left_out = _complete_rows(manifest, task)
-    labels = _labels(frame, manifest, task)
+    labels = read_labels(manifest, task, frame)
     match schema:
         case TableInput():
             cells: dict[str, NDArray[Any]] = {
-                c.name: _numbers(frame, manifest, c) if isinstance(c, Numeric) else _categories(frame, manifest, c)
+                c.name: numbers(frame, manifest, c) if isinstance(c, Numeric) else categories(frame, manifest, c)
                 for c in schema.columns
             }
             return Table(cells, labels, _patient_ids(frame, manifest, cells, labels), counts, left_out)
@@ -130,16 +133,16 @@ def _complete_rows(manifest: Manifest, task: Task) -> tuple[pd.DataFrame, dict[s
     """Rows without a missing value, missing cells by schema name, and how many rows were left out."""
     frame = load(manifest)
     columns = {name: manifest.column(name) for name in _row_columns(manifest, task)}
-    wanted = [*columns.values(), manifest.label, *([manifest.patient] if manifest.patient else [])]
+    labels = label_columns(manifest, task)
+    wanted = [*columns.values(), *labels.values(), *([manifest.patient] if manifest.patient else [])]
     check_header(manifest.file, list(frame.columns), wanted)
     _refuse_identifiers(manifest, frame, wanted)
     absent = {name: missing(frame[column], manifest) for name, column in columns.items()}
-    absent[task.label] = missing(frame[manifest.label], manifest)
+    absent |= absent_labels(manifest, task, frame)
     incomplete = np.logical_or.reduce(list(absent.values()))
     if manifest.incomplete_rows == "refuse":
         for name, flags in absent.items():
-            column = manifest.label if name == task.label else columns[name]
-            refuse(manifest, frame, column, flags, "the value is missing")
+            refuse(manifest, frame, (columns | labels)[name], flags, "the value is missing")
     frame = frame[~incomplete]
     if frame.empty:
         raise RecordsError(f"{manifest.file} has no complete row", hint=CHECK)
@@ -166,7 +169,7 @@ def _refuse_identifiers(manifest: Manifest, frame: pd.DataFrame, wanted: list[st
 def _with_series(
     frame: pd.DataFrame,
     manifest: Manifest,
-    labels: NDArray[np.int64],
+    labels: Targets,
     counts: dict[str, int],
     left_out: int,
     series: Series,
@@ -191,58 +194,17 @@ def _with_series(
     )
 
 
-# the cells
-
-
-def _labels(frame: pd.DataFrame, manifest: Manifest, task: Task) -> NDArray[np.int64]:
-    label = Categorical(name=task.label, categories=task.classes)
-    return _categories(frame, manifest, label, column=manifest.label)
-
-
-def _numbers(frame: pd.DataFrame, manifest: Manifest, column: Numeric) -> NDArray[np.float64]:
-    """A numeric column, every value inside its public range."""
-    name = manifest.column(column.name)
-    series = frame[name]
-    if pd.api.types.is_bool_dtype(series):
-        refuse(manifest, frame, name, np.ones(len(frame), dtype=np.bool_), "is a truth value, not a number")
-    read = series if pd.api.types.is_numeric_dtype(series) else texts(series)
-    values: NDArray[np.float64] = pd.to_numeric(read, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
-    not_finite = read.astype(str).str.lower().str.lstrip("+-").isin(["nan", "inf", "infinity"]).to_numpy()
-    refuse(manifest, frame, name, not_finite | np.isinf(values), "is not a finite number")
-    refuse(manifest, frame, name, np.isnan(values), f"is not a number ({column.unit} expected)")
-    outside = ~((values >= column.low) & (values <= column.high))
-    refuse(
-        manifest, frame, name, outside, f"is outside the public range {column.low:g} to {column.high:g} {column.unit}"
-    )
-    return values
-
-
-def _categories(
-    frame: pd.DataFrame, manifest: Manifest, schema: Categorical, column: str | None = None
-) -> NDArray[np.int64]:
-    """A column of categories, as indices into the schema's; the manifest's map translates codes."""
-    name = column or manifest.column(schema.name)
-    codes = manifest.categories.get(schema.name, {})
-    named = texts(frame[name]).map(lambda text: codes.get(text, text))
-    index = {category: i for i, category in enumerate(schema.categories)}
-    found = named.map(lambda text: index.get(text, -1)).to_numpy(dtype=np.int64)
-    refuse(manifest, frame, name, found < 0, f"is none of {', '.join(schema.categories)}")
-    return found
-
-
 # patients
 
 
 def _patient_ids(
-    frame: pd.DataFrame, manifest: Manifest, cells: Mapping[str, NDArray[Any]], labels: NDArray[np.int64]
+    frame: pd.DataFrame, manifest: Manifest, cells: Mapping[str, NDArray[Any]], labels: Targets
 ) -> list[str]:
     """An id per row: the patient column, or where there is none the row's content with a number for equal rows."""
     if manifest.patient is None:
-        content = pd.DataFrame({**{name: _content(values) for name, values in cells.items()}, "": labels})
+        content = pd.DataFrame({name: content_of(values) for name, values in {**cells, "": labels}.items()})
         repeat = content.groupby(list(content.columns)).cumcount()
-        return [
-            repr(row) for row in zip(*(content[name].tolist() for name in cells), labels.tolist(), repeat, strict=True)
-        ]
+        return [repr(row) for row in zip(*(content[name].tolist() for name in content), repeat, strict=True)]
     refuse(manifest, frame, manifest.patient, missing(frame[manifest.patient], manifest), "the patient id is missing")
     ids = texts(frame[manifest.patient])
     if manifest.one_row_per_patient:
@@ -251,7 +213,7 @@ def _patient_ids(
     return list(ids)
 
 
-def _content(values: NDArray[Any]) -> NDArray[Any] | list[str]:
+def content_of(values: NDArray[Any]) -> NDArray[Any] | list[str]:
     """What stands for a row's content: a cell itself, and of an image, a series or a text its digest."""
     if values.ndim == 1:
         return values
@@ -268,9 +230,10 @@ def _records(table: Table, task: Task, part: Flags) -> Records:
     """One part of the table as tensors, its patients numbered 0, 1, 2, ... as they come."""
     patients, distinct = pd.factorize(np.array(table.ids, dtype=object)[part])
     targets = torch.from_numpy(table.labels[part])
+    indices = task.choice is not None and task.outputs > 1
     return Records(
         inputs=torch.from_numpy(_encode(table, task, part)),
-        targets=targets.to(torch.float32) if task.outputs == 1 else targets,
+        targets=targets if indices else targets.to(torch.float32),
         patients=patients.astype(np.int64),
         patient_count=len(distinct),
     )
@@ -304,18 +267,31 @@ def _encode_columns(table: Table, schema: TableInput, part: Flags) -> NDArray[np
 
 
 def class_counts(records: Records, task: Task) -> dict[str, int]:
-    """How many records of each class there are: true counts, for the hospital's own eyes."""
-    return _class_counts(records.targets.numpy().astype(np.int64), task)
+    """How many records of each class of each choice there are: true counts, for the hospital's own eyes."""
+    return _class_counts(records.targets.numpy(), task)
 
 
-def _class_counts(labels: NDArray[np.int64], task: Task) -> dict[str, int]:
-    counts = np.bincount(labels, minlength=len(task.classes))
-    return {name: int(count) for name, count in zip(task.classes, counts, strict=True)}
+def _class_counts(targets: NDArray[Any], task: Task) -> dict[str, int]:
+    """Of several heads, a class's name stands after its head's."""
+    if task.choice is not None:
+        return _counted(targets, task.choice.classes)
+    starts = np.cumsum([0, *(widths[1] for widths in task.widths)])
+    return {
+        f"{head.name}: {name}": count
+        for head, start in zip(task.heads, starts, strict=False)
+        if isinstance(head, Choice)
+        for name, count in _counted(targets[~np.isnan(targets[:, start]), start], head.classes).items()
+    }
 
 
-def _check_classes(manifest: Manifest, task: Task, labels: NDArray[np.int64], part: str) -> None:
+def _counted(labels: NDArray[Any], classes: Sequence[str]) -> dict[str, int]:
+    counts = np.bincount(labels.astype(np.int64), minlength=len(classes))
+    return {name: int(count) for name, count in zip(classes, counts, strict=True)}
+
+
+def _check_classes(manifest: Manifest, task: Task, targets: NDArray[Any], part: str) -> None:
     """Refuse a part without a class, unless the manifest declares that this hospital never sees it."""
-    absent = [n for n, k in _class_counts(labels, task).items() if not k and n not in manifest.absent_classes]
+    absent = [n for n, k in _class_counts(targets, task).items() if not k and n not in manifest.absent_classes]
     if absent:
         raise RecordsError(
             f"{manifest.file}: no record of class {', '.join(map(repr, absent))} in the {part} part",

@@ -30,12 +30,12 @@ class Cnn(nn.Module):
         large = size > SMALL_IMAGE
         map_size = -(-size // 4) if large else size
         kernel, stride = (7, 4) if large else (3, 1)
-        blocks = [_block(image_channels, channels[0], kernel=kernel, stride=stride)]
+        blocks = [block(image_channels, channels[0], kernel=kernel, stride=stride)]
         for before, after in pairwise(channels):
             if map_size > SMALLEST_MAP:
                 blocks.append(nn.MaxPool2d(2, ceil_mode=True))
                 map_size = -(-map_size // 2)
-            blocks.append(_block(before, after, kernel=3, stride=1))
+            blocks.append(block(before, after, kernel=3, stride=1))
         self.blocks = nn.Sequential(*blocks)
         self.head = nn.Linear(channels[-1], outputs)
 
@@ -45,7 +45,9 @@ class Cnn(nn.Module):
         return logits
 
 
-def _block(before: int, after: int, *, kernel: int, stride: int) -> nn.Module:
+def block(before: int, after: int, *, kernel: int, stride: int) -> nn.Module:
+    """A convolution, GroupNorm and ReLU; the map shrinks by the stride alone."""
+    """A convolution, GroupNorm and ReLU; the map shrinks by the stride alone."""
     return nn.Sequential(
         nn.Conv2d(before, after, kernel, stride=stride, padding=kernel // 2),
         nn.GroupNorm(_groups(after), after),

@@ -48,6 +48,11 @@ class Kept:
         """Empty: somebody may change the copy's weights."""
         return Kept(self.limit)
 
+    def clear(self) -> None:
+        """Forget every record."""
+        self._outputs.clear()
+        self.size = 0
+
     def of(self, inputs: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
         """Outputs of a batch, shape ``(n, ...)``, on the inputs' device.
 
@@ -74,6 +79,13 @@ class Kept:
         if self.size + size <= self.limit:
             self._outputs[key] = output
             self.size += size
+
+
+def forget(model: nn.Module) -> None:
+    """Forget what a network has kept of records, if it keeps anything."""
+    for module in model.modules():
+        if isinstance(kept := module.__dict__.get("kept"), Kept):
+            kept.clear()
 
 
 class PretrainedEncoder(nn.Module):

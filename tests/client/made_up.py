@@ -6,7 +6,19 @@ from numpy.typing import NDArray
 
 from client.randomness import SecureRandom
 from client.records.records import Records
-from shared_models.tasks import ImageInput, Numeric, SeriesInput, TableInput, Task, TokensInput
+from shared_models.tasks import (
+    Choice,
+    Head,
+    ImageInput,
+    Numeric,
+    Outline,
+    Quantity,
+    SeriesInput,
+    Survival,
+    TableInput,
+    Task,
+    TokensInput,
+)
 
 Input = TableInput | ImageInput | SeriesInput | TokensInput
 
@@ -26,16 +38,27 @@ def numeric(name: str) -> Numeric:
     return Numeric(name=name, unit="1", low=-1, high=1)
 
 
-def task_of(inputs: Input, classes: int = 2) -> Task:
-    """A task over these inputs, with one logit if there are two classes."""
+def task_of(inputs: Input, classes: int | tuple[Head, ...] = 2) -> Task:
+    """A task over these inputs: one choice between so many classes, or these heads."""
+    if isinstance(classes, int):
+        classes = (Choice(name="label", classes=tuple(f"class {i}" for i in range(classes))),)
     return Task(
         name="made-up",
         description="Made up for a test.",
         input=inputs,
-        label="label",
-        classes=tuple(f"class {i}" for i in range(classes)),
-        loss="binary-cross-entropy" if classes == 2 else "cross-entropy",
+        heads=classes,
     )
+
+
+# One of each kind, a choice with class weights among them.
+HEADS: tuple[Head, ...] = (
+    Choice(name="grade", classes=("low", "middle", "high"), weights=(1.0, 2.0, 0.5)),
+    Choice(name="ill", classes=("no", "yes"), weights=(1.0, 6.0)),
+    Quantity(measure=numeric("dose")),
+    Quantity(measure=numeric("wait"), loss="absolute"),
+    Survival(name="death", time="time", event="event", unit="year", edges=(1, 2, 5)),
+)
+OUTLINE: tuple[Head, ...] = (Outline(name="mask"),)
 
 
 def table_records(patients: list[int] | NDArray[np.int64], *, width: int = 5, seed: int = 0) -> Records:

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from client.clipping.book_keeping import BookKeeping, covers
 from client.clipping.layers import Direct, Factored, Share, linear, patches
-from client.dp_sgd import PatientGradients, gradients_for, self_check
+from client.dp_sgd import PatientGradients, gradients_for, made_up_records, self_check
 from client.records.records import Records
 from shared_models.errors import ConfigError
 from shared_models.nets.build import build_network
 from shared_models.nets.losses import loss_per_record
-from shared_models.plan import Cnn, LogisticRegression, Lstm, Mlp, Network, Transformer
-from shared_models.tasks import ImageInput, SeriesInput, TokensInput
-from tests.client.made_up import Input, numeric, table, table_records, task_of
+from shared_models.plan import Cnn, LogisticRegression, Lstm, Mlp, Network, Transformer, UNet
+from shared_models.tasks import Head, ImageInput, SeriesInput, TokensInput
+from tests.client.made_up import HEADS, OUTLINE, Input, numeric, table, table_records, task_of
 
 TASK = task_of(table(5))  # only its loss matters here: one logit
 SERIES = SeriesInput(variables=(numeric("pulse"), numeric("pressure")), steps=6, step_unit="h")
@@ -246,7 +246,7 @@ def test_sums_and_norms_equal_those_of_the_loop_over_patients(
     assert first.norm() == pytest.approx(min(float(norms[0]), float(norms[0]) / 2 + 1e-9), rel=1e-4)
 
 
-SHARED: list[tuple[Network, Input, int]] = [
+SHARED: list[tuple[Network, Input, int | tuple[Head, ...]]] = [
     (LogisticRegression(name="logistic-regression"), table(5), 2),
     (Mlp(name="mlp", hidden=(6, 3)), table(5), 4),
     (Cnn(name="cnn", channels=(4, 8)), ImageInput(channels=1, height=28, width=30), 2),
@@ -254,17 +254,22 @@ SHARED: list[tuple[Network, Input, int]] = [
     (Lstm(name="lstm", hidden=5, layers=2), SERIES, 2),
     (Transformer(name="transformer", width=8, heads=2, layers=2), SERIES, 3),
     (Transformer(name="transformer", width=8, heads=2, layers=2), TokensInput(vocabulary=11, length=7), 2),
+    (Mlp(name="mlp", hidden=(6,)), table(5), HEADS),
+    (UNet(name="unet", channels=(4, 6)), ImageInput(channels=1, height=28, width=31), OUTLINE),
 ]
 
 
 @pytest.mark.parametrize(("network", "inputs", "classes"), SHARED)
-def test_every_shared_network_is_covered_and_agrees_with_opacus(network: Network, inputs: Input, classes: int) -> None:
+def test_every_shared_network_is_covered_and_agrees_with_opacus(
+    network: Network, inputs: Input, classes: int | tuple[Head, ...]
+) -> None:
     """Two engines that share no arithmetic give the same sums, clipped and not, in whole and in parts."""
     task, generator = task_of(inputs, classes), torch.Generator().manual_seed(3)
     model = build_network(network, task, seed=1)
     assert covers(model)
     scatter(model, generator)
     owners = np.array([0, 1, 1, 2, 3, 3, 3, 4, 5])
+    made = made_up_records(task, generator)
     shape = {"table": (5,), "series": (6, 6), "tokens": (7,)}.get(inputs.kind)
     if shape is None:
         assert isinstance(inputs, ImageInput)
@@ -272,7 +277,7 @@ def test_every_shared_network_is_covered_and_agrees_with_opacus(network: Network
     data = torch.rand(len(owners), *shape, generator=generator)
     records = Records(
         (data * 11).long() if inputs.kind == "tokens" else data,
-        torch.arange(len(owners)).float() % 2 if classes == 2 else torch.arange(len(owners)) % classes,
+        made.targets[torch.arange(len(owners)) % len(made)],
         owners,
         6,
     )

@@ -17,9 +17,9 @@ from client.records.records import Records
 from shared_models.errors import ConfigError
 from shared_models.nets.build import build_network
 from shared_models.nets.losses import loss_per_record
-from shared_models.plan import Cnn, LogisticRegression, Lstm, Mlp, Network, PrivacyPlan, TrainingPlan, Transformer
-from shared_models.tasks import ImageInput, SeriesInput, TokensInput
-from tests.client.made_up import Input, chosen, numeric, repeatable, table, table_records, task_of
+from shared_models.plan import Cnn, LogisticRegression, Lstm, Mlp, Network, PrivacyPlan, TrainingPlan, Transformer, UNet
+from shared_models.tasks import Head, ImageInput, SeriesInput, TokensInput
+from tests.client.made_up import HEADS, OUTLINE, Input, chosen, numeric, repeatable, table, table_records, task_of
 
 TASK = task_of(table(5))
 PRIVACY = PrivacyPlan(clip=0.5, noise_multiplier=1.0, sample_rate=0.5, epsilon=1.0, delta=1e-5)
@@ -325,7 +325,7 @@ def test_numbers_outside_their_range_are_refused(changes: dict[str, Any]) -> Non
 
 # The self-check
 
-NETWORKS: list[tuple[Network, Input, int]] = [
+NETWORKS: list[tuple[Network, Input, int | tuple[Head, ...]]] = [
     (LogisticRegression(name="logistic-regression"), table(5), 2),
     (Mlp(name="mlp", hidden=(6, 3)), table(5), 4),
     (Cnn(name="cnn", channels=(4, 8)), ImageInput(channels=1, height=28, width=30), 2),
@@ -333,11 +333,13 @@ NETWORKS: list[tuple[Network, Input, int]] = [
     (Lstm(name="lstm", hidden=5, layers=2), SERIES, 2),
     (Transformer(name="transformer", width=8, heads=2, layers=2), SERIES, 3),
     (Transformer(name="transformer", width=8, heads=2, layers=2), TokensInput(vocabulary=11, length=7), 2),
+    (Mlp(name="mlp", hidden=(6,)), table(5), HEADS),
+    (UNet(name="unet", channels=(4, 6)), ImageInput(channels=1, height=28, width=31), OUTLINE),
 ]
 
 
 @pytest.mark.parametrize(("network", "inputs", "classes"), NETWORKS)
-def test_every_shared_network_passes(network: Network, inputs: Input, classes: int) -> None:
+def test_every_shared_network_passes(network: Network, inputs: Input, classes: int | tuple[Head, ...]) -> None:
     """For each, clipped gradients per patient equal brute force, one record at a time; and it is left unchanged."""
     task = task_of(inputs, classes)
     model = build_network(network, task, seed=1)

@@ -16,8 +16,8 @@ from shared_models.nets.build import build_network
 from shared_models.nets.losses import loss_per_record
 from shared_models.nets.pretrained import Kept
 from shared_models.plan import StudyPlan
-from shared_models.pretrained import find_base, offer_bases, task_of
-from shared_models.tasks import Task
+from shared_models.pretrained import find_base, offer_bases
+from shared_models.tasks import Task, task_of
 from shared_models.update import parameters_to_vector, trainable
 from tests.client.made_up import repeatable
 from tests.tiny_bases import image_plan, text_plan, write_body, write_encoder

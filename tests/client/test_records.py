@@ -18,7 +18,7 @@ from client.records.records import Records
 from client.records.report import describe, summarise
 from client.records.tabular import read_table
 from shared_models.errors import FederationError, RecordsError
-from shared_models.tasks import HEART_DISEASE, Categorical, Numeric, TableInput, Task, TokensInput
+from shared_models.tasks import HEART_DISEASE, Categorical, Choice, Numeric, TableInput, Task, TokensInput
 
 KEY = b"the key of a test"
 TASK = Task(
@@ -30,9 +30,7 @@ TASK = Task(
             Categorical(name="stage", categories=("i", "ii", "iii")),
         )
     ),
-    label="outcome",
-    classes=("well", "ill"),
-    loss="binary-cross-entropy",
+    heads=(Choice(name="outcome", classes=("well", "ill")),),
 )
 MANIFEST: dict[str, Any] = {
     "task": "small",

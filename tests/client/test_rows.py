@@ -16,7 +16,7 @@ from client.records.manifest import read_manifest
 from client.records.population import Source
 from client.records.tabular import Table, checked_table
 from shared_models.errors import RecordsError
-from shared_models.tasks import Categorical, Numeric, TableInput, Task
+from shared_models.tasks import Categorical, Choice, Numeric, TableInput, Task
 from tests.client.test_population import settings
 
 TASK = Task(
@@ -28,9 +28,7 @@ TASK = Task(
             Categorical(name="stage", categories=("i", "ii", "iii")),
         )
     ),
-    label="outcome",
-    classes=("well", "ill"),
-    loss="binary-cross-entropy",
+    heads=(Choice(name="outcome", classes=("well", "ill")),),
 )
 MANIFEST: dict[str, Any] = {
     "task": "small",

@@ -18,7 +18,7 @@ from client.records.report import describe, summarise
 from client.records.series import elapsed
 from client.records.tabular import Table, checked_table, read_table
 from shared_models.errors import RecordsError
-from shared_models.tasks import ICU_MORTALITY, Numeric, SeriesInput, Task
+from shared_models.tasks import ICU_MORTALITY, Choice, Numeric, SeriesInput, Task
 
 TASK = Task(
     name="stays",
@@ -32,9 +32,7 @@ TASK = Task(
         steps=4,
         step_unit="hour",
     ),
-    label="outcome",
-    classes=("well", "ill"),
-    loss="binary-cross-entropy",
+    heads=(Choice(name="outcome", classes=("well", "ill")),),
 )
 MANIFEST: dict[str, Any] = {
     "task": "stays",

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from client.records.manifest import read_manifest
 from client.records.tabular import Table, checked_table
 from shared_models.errors import RecordsError
-from shared_models.tasks import Numeric, SeriesInput, Task
+from shared_models.tasks import Choice, Numeric, SeriesInput, Task
 
 TASK = Task(
     name="beats",
@@ -30,9 +30,7 @@ TASK = Task(
         steps=10,
         step_unit="second",
     ),
-    label="rhythm",
-    classes=("sinus", "other"),
-    loss="binary-cross-entropy",
+    heads=(Choice(name="rhythm", classes=("sinus", "other")),),
 )
 MANIFEST: dict[str, Any] = {
     "task": "beats",

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tomli_w
 
+import client.app
 from client.alone import evaluate_folder
 from client.books import Books
 from client.disclosure import disclose
@@ -17,7 +18,8 @@ from shared_models.errors import DropoutError, FederationError
 from shared_models.model_file import read_about, read_model
 from shared_models.nets.build import count_parameters
 from shared_models.plan import StudyPlan
-from shared_models.pretrained import Encoder, find_base, offer_bases, task_of
+from shared_models.pretrained import Encoder, find_base, offer_bases
+from shared_models.tasks import task_of
 from shared_models.update import parameters_to_vector, trainable
 from tests.federation import Federation, make_federation
 from tests.rounds.test_other_records import write_manifest, write_notes, write_pictures
@@ -54,6 +56,13 @@ def know(federation: Federation, hospital: str, copies: dict[str, str]) -> None:
     path.write_text(tomli_w.dumps(read_toml(path, "settings file") | {"pretrained": copies}), encoding="utf-8")
 
 
+def records_kept(federation: Federation, hospital: str) -> list[int]:
+    """Of how many records a hospital's studies hold what the frozen part gave."""
+    settings = str(federation.settings_file(hospital))
+    opened = client.app._hospitals.get(settings)
+    return [len(study.model.kept) for study in opened._studies.values()] if opened else []  # type: ignore[arg-type]
+
+
 @pytest.fixture
 def text(tmp_path: Path) -> tuple[StudyPlan, dict[str, Path]]:
     """A plan on notes, and a copy of its base for each hospital, at a place of its own."""
@@ -69,6 +78,8 @@ def test_a_study_on_texts_moves_adapters_and_head_alone(
     """Three hospitals finish it, the model tells the classes apart, and no byte of the base crosses the wire."""
     plan, copies = text
     federation = lay_out(tmp_path, plan, copies)
+    kept = list[int]()
+    federation.wire.on_request = lambda name, _: kept.extend(records_kept(federation, name))
 
     folder = federation.run()
 
@@ -84,6 +95,8 @@ def test_a_study_on_texts_moves_adapters_and_head_alone(
     weights = {name: tensor.numpy().tobytes() for name, tensor in base.tensors.items() if "lora" not in name}
     for name, content in weights.items():
         assert np.frombuffer(content, np.float32).std() == 0 or content[:64] not in everything, name
+    assert 0 < max(kept) <= 3 * PATIENTS  # the hospitals of this process share a network
+    assert [records_kept(federation, name) for name in HOSPITALS] == [[]] * 3
     updates = [len(wire) for sender, _, wire in federation.wire.trace if sender != "coordinator"]
     assert max(updates) < 8 * (length + NULL_COORDINATES) + 5000
     assert sum(len(content) for content in weights.values()) > 10 * length

@@ -1,0 +1,100 @@
+"""Label columns of a frame -> targets of a task's heads."""
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from client.records.columns import categories, finite_numbers, numbers
+from client.records.extras import needed
+from client.records.frames import Flags, missing, refuse
+from client.records.manifest import Manifest
+from client.records.pictures import decoding, inside
+from shared_models.errors import RecordsError
+from shared_models.tasks import Categorical, Choice, Head, ImageInput, Outline, Quantity, Survival, Task
+
+Targets = NDArray[np.int64] | NDArray[np.float64]
+
+
+def label_columns(manifest: Manifest, task: Task) -> dict[str, str]:
+    """Each label column's name in the task, and in the file."""
+    if task.choice is not None and manifest.label is not None:
+        return {task.choice.name: manifest.label}
+    return {name: manifest.column(name) for name in task.label_columns}
+
+
+def absent_labels(manifest: Manifest, task: Task, frame: pd.DataFrame) -> dict[str, Flags]:
+    """Which rows lack a label that they need, by label column.
+
+    Of several heads a row may lack some: nothing is learnt from it for those. It needs one at least, and both columns
+    of a survival.
+    """
+    empty = {name: missing(frame[column], manifest) for name, column in label_columns(manifest, task).items()}
+    spared = [head.name for head in task.heads if isinstance(head, Choice | Quantity)] if len(task.heads) > 1 else []
+    nowhere = np.logical_and.reduce([empty[name] for name in spared or empty]) & (len(spared) == len(task.heads))
+    return {name: nowhere if name in spared else flags for name, flags in empty.items()}
+
+
+def read_labels(manifest: Manifest, task: Task, frame: pd.DataFrame) -> Targets:
+    """Targets of the rows.
+
+    Returns:
+        Of a task with one choice class indices, shape ``(n,)``, int64. Else shape ``(n, *task.target_shape)``, float64:
+        class indices, quantities as ``Numeric.scaled`` encodes them, what ``Survival.intervals`` gives, masks of 0 and
+        1; NaN where a label of one among several heads is missing.
+
+    Raises:
+        RecordsError: A label is none; with file, row and column.
+    """
+    if task.choice is not None:
+        column = label_columns(manifest, task)[task.choice.name]
+        return categories(frame, manifest, _categorical(task.choice), column=column)
+    return np.concatenate([_head(manifest, task, head, frame) for head in task.heads], axis=1)
+
+
+def _head(manifest: Manifest, task: Task, head: Head, frame: pd.DataFrame) -> NDArray[np.float64]:
+    match head:
+        case Survival():
+            return _survival(manifest, head, frame)
+        case Outline():
+            return _masks(manifest, task, head, frame)
+        case _:
+            known = ~missing(frame[manifest.column(head.name)], manifest)
+            found = np.full((len(frame), 1), np.nan)
+            rows = frame[known]
+            found[known, 0] = (
+                categories(rows, manifest, _categorical(head))
+                if isinstance(head, Choice)
+                else head.measure.scaled(numbers(rows, manifest, head.measure))
+            )
+            return found
+
+
+def _categorical(head: Choice) -> Categorical:
+    return Categorical(name=head.name, categories=head.classes)
+
+
+def _survival(manifest: Manifest, head: Survival, frame: pd.DataFrame) -> NDArray[np.float64]:
+    column = manifest.column(head.time)
+    times = finite_numbers(frame, manifest, column, head.unit)
+    refuse(manifest, frame, column, times < 0, "is before the beginning")
+    happened = categories(frame, manifest, Categorical(name=head.event, categories=("no", "yes"))) == 1
+    return head.intervals(times, happened)
+
+
+def _masks(manifest: Manifest, task: Task, head: Outline, frame: pd.DataFrame) -> NDArray[np.float64]:
+    """Pictures of the task's size; a pixel that is not black belongs to the outline."""
+    schema = task.input
+    assert isinstance(schema, ImageInput)  # noqa: S101 - the task has checked it
+    with needed("images", "pillow"):
+        from PIL import Image  # noqa: PLC0415  # an extra
+    masks = np.empty((len(frame), schema.height * schema.width))
+    for number, path in enumerate(inside(manifest, frame, manifest.column(head.name))):
+        with decoding(path), Image.open(path, formats=("PNG",)) as picture:
+            if (picture.height, picture.width) != (schema.height, schema.width):
+                raise RecordsError(
+                    f"{path}: the mask has {picture.width} x {picture.height} pixels, not {schema.width} x "
+                    f"{schema.height}",
+                    hint="Export masks and pictures at the task's size: fitting one of them would move the other.",
+                )
+            masks[number] = (np.asarray(picture.convert("L")) > 0).ravel()
+    return masks
