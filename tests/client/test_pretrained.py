@@ -1,17 +1,22 @@
 """Training on top of a pretrained base: clipped per patient, exactly; the base stays what it is."""
 
 import math
+import tomllib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
+from client.cli import app
 from client.clipping.book_keeping import BookKeeping, covers
 from client.dp_sgd import PatientGradients, local_steps, made_up_records, self_check
 from client.evaluate import statistics
 from client.records.records import Records
+from shared_models.errors import PretrainedError
 from shared_models.nets.build import build_network
 from shared_models.nets.losses import loss_per_record
 from shared_models.nets.pretrained import Kept
@@ -134,6 +139,20 @@ def test_training_and_measuring_on_what_is_kept_give_the_same(plans: dict[str, S
     assert (nothing, all_of_them) == (0, 7)
     np.testing.assert_allclose(kept, bare, rtol=0, atol=1e-5)
     np.testing.assert_allclose(counted_too, counted, rtol=0, atol=1e-3)
+
+
+def test_a_command_prints_the_line_for_the_settings(tmp_path: Path) -> None:
+    """A digest and a path that read_settings takes; what is no base is refused with a hint."""
+    digest = write_body(tmp_path / "body.safetensors")
+
+    printed = CliRunner().invoke(app, ["pretrained", str(tmp_path / "body.safetensors")])
+    refused = CliRunner().invoke(app, ["pretrained", str(tmp_path)])
+
+    assert printed.exit_code == 0
+    assert tomllib.loads(f"[pretrained]\n{printed.output}") == {
+        "pretrained": {digest: str(tmp_path / "body.safetensors")}
+    }
+    assert isinstance(refused.exception, PretrainedError)
 
 
 def _train(model: nn.Module, records: Records, task: Task, *, noise: float) -> None:

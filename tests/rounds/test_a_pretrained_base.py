@@ -1,27 +1,32 @@
 """Studies on top of a pretrained base: every hospital has its own copy, and only what was trained ever leaves."""
 
+import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tomli_w
+from rich.console import Console
 
 import client.app
 from client.alone import evaluate_folder
 from client.books import Books
 from client.disclosure import disclose
+from server.demo import plan_text
 from server.examples import Example, ExampleHospital
+from server.simulate import Options, run_simulation
 from shared_models.config import read_toml
 from shared_models.encoding import NULL_COORDINATES
-from shared_models.errors import DropoutError, FederationError
+from shared_models.errors import DropoutError, FederationError, PretrainedError
 from shared_models.model_file import read_about, read_model
 from shared_models.nets.build import count_parameters
 from shared_models.plan import StudyPlan
 from shared_models.pretrained import Encoder, find_base, offer_bases
 from shared_models.tasks import task_of
 from shared_models.update import parameters_to_vector, trainable
-from tests.federation import Federation, make_federation
+from tests.federation import Federation, changed, make_federation
 from tests.rounds.test_other_records import write_manifest, write_notes, write_pictures
 from tests.tiny_bases import image_plan, text_plan, write_body, write_encoder
 
@@ -156,3 +161,29 @@ def test_the_steward_is_shown_the_base(tmp_path: Path, text: tuple[StudyPlan, di
     assert shown["network"].startswith(f"pretrained-encoder, {length} parameters that are trained, on the pretrained")
     assert plan.network.base in shown["network"]  # type: ignore[union-attr]  # it has one
     assert f"one noised update of {length + NULL_COORDINATES} numbers" in shown["what leaves"]
+
+
+def test_a_simulation_gives_everybody_the_same_copy(tmp_path: Path) -> None:
+    """With `--base` a study of made-up hospitals runs; without it nothing is begun, and nothing left behind."""
+    body = tmp_path / "body.safetensors"
+    plan = image_plan(write_body(body, seed=11))
+    (tmp_path / "plan.toml").write_text(plan_text(changed(plan, rounds=1)), encoding="utf-8")
+    options = Options(
+        plan=tmp_path / "plan.toml",
+        folder=tmp_path / "run",
+        records=None,
+        hospitals=3,
+        patients=12,
+        public_size=None,
+        seed=0,
+        threads=1,
+        json_file=None,
+    )
+
+    with pytest.raises(PretrainedError, match="no copy of the pretrained base"):
+        run_simulation(options, Console(file=io.StringIO()))
+    assert not (tmp_path / "run").exists()
+    report = run_simulation(replace(options, bases=(body,)), Console(file=io.StringIO()))
+
+    assert report["rounds_completed"] == 1
+    assert len(parameters_to_vector(read_model(Path(report["model"]))[1])) == 8 + 1

@@ -64,7 +64,6 @@ FILE = Path(__file__).with_name("known_answers.json")
 RELEASING = changed(
     example_plan("breast-cancer", 4), evaluation={"every": 1, "clip": 1.0, "noise_multiplier": 40.0, "bins": 20}
 )
-# The first three use no field that was added after 0.1.0: their texts were recorded before there were any.
 
 
 def _on_a_base(task: str, **network: Any) -> StudyPlan:
@@ -74,6 +73,7 @@ def _on_a_base(task: str, **network: Any) -> StudyPlan:
     return StudyPlan.model_validate_json(json.dumps(fields))
 
 
+# The first three use no field that was added after 0.1.0: their texts were recorded before there were any.
 PLANS = {
     "breast-cancer": example_plan("breast-cancer", 4),
     "heart-disease": example_plan("heart-disease", 4),
