@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from opacus.grad_sample import GradSampleModule
 from torch import Tensor, nn
 
+from client.augment import augmented
 from client.clipping.book_keeping import BookKeeping, covers
 from client.clipping.gradients import Gradients
 from client.loader import PoissonLoader
@@ -24,7 +25,7 @@ from client.randomness import SecureRandom, require_system_key
 from client.records.records import Records
 from shared_models.errors import ConfigError
 from shared_models.nets.losses import loss_per_record
-from shared_models.plan import PrivacyPlan, TrainingPlan
+from shared_models.plan import Augmentation, PrivacyPlan, TrainingPlan
 from shared_models.tasks import (
     Choice,
     Head,
@@ -94,7 +95,7 @@ def train(
         model: A network that passed ``self_check``; changed in place and moved to ``device``.
         records: Training records.
         task: Names the loss.
-        training: Steps, learning rate of this round, and the proximal term.
+        training: Steps, learning rate of this round, the proximal term, and how records are changed each time.
         privacy: Clip C, noise multiplier and sample rate q.
         expected_batch: Denominator of every step, in patients: q times the *public* size, never a true count.
         random: Source of sampling and noise, fresh for every charge.
@@ -121,6 +122,7 @@ def train(
         steps=training.steps,
         learning_rate=training.learning_rate,
         proximal=training.proximal,
+        augmentation=training.augmentation,
         clip=privacy.clip,
         noise_multiplier=privacy.noise_multiplier,
         sample_rate=privacy.sample_rate,
@@ -145,6 +147,7 @@ def local_steps(
     expected_batch: float,
     random: SecureRandom,
     proximal: float = 0.0,
+    augmentation: Augmentation | None = None,
     device: str | torch.device = "cpu",
     micro_batch: int = 256,
     null: NDArray[np.float64] | None = None,
@@ -164,6 +167,8 @@ def local_steps(
     pull = learning_rate * proximal  # the share of the way back to the global parameters that a step goes
     if not 0 <= pull <= 1:
         raise ConfigError("learning rate times proximal is not in 0..1", hint="Mend the study plan.")
+    if augmentation is not None:
+        records = augmented(records, task, augmentation, random)
     loader = PoissonLoader(records, sample_rate, random)
     standard_deviation = noise_multiplier * clip if noise_multiplier else 0.0  # 0 times an infinite clip is NaN
     drawn = 0
@@ -396,7 +401,8 @@ def _made_up_target(head: Head, n: int, width: int, generator: torch.Generator) 
         case Quantity():
             return torch.rand(n, 1, generator=generator) * 4 - 2
         case Survival(edges=edges):
-            return torch.stack([torch.arange(n) % len(edges), torch.arange(n) % 2], dim=1).float()
+            passed = (torch.arange(n) + 1) % len(edges)
+            return torch.stack([passed, 1 - passed % 2], dim=1).float()  # nobody was seen for no interval at all
         case Outline():
             return (torch.rand(n, width, generator=generator) < 0.5).float()
 

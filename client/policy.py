@@ -19,7 +19,15 @@ MICRO_BATCH = 256  # most records whose gradients are in memory at once; dp_sgd'
 LARGEST_DAY = 10_000  # rounds; a larger limit is none
 
 NetworkName = Literal[
-    "logistic-regression", "mlp", "cnn", "unet", "lstm", "transformer", "pretrained-encoder", "pretrained-cnn"
+    "logistic-regression",
+    "proportional-hazards",
+    "mlp",
+    "cnn",
+    "unet",
+    "lstm",
+    "transformer",
+    "pretrained-encoder",
+    "pretrained-cnn",
 ]
 DeviceName = Literal["cpu", "cuda"]
 Peers = Annotated[int, Field(ge=SMALLEST_COHORT, le=LARGEST_COHORT)]

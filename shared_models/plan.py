@@ -39,6 +39,12 @@ class LogisticRegression(Evolving):
     name: Literal["logistic-regression"]
 
 
+class ProportionalHazards(Evolving):
+    """Tabular, time to an event: one linear score for all intervals, and a hazard for each."""
+
+    name: Literal["proportional-hazards"]
+
+
 class Mlp(Evolving):
     """Tabular: linear layers with ReLU between them."""
 
@@ -57,7 +63,7 @@ class UNet(Evolving):
     """Outlines in images: convolutions with GroupNorm down to a small map and up again."""
 
     name: Literal["unet"]
-    channels: Annotated[tuple[Count, ...], Field(min_length=2), ALWAYS_WRITTEN] = (16, 32, 64)
+    channels: Annotated[tuple[Count, ...], Field(min_length=2)] = (16, 32, 64)
 
 
 class Lstm(Evolving):
@@ -120,7 +126,15 @@ class PretrainedCnn(Evolving):
 
 
 Network = Annotated[
-    LogisticRegression | Mlp | Cnn | UNet | Lstm | Transformer | PretrainedEncoder | PretrainedCnn,
+    LogisticRegression
+    | ProportionalHazards
+    | Mlp
+    | Cnn
+    | UNet
+    | Lstm
+    | Transformer
+    | PretrainedEncoder
+    | PretrainedCnn,
     Field(discriminator="name"),
 ]
 
@@ -180,6 +194,34 @@ class ExponentialRate(Evolving):
 Schedule = Annotated[ConstantRate | CosineRate | StepRate | ExponentialRate, Field(discriminator="name")]
 
 
+Extent = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+
+
+class Augmentation(Evolving):
+    """How the hospital changes images and series each time that they are trained on; nothing of it is kept.
+
+    A record's change depends on no other record, so the clip still bounds a patient, and it costs no privacy.
+
+    Attributes:
+        copies: Changed copies of each record in a step, whose mean gradient is the record's: less noise of the changes
+            in one clipped gradient, at so many times the work (De et al., arXiv:2204.13650, section 3.2).
+        shift: Images: moved by up to this share of their size, in whole pixels, each direction by itself.
+        rotate_degrees: Images: turned by up to this angle.
+        flip: Images: left and right change sides in every other copy. Not where the side of the body matters.
+        contrast: Values are multiplied by up to this share more or less.
+        noise: Standard deviation of what is added to every value, in encoded units.
+        drop: Series: the probability of a measurement to be taken for missing.
+    """
+
+    copies: Annotated[int, Field(ge=1, le=64)] = 1
+    shift: Extent = 0.0
+    rotate_degrees: Annotated[float, Field(ge=0, le=180, allow_inf_nan=False)] = 0.0
+    flip: bool = False
+    contrast: Extent = 0.0
+    noise: Extent = 0.0
+    drop: Extent = 0.0
+
+
 class TrainingPlan(Evolving):
     """What one round does at a hospital. Merely fast or slow: nothing here changes what privacy costs but ``steps``.
 
@@ -191,6 +233,7 @@ class TrainingPlan(Evolving):
         schedule: How the learning rate falls from round to round; it never rises above ``learning_rate``.
         class_weights: What a record's loss is multiplied with, by label column and, in the task's order, class. From
             public figures or from released, noised counts: a hospital's own counts would be one more release.
+        augmentation: How images and series are changed each time; None trains on them as they are.
     """
 
     learning_rate: Positive
@@ -198,6 +241,7 @@ class TrainingPlan(Evolving):
     proximal: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     schedule: Schedule = ConstantRate(name="constant")
     class_weights: Mapping[str, tuple[Positive, ...]] = {}
+    augmentation: Augmentation | None = None
 
     @model_validator(mode="after")
     def _the_pull_does_not_overshoot(self) -> "TrainingPlan":

@@ -20,7 +20,7 @@ from shared_models.config import Frozen
 from shared_models.errors import ConfigError
 
 if TYPE_CHECKING:
-    from shared_models.plan import StudyPlan
+    from shared_models.plan import Augmentation, StudyPlan
 
 
 class Numeric(Frozen):
@@ -371,24 +371,43 @@ BREAST_CANCER = Task(
     heads=(Choice(name="diagnosis", classes=("benign", "malignant")),),
 )
 
+_HEART: tuple[Numeric | Categorical, ...] = (
+    Numeric(name="age", unit="year", low=18, high=100),
+    Categorical(name="sex", categories=("female", "male")),
+    Categorical(
+        name="chest_pain",
+        categories=("typical-angina", "atypical-angina", "non-anginal-pain", "asymptomatic"),
+    ),
+    Numeric(name="resting_blood_pressure", unit="mmHg", low=0, high=250, description="0: not measured"),
+    Numeric(name="cholesterol", unit="mg/dl", low=0, high=650, description="serum; 0: not measured"),
+    Categorical(name="fasting_blood_sugar", categories=("normal", "above-120-mg-dl")),
+    Categorical(name="resting_ecg", categories=("normal", "st-t-abnormality", "left-ventricular-hypertrophy")),
+    Numeric(name="maximum_heart_rate", unit="1/min", low=50, high=220),
+    Categorical(name="exercise_angina", categories=("no", "yes")),
+    Numeric(name="st_depression", unit="mm", low=-3, high=7, description="exercise against rest"),
+)
+
 HEART_DISEASE = Task(
     name="heart-disease",
     description="Coronary artery disease (a diameter narrowed by more than half), from ten routine findings.",
+    input=TableInput(columns=_HEART),
+    heads=(Choice(name="disease", classes=("absent", "present")),),
+)
+
+# As above where cholesterol is often not measured: what a zero would have said is a finding of its own.
+CORONARY_DISEASE = Task(
+    name="coronary-disease",
+    description="Coronary artery disease (a diameter narrowed by more than half), from ten findings; "
+    "cholesterol may be missing.",
     input=TableInput(
         columns=(
-            Numeric(name="age", unit="year", low=18, high=100),
-            Categorical(name="sex", categories=("female", "male")),
-            Categorical(
-                name="chest_pain",
-                categories=("typical-angina", "atypical-angina", "non-anginal-pain", "asymptomatic"),
+            *(
+                column.model_copy(update={"description": "serum; write 240 where it was not measured"})
+                if column.name == "cholesterol"
+                else column
+                for column in _HEART
             ),
-            Numeric(name="resting_blood_pressure", unit="mmHg", low=0, high=250, description="0: not measured"),
-            Numeric(name="cholesterol", unit="mg/dl", low=0, high=650, description="serum; 0: not measured"),
-            Categorical(name="fasting_blood_sugar", categories=("normal", "above-120-mg-dl")),
-            Categorical(name="resting_ecg", categories=("normal", "st-t-abnormality", "left-ventricular-hypertrophy")),
-            Numeric(name="maximum_heart_rate", unit="1/min", low=50, high=220),
-            Categorical(name="exercise_angina", categories=("no", "yes")),
-            Numeric(name="st_depression", unit="mm", low=-3, high=7, description="exercise against rest"),
+            Categorical(name="cholesterol_measured", categories=("yes", "no")),
         )
     ),
     heads=(Choice(name="disease", classes=("absent", "present")),),
@@ -481,6 +500,125 @@ NOTE_SPECIALTY = Task(
     ),
 )
 
+# Indicators of TCGA's clinical tables, in the selection of FLamby (Ogier du Terrail et al., arXiv:2210.04620).
+_TUMOUR: tuple[str, ...] = (
+    "ethnicity_not_hispanic",
+    "ethnicity_not_reported",
+    "race_asian",
+    "race_black",
+    "race_not_reported",
+    "race_white",
+    "metastasis_mx",
+    "nodes_n0_i_minus",
+    "nodes_n1",
+    "nodes_n1a",
+    "nodes_n2",
+    "nodes_n2a",
+    "pathologic_stage_ia",
+    "pathologic_stage_iia",
+    "pathologic_stage_iib",
+    "pathologic_stage_iiia",
+    "pathologic_stage_iiic",
+    "tumour_t1c",
+    "tumour_t2",
+    "tumour_t3",
+    "staging_edition_5",
+    "staging_edition_6",
+    "staging_edition_7",
+    "icd_c50_9",
+    "morphology_8500_3",
+    "morphology_8520_3",
+    "infiltrating_duct_carcinoma",
+    "lobular_carcinoma",
+    "prior_malignancy",
+    "synchronous_malignancy_not_reported",
+    "therapy_not_reported",
+    "therapy",
+    "stage_i",
+    "stage_ia",
+    "stage_iia",
+    "stage_iib",
+    "stage_iiia",
+    "stage_iiic",
+)
+
+BREAST_CANCER_SURVIVAL = Task(
+    name="breast-cancer-survival",
+    description="Death after the diagnosis of breast cancer, within ten years, from age, stage and treatment.",
+    input=TableInput(
+        columns=(
+            Numeric(name="age", unit="year", low=18, high=100),
+            *(Categorical(name=name, categories=("no", "yes")) for name in _TUMOUR),
+        )
+    ),
+    heads=(
+        Survival(
+            name="death", time="days", event="died", unit="day", edges=tuple(365.25 * year for year in range(1, 11))
+        ),
+    ),
+)
+
+CHEST_FINDINGS = Task(
+    name="chest-findings",
+    description="Fourteen findings that a frontal chest X-ray may show together (as ChestMNIST: Wang et al. 2017).",
+    input=ImageInput(channels=1, height=28, width=28),
+    heads=tuple(
+        Choice(name=name, classes=("absent", "present"))
+        for name in (
+            "atelectasis",
+            "cardiomegaly",
+            "effusion",
+            "infiltration",
+            "mass",
+            "nodule",
+            "pneumonia",
+            "pneumothorax",
+            "consolidation",
+            "oedema",
+            "emphysema",
+            "fibrosis",
+            "pleural_thickening",
+            "hernia",
+        )
+    ),
+)
+
+ICU_OUTCOMES = Task(
+    name="icu-outcomes",
+    description="Death in hospital and length of stay, from the first 48 hours in intensive care.",
+    input=ICU_MORTALITY.input,
+    heads=(
+        *ICU_MORTALITY.heads,
+        Quantity(measure=Numeric(name="length_of_stay", unit="day", low=0.1, high=365, scale="log")),
+    ),
+)
+
+LUNG_OUTLINE = Task(
+    name="lung-outline",
+    description="Which pixels of a frontal chest X-ray are lung.",
+    input=ImageInput(channels=1, height=64, width=64),
+    heads=(Outline(name="lungs"),),
+)
+
+ATTENDANCES = Task(
+    name="attendances",
+    description="Emergency attendances of the next month, from the last twelve; a row is a month, no patient.",
+    input=TableInput(
+        columns=tuple(
+            Numeric(
+                name=f"months_ago_{ago}",
+                unit="1",
+                low=0.25,
+                high=4,
+                scale="log",
+                description="attendances a day in that month, over their mean in the twelve months",
+            )
+            for ago in range(1, 13)
+        )
+    ),
+    heads=(Quantity(measure=Numeric(name="next_month", unit="1", low=0.25, high=4, scale="log")),),
+)
+
 TRIAL_IMAGES = Task(
     name="trial-images",
     description="Ten kinds of made-up pictures, for trials and benchmarks: without any clinical meaning.",
@@ -489,7 +627,23 @@ TRIAL_IMAGES = Task(
 )
 
 TASKS: Mapping[str, Task] = MappingProxyType(
-    {task.name: task for task in (BREAST_CANCER, HEART_DISEASE, PNEUMONIA, ICU_MORTALITY, NOTE_SPECIALTY, TRIAL_IMAGES)}
+    {
+        task.name: task
+        for task in (
+            BREAST_CANCER,
+            HEART_DISEASE,
+            CORONARY_DISEASE,
+            BREAST_CANCER_SURVIVAL,
+            PNEUMONIA,
+            CHEST_FINDINGS,
+            LUNG_OUTLINE,
+            ICU_MORTALITY,
+            ICU_OUTCOMES,
+            NOTE_SPECIALTY,
+            ATTENDANCES,
+            TRIAL_IMAGES,
+        )
+    }
 )
 
 
@@ -499,10 +653,12 @@ def task_of(plan: "StudyPlan") -> Task:
     A pretrained encoder has tokens of its own: with it, a task on texts is the same task in these.
 
     Raises:
-        ConfigError: The task is not installed here, or has no such classes.
+        ConfigError: The task is not installed here, has no such classes, or inputs that cannot be changed so.
         PretrainedError: The base that the network starts from is not here.
     """
     task = _in_tokens_of(plan, find_task(plan.task))
+    if plan.training.augmentation is not None:
+        _check_augmentation(task, plan.training.augmentation)
     weights = plan.training.class_weights
     choices = {head.name: len(head.classes) for head in task.heads if isinstance(head, Choice)}
     for name, given in weights.items():
@@ -531,6 +687,29 @@ def _in_tokens_of(plan: "StudyPlan", task: Task) -> Task:
     vocabulary = find_encoder(network.base).shape["vocab_size"]
     tokens = TokensInput(vocabulary=vocabulary, length=network.length, base=network.base)
     return task.model_copy(update={"input": tokens})
+
+
+def _check_augmentation(task: Task, augmentation: "Augmentation") -> None:
+    """Refuse what the task's inputs, or what is predicted from them, cannot take."""
+    moves = {
+        "shift": augmentation.shift,
+        "rotate_degrees": augmentation.rotate_degrees,
+        "flip": augmentation.flip,
+    }
+    match task.input:
+        case ImageInput():
+            # A mask would have to move with its image.
+            refused = {"drop": augmentation.drop} | (moves if isinstance(task.heads[0], Outline) else {})
+        case SeriesInput():
+            refused = moves
+        case _:
+            refused = {"copies": True}
+    if wrong := [name for name, value in refused.items() if value]:
+        raise ConfigError(
+            f"training.augmentation: {', '.join(wrong)} is not for task {task.name}",
+            hint="Images take shift, rotate_degrees, flip, contrast and noise, those with outlines the last two; "
+            "series take contrast, noise and drop; tables and texts are trained on as they are.",
+        )
 
 
 def find_task(name: str) -> Task:

@@ -8,39 +8,31 @@ same steps: as many, from draws of the same rate, at the same learning rate. Wit
 import csv
 import gzip
 import importlib.util
-import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import mean, stdev
 from tempfile import TemporaryDirectory
 
 import numpy as np
 import tomli_w
-import torch
 from numpy.typing import NDArray
-from rich.console import Console
 from torch import nn
 
 from client.dp_sgd import local_steps
-from client.evaluate import statistics
 from client.randomness import SecureRandom
 from client.records.manifest import read_manifest
 from client.records.records import Records
 from client.records.tabular import read_table
+from lines.training import PLANS, mean_and_sd, measure_model, pool, run_study
 from server.examples import declared_size
-from server.simulate import Options, run_simulation
 from shared_models.encoding import NULL_COORDINATES, public_weight
 from shared_models.errors import ConfigError
-from shared_models.model_file import read_model
 from shared_models.nets.build import build_network, count_parameters
-from shared_models.outcomes import compute_metrics
 from shared_models.plan import StudyPlan, read_plan
 from shared_models.pretrained import offer_files
 from shared_models.tasks import Task, task_of
 from shared_models.update import parameters_to_vector, vector_to_parameters
 
-PLANS = Path(__file__).parents[1] / "plans"
 PLAN, PRIVATE = PLANS / "mtsamples.toml", PLANS / "mtsamples-eps8.toml"
 HOSPITALS = {"Surgery": "surgery", "Consult - History and Phy.": "consult", "Radiology": "radiology"}  # else "other"
 SPECIALTIES = {
@@ -53,7 +45,7 @@ SPECIALTIES = {
     "ENT - Otolaryngology": "ear-nose-throat",
     "Ophthalmology": "ophthalmology",
 }
-TEST_FRACTION, BINS = 0.2, 20
+TEST_FRACTION = 0.2
 Notes = list[dict[str, str]]
 
 
@@ -72,8 +64,7 @@ def measure(data: Path, seeds: int) -> dict[str, float]:
     runs = [_run(plan, model, base, notes, seed) for seed in range(seeds)]
     figures = {"mtsamples_runs": float(seeds)}
     for name in runs[0]:
-        values = [run[name] for run in runs]
-        figures |= {name: mean(values), f"{name}_sd": stdev(values) if seeds > 1 else 0.0}
+        figures |= mean_and_sd(name, (run[name] for run in runs))
     trained = count_parameters(plan.network, task_of(plan))
     everything = sum(parameter.numel() for parameter in model.parameters())
     figures["mtsamples_trained_parameters"] = float(trained)
@@ -127,20 +118,20 @@ def _run(plan: StudyPlan, model: nn.Module, base: Path, notes: Mapping[str, Note
 
         def f1(vector: NDArray[np.float64]) -> float:
             vector_to_parameters(vector.astype(np.float32), model)
-            return compute_metrics(task, statistics(model, test, task, bins=BINS), bins=BINS)["f1"]
+            return measure_model(model, test, task)["f1"]
 
-        def trained(parts: Sequence[Records]) -> float:
-            found = f1(_average(plan, model, task, parts, seed))
-            print(f"  seed {seed}, {len(parts)} parts of {sum(map(len, parts))}: {found:.4f}", flush=True)
-            return found
+        def trained(*parts: Records) -> float:
+            return f1(_average(plan, model, task, parts, seed))
 
         figures = {
-            "mtsamples_f1": trained(list(hospitals.values())),
-            "mtsamples_f1_pooled": trained([_pooled(hospitals)]),
+            "mtsamples_f1": trained(*hospitals.values()),
+            "mtsamples_f1_pooled": trained(pool([*hospitals.values()])),
         }
-        figures["mtsamples_f1_eps8"] = f1(_private(base, folder, {k: len(r) for k, r in hospitals.items()}))
-        print(f"  seed {seed}, private: {figures['mtsamples_f1_eps8']:.4f}", flush=True)
-        figures |= {f"mtsamples_f1_{name}_alone": trained([records]) for name, records in hospitals.items()}
+        figures |= {f"mtsamples_f1_{name}_alone": trained(records) for name, records in hospitals.items()}
+        _declare(folder / "hospitals", hospitals)
+        study = run_study(PRIVATE, folder / "hospitals", folder / "run", seed=seed, bases=(base,))
+        figures["mtsamples_f1_eps8"] = f1(parameters_to_vector(study.model).astype(np.float64))
+        figures["mtsamples_epsilon"] = study.epsilon
     return figures
 
 
@@ -171,33 +162,15 @@ def _average(plan: StudyPlan, model: nn.Module, task: Task, parts: Sequence[Reco
     return parameters
 
 
-def _private(base: Path, folder: Path, sizes: Mapping[str, int]) -> NDArray[np.float64]:
-    """The plan as a study, with fresh noise, as ``konsil-coordinator simulate`` runs it; sizes are declared."""
-    plan = read_plan(PRIVATE)
+def _declare(folder: Path, hospitals: Mapping[str, Records]) -> None:
+    """Write beside the hospitals' folders what each of them declares, as ``write_example`` does."""
     listed = [
-        {"name": name, "folder": str(folder / "hospitals" / name), "public_size": declared_size(size)}
-        for name, size in sizes.items()
+        {"name": name, "folder": str(folder / name), "public_size": declared_size(len(records))}
+        for name, records in hospitals.items()
     ]
-    example = {"plan": plan.model_dump(mode="json"), "hospitals": listed, "split": "by kind of note"}
-    example |= {"pooled": str(folder), "test": str(folder / "test")}
-    (folder / "hospitals" / "example.json").write_text(json.dumps(example), encoding="utf-8")
-    options = Options(
-        plan=PRIVATE,
-        folder=folder / "run",
-        records=folder / "hospitals",
-        hospitals=None,
-        patients=1,
-        public_size=None,
-        seed=0,
-        threads=1,
-        json_file=None,
-        bases=(base,),
-    )
-    report = run_simulation(options, Console(file=io.StringIO()))
-    worst = max(figures["epsilon_filter"] for figures in report["hospitals"].values())
-    if not (report["rounds_completed"] == plan.rounds and worst <= plan.privacy.epsilon):
-        raise ConfigError(f"the study spent {worst} in {report['rounds_completed']} rounds", hint="See its plan.")
-    return parameters_to_vector(read_model(Path(report["model"]))[1]).astype(np.float64)
+    example = {"plan": read_plan(PRIVATE).model_dump(mode="json"), "hospitals": listed, "split": "by kind of note"}
+    example |= {"pooled": str(folder), "test": str(folder)}
+    (folder / "example.json").write_text(json.dumps(example), encoding="utf-8")
 
 
 def _write(folder: Path, notes: Notes, task: Task) -> None:
@@ -222,11 +195,3 @@ def _write(folder: Path, notes: Notes, task: Task) -> None:
 
 def _read(folder: Path, task: Task) -> Records:
     return read_table(read_manifest(folder), task, split_key=bytes(32))[0]
-
-
-def _pooled(hospitals: Mapping[str, Records]) -> Records:
-    """All records in one place; each is a patient."""
-    parts = list(hospitals.values())
-    count = sum(map(len, parts))
-    inputs, targets = torch.cat([p.inputs for p in parts]), torch.cat([p.targets for p in parts])
-    return Records(inputs, targets, np.arange(count), count)

@@ -8,11 +8,11 @@ from shared_models.errors import ConfigError
 from shared_models.nets.cnn import Cnn
 from shared_models.nets.lstm import Lstm
 from shared_models.nets.pretrained import PretrainedCnn, PretrainedEncoder
-from shared_models.nets.tabular import logistic_regression, mlp
+from shared_models.nets.tabular import ProportionalHazards, logistic_regression, mlp
 from shared_models.nets.transformer import Series, Tokens, Transformer
 from shared_models.nets.unet import UNet
 from shared_models.pretrained import find_body, find_encoder
-from shared_models.tasks import ImageInput, Outline, SeriesInput, TableInput, Task, TokensInput
+from shared_models.tasks import ImageInput, Outline, SeriesInput, Survival, TableInput, Task, TokensInput
 from shared_models.update import trainable
 
 # Layers whose per-record gradients are tested against brute force, and parameter-free ones that work record by record.
@@ -53,46 +53,60 @@ def count_parameters(network: plan.Network, task: Task) -> int:
 
 
 def _construct(network: plan.Network, task: Task) -> nn.Module:
-    """The network on the device of the context; its parameters are drawn from torch's generator."""
-    found: nn.Module
-    match network, task.input:
-        case plan.LogisticRegression(), TableInput(width=width):
-            found = logistic_regression(width, task.outputs)
-        case plan.Mlp(hidden=hidden), TableInput(width=width):
-            found = mlp(width, hidden, task.outputs)
-        case plan.UNet(channels=channels), ImageInput() as image if _is_outline(task):
-            found = UNet(image.channels, channels)
-        case plan.Cnn(channels=channels), ImageInput() as image if channels and not _is_outline(task):
-            found = Cnn(image.channels, max(image.height, image.width), channels, task.outputs)
-        case plan.Lstm(hidden=hidden, layers=layers), SeriesInput(variables=variables):
-            found = Lstm(len(variables), hidden, layers, task.outputs)
-        case plan.Transformer() as shape, TokensInput() | SeriesInput() as positions:
-            found = _transformer(shape, positions, task.outputs)
-        case plan.PretrainedEncoder(base=base) as shape, TokensInput(base=tokens) if tokens == base:
-            found = PretrainedEncoder(find_encoder(base), shape, task.outputs)
-        case plan.PretrainedCnn(base=base) as shape, ImageInput() as image if not _is_outline(task):
-            found = PretrainedCnn(find_body(base), shape, image, task.outputs)
-        case _:
-            raise _unfit(network, task)
-    return found
-
-
-def _unfit(network: plan.Network, task: Task) -> ConfigError:
-    return ConfigError(
+    made = {
+        "table": _for_tables,
+        "image": _for_images,
+        "series": _for_positions,
+        "tokens": _for_positions,
+    }[task.input.kind](network, task)
+    if made is not None:
+        return made
+    raise ConfigError(
         f"network {network.name} cannot be built for task {task.name}, whose inputs are of kind {task.input.kind}",
-        hint="Tables take logistic-regression or mlp, images a cnn of at least one block or, for an outline, a unet, "
-        "series lstm or transformer, tokens transformer; a pretrained-cnn takes images, a pretrained-encoder texts.",
+        hint="Tables take logistic-regression, mlp or, for the time to an event, proportional-hazards; images a cnn of "
+        "at least one block or, for an outline, a unet; series lstm or transformer; tokens transformer; "
+        "a pretrained-cnn takes images, a pretrained-encoder texts.",
     )
 
 
-def _transformer(shape: plan.Transformer, positions: TokensInput | SeriesInput, outputs: int) -> nn.Module:
-    if isinstance(positions, TokensInput):
-        return Transformer(Tokens(positions.vocabulary, shape.width), positions.length, shape, outputs)
-    return Transformer(Series(len(positions.variables), shape.width), positions.steps, shape, outputs)
+def _for_tables(network: plan.Network, task: Task) -> nn.Module | None:
+    match network, task.input:
+        case plan.LogisticRegression(), TableInput(width=width):
+            return logistic_regression(width, task.outputs)
+        case plan.ProportionalHazards(), TableInput(width=width) if _is(Survival, task):
+            return ProportionalHazards(width, task.outputs)
+        case plan.Mlp(hidden=hidden), TableInput(width=width):
+            return mlp(width, hidden, task.outputs)
+    return None
 
 
-def _is_outline(task: Task) -> bool:
-    return isinstance(task.heads[0], Outline)
+def _for_images(network: plan.Network, task: Task) -> nn.Module | None:
+    match network, task.input:
+        case plan.UNet(channels=channels), ImageInput() as image if _is(Outline, task):
+            return UNet(image.channels, channels)
+        case plan.Cnn(channels=channels), ImageInput() as image if channels and not _is(Outline, task):
+            return Cnn(image.channels, max(image.height, image.width), channels, task.outputs)
+        case plan.PretrainedCnn(base=base) as shape, ImageInput() as image if not _is(Outline, task):
+            return PretrainedCnn(find_body(base), shape, image, task.outputs)
+    return None
+
+
+def _for_positions(network: plan.Network, task: Task) -> nn.Module | None:
+    match network, task.input:
+        case plan.Lstm(hidden=hidden, layers=layers), SeriesInput(variables=variables):
+            return Lstm(len(variables), hidden, layers, task.outputs)
+        case plan.Transformer() as shape, TokensInput(vocabulary=vocabulary, length=length):
+            return Transformer(Tokens(vocabulary, shape.width), length, shape, task.outputs)
+        case plan.Transformer() as shape, SeriesInput(variables=variables, steps=steps):
+            return Transformer(Series(len(variables), shape.width), steps, shape, task.outputs)
+        case plan.PretrainedEncoder(base=base) as shape, TokensInput(base=tokens) if tokens == base:
+            return PretrainedEncoder(find_encoder(base), shape, task.outputs)
+    return None
+
+
+def _is(kind: type[Outline | Survival], task: Task) -> bool:
+    """Whether the task has one head, of this kind."""
+    return len(task.heads) == 1 and isinstance(task.heads[0], kind)
 
 
 def check_supported(model: nn.Module) -> None:

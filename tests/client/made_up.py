@@ -50,13 +50,14 @@ def task_of(inputs: Input, classes: int | tuple[Head, ...] = 2) -> Task:
     )
 
 
+SURVIVAL: tuple[Head, ...] = (Survival(name="death", time="time", event="event", unit="year", edges=(1, 2, 5)),)
 # One of each kind, a choice with class weights among them.
 HEADS: tuple[Head, ...] = (
     Choice(name="grade", classes=("low", "middle", "high"), weights=(1.0, 2.0, 0.5)),
     Choice(name="ill", classes=("no", "yes"), weights=(1.0, 6.0)),
     Quantity(measure=numeric("dose")),
     Quantity(measure=numeric("wait"), loss="absolute"),
-    Survival(name="death", time="time", event="event", unit="year", edges=(1, 2, 5)),
+    *SURVIVAL,
 )
 OUTLINE: tuple[Head, ...] = (Outline(name="mask"),)
 

@@ -17,9 +17,31 @@ from client.records.records import Records
 from shared_models.errors import ConfigError
 from shared_models.nets.build import build_network
 from shared_models.nets.losses import loss_per_record
-from shared_models.plan import Cnn, LogisticRegression, Lstm, Mlp, Network, PrivacyPlan, TrainingPlan, Transformer, UNet
+from shared_models.plan import (
+    Cnn,
+    LogisticRegression,
+    Lstm,
+    Mlp,
+    Network,
+    PrivacyPlan,
+    ProportionalHazards,
+    TrainingPlan,
+    Transformer,
+    UNet,
+)
 from shared_models.tasks import Head, ImageInput, SeriesInput, TokensInput
-from tests.client.made_up import HEADS, OUTLINE, Input, chosen, numeric, repeatable, table, table_records, task_of
+from tests.client.made_up import (
+    HEADS,
+    OUTLINE,
+    SURVIVAL,
+    Input,
+    chosen,
+    numeric,
+    repeatable,
+    table,
+    table_records,
+    task_of,
+)
 
 TASK = task_of(table(5))
 PRIVACY = PrivacyPlan(clip=0.5, noise_multiplier=1.0, sample_rate=0.5, epsilon=1.0, delta=1e-5)
@@ -334,6 +356,7 @@ NETWORKS: list[tuple[Network, Input, int | tuple[Head, ...]]] = [
     (Transformer(name="transformer", width=8, heads=2, layers=2), SERIES, 3),
     (Transformer(name="transformer", width=8, heads=2, layers=2), TokensInput(vocabulary=11, length=7), 2),
     (Mlp(name="mlp", hidden=(6,)), table(5), HEADS),
+    (ProportionalHazards(name="proportional-hazards"), table(5), SURVIVAL),
     (UNet(name="unet", channels=(4, 6)), ImageInput(channels=1, height=28, width=31), OUTLINE),
 ]
 

@@ -95,7 +95,8 @@ def test_a_quantity_alone_must_be_known(tmp_path: Path) -> None:
 
 def test_a_row_without_any_label_is_incomplete(tmp_path: Path) -> None:
     """Of several findings one is enough, none is too few."""
-    task, own = task_with(GRADE, ILL, DOSE), {"columns": {}, "categories": {}}
+    task = task_with(GRADE, ILL, DOSE)
+    own: dict[str, Any] = {"columns": {}, "categories": {}}
     assert "row 5" in refusal(write(tmp_path, **own), task)
 
     assert read(write(tmp_path, incomplete_rows="leave-out", **own), task).left_out == 1

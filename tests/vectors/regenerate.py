@@ -79,6 +79,17 @@ PLANS = {
     "heart-disease": example_plan("heart-disease", 4),
     "releasing": RELEASING,
     "fedavgm": changed(RELEASING, averaging={"name": "fedavgm", "momentum": 0.9}),
+    "weighed and augmented": changed(
+        example_plan("breast-cancer", 4),
+        task="pneumonia",
+        network={"name": "cnn", "channels": [8, 16]},
+        training={
+            "learning_rate": 0.5,
+            "steps": 5,
+            "class_weights": {"finding": [1.0, 0.5]},
+            "augmentation": {"copies": 4, "shift": 0.1, "rotate_degrees": 10.0, "contrast": 0.2},
+        },
+    ),
     "fedadam": changed(RELEASING, averaging={"name": "fedadam", "learning_rate": 0.1}),
     "fedyogi": changed(RELEASING, averaging={"name": "fedyogi", "learning_rate": 0.1, "beta_1": 0.8, "tau": 0.01}),
     "fedadagrad": changed(RELEASING, averaging={"name": "fedadagrad", "learning_rate": 0.1}),
