@@ -1,26 +1,25 @@
 """Epsilon again, from the recorded mechanisms, by code that shares nothing with what the hospital enforced or reported.
 
 dp-accounting (Google) computes the filter's figure, RDP and PLD. The hospital used its own closed form and Opacus.
+dp-accounting takes most of a second to import: an audit with nothing to compute, of a broken file say, does without.
 """
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
-from typing import Literal, Protocol
-
-from dp_accounting import dp_event, privacy_accountant
-from dp_accounting.pld import pld_privacy_accountant
-from dp_accounting.rdp import rdp_privacy_accountant
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from shared_models.config import Frozen
 from shared_models.errors import LedgerError
 from shared_models.privacy.entries import BudgetTerms, Entry, Reserved, StudyLimit
 from shared_models.privacy.mechanisms import GaussianRelease, PoissonGaussian
 
+if TYPE_CHECKING:
+    from dp_accounting.dp_event import DpEvent
+    from dp_accounting.pld.pld_privacy_accountant import PLDAccountant
+    from dp_accounting.rdp.rdp_privacy_accountant import RdpAccountant
+
 PLD_INTERVAL = 1e-3  # width of a cell of the privacy loss distribution, rounded up: an upper bound
-_ADD_OR_REMOVE_ONE = privacy_accountant.NeighboringRelation.ADD_OR_REMOVE_ONE
-# Integer orders only: the series for fractional ones does not converge at large sample rates.
-_RDP_ORDERS = [order for order in rdp_privacy_accountant.DEFAULT_RDP_ORDERS if order >= 2 and order == int(order)]
 
 _Mechanism = PoissonGaussian | GaussianRelease
 _Steps = tuple[tuple[float, float, int], ...]  # sample rate, noise multiplier, times
@@ -182,20 +181,33 @@ def filter_epsilon(counts: Mapping[_Mechanism, int], *, delta: float, order: int
 # Hospitals of one study charge the same steps, and each figure takes up to a second.
 @lru_cache(maxsize=4096)
 def _filter(steps: _Steps, delta: float, order: int) -> float:
-    accountant = rdp_privacy_accountant.RdpAccountant([order], _ADD_OR_REMOVE_ONE).compose(_event(steps))
-    return float(accountant.get_epsilon(delta)) if steps else 0.0
+    return float(_rdp_accountant([order]).compose(_event(steps)).get_epsilon(delta)) if steps else 0.0
 
 
 @lru_cache(maxsize=1024)
 def _rdp(steps: _Steps, delta: float) -> float:
-    accountant = rdp_privacy_accountant.RdpAccountant(_RDP_ORDERS, _ADD_OR_REMOVE_ONE).compose(_event(steps))
-    return float(accountant.get_epsilon(delta)) if steps else 0.0
+    return float(_rdp_accountant(None).compose(_event(steps)).get_epsilon(delta)) if steps else 0.0
 
 
 @lru_cache(maxsize=1024)
 def _pld(steps: _Steps, delta: float) -> float:
-    accountant = pld_privacy_accountant.PLDAccountant(_ADD_OR_REMOVE_ONE, value_discretization_interval=PLD_INTERVAL)
-    return float(accountant.compose(_event(steps)).get_epsilon(delta)) if steps else 0.0
+    return float(_pld_accountant().compose(_event(steps)).get_epsilon(delta)) if steps else 0.0
+
+
+def _rdp_accountant(orders: list[int] | None) -> "RdpAccountant":
+    """At some orders, or at all of dp-accounting's that are integers: its series for others need not converge."""
+    from dp_accounting.privacy_accountant import NeighboringRelation  # noqa: PLC0415 - see above, as all in this file
+    from dp_accounting.rdp.rdp_privacy_accountant import DEFAULT_RDP_ORDERS, RdpAccountant  # noqa: PLC0415
+
+    integers = [order for order in DEFAULT_RDP_ORDERS if order >= 2 and order == int(order)]
+    return RdpAccountant(orders or integers, NeighboringRelation.ADD_OR_REMOVE_ONE)
+
+
+def _pld_accountant() -> "PLDAccountant":
+    from dp_accounting.pld.pld_privacy_accountant import PLDAccountant  # noqa: PLC0415
+    from dp_accounting.privacy_accountant import NeighboringRelation  # noqa: PLC0415
+
+    return PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE, value_discretization_interval=PLD_INTERVAL)
 
 
 def _steps(counts: Mapping[_Mechanism, int]) -> _Steps:
@@ -209,11 +221,15 @@ def _steps(counts: Mapping[_Mechanism, int]) -> _Steps:
     return tuple((q, sigma, times) for (q, sigma), times in sorted(steps.items()) if times)
 
 
-def _event(steps: _Steps) -> dp_event.DpEvent:
+def _event(steps: _Steps) -> "DpEvent":
     """Steps in dp-accounting's words."""
-    return dp_event.ComposedDpEvent([dp_event.SelfComposedDpEvent(_step(q, sigma), times) for q, sigma, times in steps])
+    from dp_accounting.dp_event import ComposedDpEvent, SelfComposedDpEvent  # noqa: PLC0415
+
+    return ComposedDpEvent([SelfComposedDpEvent(_step(q, sigma), times) for q, sigma, times in steps])
 
 
-def _step(sample_rate: float, noise_multiplier: float) -> dp_event.DpEvent:
-    noise = dp_event.GaussianDpEvent(noise_multiplier)
-    return noise if sample_rate == 1 else dp_event.PoissonSampledDpEvent(sample_rate, noise)
+def _step(sample_rate: float, noise_multiplier: float) -> "DpEvent":
+    from dp_accounting.dp_event import GaussianDpEvent, PoissonSampledDpEvent  # noqa: PLC0415
+
+    noise = GaussianDpEvent(noise_multiplier)
+    return noise if sample_rate == 1 else PoissonSampledDpEvent(sample_rate, noise)

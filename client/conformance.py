@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import scipy  # type: ignore[import-untyped]  # ships no types; loads its parts when they are used
 import torch
 from numpy.typing import NDArray
-from scipy import stats  # type: ignore[import-untyped]  # scipy ships no types
 
 from client import dp_sgd
 from client.own_noise import Noted
@@ -252,7 +252,7 @@ def _noise(seen: Rehearsal) -> Iterator[Check]:
     if weight:
         share = float((seen.sums * seen.drawn).sum()) / weight
         score = (share - seen.share) * math.sqrt(weight) / deviation
-        too_much, too_little = float(stats.norm.sf(score)), float(stats.norm.cdf(score))
+        too_much, too_little = float(scipy.stats.norm.sf(score)), float(scipy.stats.norm.cdf(score))
         yield _sided("patient-share", share, seen.share, critical=too_much, harmless=too_little)
     left, null = seen.noise, seen.null / deviation
     for name, noise in (("parameter-noise", left), ("null-noise", null)):
@@ -369,10 +369,10 @@ def _scores(seen: Rehearsal, sums: NDArray[np.float64]) -> NDArray[np.float64]:
     Of a round that drew it k times of T, its coordinate is k plus noise; k is binomial.
     """
     steps, q = seen.mechanism.steps, seen.mechanism.sample_rate
-    few, many = stats.binom.ppf([1e-9, 1 - 1e-9], steps, q)
+    few, many = scipy.stats.binom.ppf([1e-9, 1 - 1e-9], steps, q)
     scores = np.zeros(sums.shape)
     times = np.arange(few, many + 1)
-    chance = stats.binom.logpmf(times, steps, q)
+    chance = scipy.stats.binom.logpmf(times, steps, q)
     for k, log_chance in zip(seen.share * times, chance, strict=True):
         term = log_chance + k * (2 * sums - k) / (2 * seen.deviation**2)
         scores = np.logaddexp(scores, term) if k > seen.share * few else term

@@ -9,12 +9,11 @@ import copy
 import logging
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from opacus.grad_sample import GradSampleModule
 from torch import Tensor, nn
 
 from client.augment import augmented
@@ -221,6 +220,9 @@ class PatientGradients(Gradients):
     rounding = 1 - 2.0**-40  # norms and sums are taken in float64
 
     def _hook(self) -> None:
+        # 52 MB and most of a second, which a hospital whose networks book-keeping covers never spends.
+        from opacus.grad_sample import GradSampleModule  # noqa: PLC0415
+
         try:
             # strict: a trainable layer with buffers, such as BatchNorm, mixes patients and is refused.
             self._hooked = GradSampleModule(self._model, loss_reduction="sum", strict=True)
@@ -311,11 +313,13 @@ def self_check(model: nn.Module, task: Task, *, clip: float, micro_batch: int = 
         ConfigError: Any of this fails; the network must not be trained.
     """
     generator = torch.Generator().manual_seed(0)
-    trial = copy.deepcopy(model).cpu().train()
+    trial = copy.deepcopy(model).cpu().double().train()  # in float32 a rounded kink of a ReLU passes for a fault
     with torch.no_grad():
         for parameter in trainable(trial).values():
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
     records = made_up_records(task, generator)
+    if records.inputs.is_floating_point():
+        records = replace(records, inputs=records.inputs.double())
     try:
         truth = _gradients_by_brute_force(trial, records, task)
         with gradients_for(trial, records, task, device="cpu", micro_batch=micro_batch) as gradients:

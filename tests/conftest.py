@@ -14,10 +14,18 @@ from tests.federation import Federation, make_federation, restart_hospitals
 
 POSTGRES = sorted(Path("/usr/lib/postgresql").glob("*/bin")) if Path("/usr/lib/postgresql").exists() else []
 
+torch.set_num_threads(1)  # fixtures of a module train before any of a test: two threads would wait for each other
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Measure the coverage of the processes that run tests: commands that tests start run as users run them."""
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
+        os.environ.pop("COVERAGE_PROCESS_CONFIG", None)
+
 
 @pytest.fixture(autouse=True)
 def _close_hospitals() -> Iterator[None]:
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # a test may have chosen others
     yield
     restart_hospitals()
 

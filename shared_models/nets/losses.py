@@ -92,7 +92,9 @@ def _survival_loss(hazards: Tensor, targets: Tensor) -> Tensor:
 
 def _outline_loss(logits: Tensor, mask: Tensor) -> Tensor:
     """Mean cross-entropy of the pixels, and one minus the soft Dice coefficient (Milletari et al. 2016, section 3)."""
-    cross_entropy = functional.binary_cross_entropy_with_logits(logits, mask, reduction="none").mean(dim=1)
+    cross_entropy = functional.binary_cross_entropy_with_logits(logits, mask.to(logits.dtype), reduction="none").mean(
+        dim=1
+    )
     shares = logits.sigmoid()
     overlap = 2 * (shares * mask).sum(dim=1) + 1
     return cross_entropy + 1 - overlap / (shares.square().sum(dim=1) + mask.sum(dim=1) + 1)

@@ -1,25 +1,29 @@
 """The epsilon that is reported: tight, by Opacus's accountants. It enforces nothing: ``mechanisms.py`` has the filter.
 
-The only shared file that imports Opacus. Opacus's engine is never asked for an epsilon; its accountants are handed the
-mechanisms that the ledger recorded.
+The only shared file that imports Opacus, and of Opacus only the accountants. Its engine is never asked for an epsilon;
+its accountants are handed the mechanisms that the ledger recorded.
 """
 
+import importlib
 import math
 import multiprocessing
 import os
 import resource
 import signal
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
+from functools import cache
+from importlib.metadata import version
+from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Annotated, Literal
+from types import ModuleType
+from typing import Annotated, Any, Literal
 
 import numpy as np
-import opacus
-from opacus.accountants import PRVAccountant, RDPAccountant
 from pydantic import Field
 
 from shared_models.config import Frozen
@@ -35,8 +39,8 @@ _MOST_KNOWN = 1000
 _PRV_MEMORY = 2 * 2**30  # bytes; a grid that needs more would take longer than anybody waits
 # At order 2. Beyond it epsilon means nothing, and Opacus's series for orders between integers stop converging.
 _LARGEST_DIVERGENCE = 1e6
-# Opacus's own orders, and larger ones for little-noised or rarely sampled runs.
-_RDP_ORDERS = [*RDPAccountant.DEFAULT_ALPHAS, 64, 128, 256, 512, 1024]
+_LARGE_ORDERS = (64, 128, 256, 512, 1024)  # beyond Opacus's own: for little-noised or rarely sampled runs
+_OPACUS = version("opacus")
 
 
 class ReportedEpsilon(Frozen):
@@ -73,7 +77,7 @@ def reported_epsilon(
         raise ConfigError(f"delta must be between 0 and 1, not {delta:g}", hint="At most 1 / (10 * public size).")
     mechanisms = list(mechanisms)
     history = _history(mechanisms)
-    prv = f"PRV (Opacus {opacus.__version__})"
+    prv = f"PRV (Opacus {_OPACUS})"
     if not total_divergence(mechanisms, 2) < _LARGEST_DIVERGENCE:
         raise ConfigError("no finite epsilon describes these mechanisms", hint="Their noise multiplier is too small.")
     if not history:
@@ -86,8 +90,32 @@ def reported_epsilon(
         if len(_known) < _MOST_KNOWN:
             _known[key] = epsilon
         return ReportedEpsilon(epsilon=epsilon, delta=delta, accountant=prv)
-    rdp = f"RDP (Opacus {opacus.__version__}); {problem}"
+    rdp = f"RDP (Opacus {_OPACUS}); {problem}"
     return ReportedEpsilon(epsilon=_rdp(history, delta), delta=delta, accountant=rdp)
+
+
+@cache
+def _accountants() -> Any:
+    """Opacus's accountants without the rest of Opacus.
+
+    ``import opacus.accountants`` runs Opacus's own ``__init__`` first, which imports engine, optimizers and torch's
+    distributed tensors: with torch two seconds and 200 MB, for a command that shows a budget as for every hospital that
+    trains. The accountants need numpy and scipy. Of the rest they name one class, in the annotation of a method that is
+    not called here. So two empty packages stand in while they are imported, and are gone afterwards: whoever imports
+    Opacus later gets all of it.
+    """
+    if "opacus" in sys.modules:
+        return importlib.import_module("opacus.accountants")
+    found = find_spec("opacus")
+    package, optimizers = ModuleType("opacus"), ModuleType("opacus.optimizers")
+    package.__path__ = list(found.submodule_search_locations or ()) if found else []
+    optimizers.__dict__["DPOptimizer"] = object
+    sys.modules |= {"opacus": package, "opacus.optimizers": optimizers}
+    try:
+        return importlib.import_module("opacus.accountants")
+    finally:
+        for name in [name for name in sys.modules if name.split(".")[0] == "opacus"]:
+            del sys.modules[name]
 
 
 def _history(mechanisms: Iterable[PoissonGaussian | GaussianRelease]) -> _History:
@@ -107,6 +135,7 @@ def _prv_within(history: _History, delta: float, seconds: float) -> tuple[float 
     Forked, because a fresh interpreter would import torch anew: seconds and hundreds of megabytes at every hospital.
     Should a thread of the parent hold a lock that the child needs, the deadline ends the child, and RDP answers.
     """
+    _accountants()  # before the clock runs, and once for all children
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
     child = context.Process(target=_prv_in_child, args=(history, delta, seconds, theirs), daemon=True)
@@ -132,7 +161,7 @@ def _prv_within(history: _History, delta: float, seconds: float) -> tuple[float 
 def _prv_in_child(history: _History, delta: float, seconds: float, answer: Connection) -> None:
     """What the child does: compute, and write one number. It has nothing else of the parent's."""
     _let_go_of_all_but(answer.fileno(), seconds)
-    accountant = PRVAccountant()
+    accountant = _accountants().PRVAccountant()
     accountant.history = list(history)
     # At sample rate 1 Opacus's density takes log(0), which its comparisons then treat rightly as minus infinity. Any
     # other failure ends the child without an answer, and without a traceback.
@@ -156,8 +185,8 @@ def _let_go_of_all_but(file: int, seconds: float) -> None:
 
 
 def _rdp(history: _History, delta: float) -> float:
-    accountant = RDPAccountant()
+    accountant = _accountants().RDPAccountant()
     accountant.history = list(history)
     with np.errstate(all="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the best order is the first or last one: loose, still a bound
-        return max(0.0, float(accountant.get_epsilon(delta, alphas=_RDP_ORDERS)))
+        return max(0.0, float(accountant.get_epsilon(delta, alphas=[*accountant.DEFAULT_ALPHAS, *_LARGE_ORDERS])))

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import scipy  # type: ignore[import-untyped]  # ships no types; loads its parts when they are used: half a second
 from numpy.typing import NDArray
-from scipy import optimize, special, stats  # type: ignore[import-untyped]  # scipy ships no types
 
 from shared_models.plan import TrainingPlan
 from shared_models.privacy.mechanisms import PoissonGaussian
@@ -76,15 +76,15 @@ def noise_spread(statistic: float, coordinates: int, *, rounding: float = 0.0) -
     """
     return Spread(
         math.sqrt(statistic / coordinates),
-        float(stats.chi2.cdf(statistic, coordinates)),
-        float(stats.chi2.sf(statistic / (1 + rounding), coordinates)),
+        float(scipy.stats.chi2.cdf(statistic, coordinates)),
+        float(scipy.stats.chi2.sf(statistic / (1 + rounding), coordinates)),
     )
 
 
 def smallest_ratio_found(coordinates: int, *, false_alarm: float) -> float:
     """The largest ratio below 1 of standard deviations that ``noise_spread`` finds with probability ``DETECTED``."""
-    limit = stats.chi2.ppf(false_alarm, coordinates)
-    return float(math.sqrt(limit / stats.chi2.ppf(DETECTED, coordinates)))
+    limit = scipy.stats.chi2.ppf(false_alarm, coordinates)
+    return float(math.sqrt(limit / scipy.stats.chi2.ppf(DETECTED, coordinates)))
 
 
 def noise_repetition(noise: NDArray[np.float64]) -> Repetition:
@@ -110,10 +110,10 @@ def noise_repetition(noise: NDArray[np.float64]) -> Repetition:
         pairs += len(cosines)
         largest = max(largest, float(cosines.max(initial=0.0)))
     squared = min(largest, 1.0) ** 2
-    pair = pairs * stats.beta.sf(squared, 0.5, (d - 1) / 2)
+    pair = pairs * scipy.stats.beta.sf(squared, 0.5, (d - 1) / 2)
     along = float((rows.sum(axis=0) ** 2).sum()) / len(rows)
     across = (float((rows**2).sum()) - along) / (len(rows) - 1)
-    total = stats.f.sf(along / across, d, d * (len(rows) - 1)) if across > 0 else 0.0
+    total = scipy.stats.f.sf(along / across, d, d * (len(rows) - 1)) if across > 0 else 0.0
     return Repetition(largest, float(min(1.0, 2 * min(pair, total))))
 
 
@@ -128,13 +128,13 @@ def noise_shape(noise: NDArray[np.float64]) -> tuple[float, float]:
     scale = float(np.sqrt((noise**2).mean()))
     if not scale > 0:
         return 1.0, 0.0
-    found = stats.kstest(noise / scale, "norm")
+    found = scipy.stats.kstest(noise / scale, "norm")
     return float(found.statistic), float(found.pvalue)
 
 
 def binomial_rate(successes: int, trials: int, rate: float) -> float:
     """p-value, exact and two-sided, of so many successes."""
-    return float(stats.binomtest(successes, trials, rate).pvalue)
+    return float(scipy.stats.binomtest(successes, trials, rate).pvalue)
 
 
 def binomial_dispersion(counts: NDArray[np.int64], trials: int, rate: float) -> tuple[float, float]:
@@ -157,15 +157,15 @@ def binomial_dispersion(counts: NDArray[np.int64], trials: int, rate: float) -> 
         return (1.0 if right else math.inf), float(right)
     statistic = float(((counts - trials * rate) ** 2).sum() / variance)
     possible = np.arange(trials + 1)
-    log_chance = stats.binom.logpmf(possible, trials, rate)
+    log_chance = scipy.stats.binom.logpmf(possible, trials, rate)
     squares = (possible - trials * rate) ** 2 / variance
 
     def log_bound(t: float) -> float:
-        return float(len(counts) * special.logsumexp(log_chance + t * squares) - t * statistic)
+        return float(len(counts) * scipy.special.logsumexp(log_chance + t * squares) - t * statistic)
 
     # Any t gives a bound; the search only finds a good one. Beyond these limits nothing is gained.
     side = (0.0, 5.0) if statistic > len(counts) else (-5.0 * len(counts), 0.0)
-    best = optimize.minimize_scalar(log_bound, bounds=side, method="bounded").fun
+    best = scipy.optimize.minimize_scalar(log_bound, bounds=side, method="bounded").fun
     return statistic / len(counts), min(1.0, 2 * math.exp(min(0.0, best)))
 
 
@@ -197,9 +197,9 @@ def one_run_p_value(guesses: Guesses, *, epsilon: float, delta: float) -> float:
         Steinke, Nasr and Jagielski, arXiv:2305.08846, theorem 5.2 and appendix D.
     """
     canaries, made, correct = guesses
-    right = special.expit(epsilon)
-    at_least = stats.binom.sf(correct - 1, made, right)
-    sums = np.cumsum(stats.binom.pmf(correct - np.arange(1, correct + 1), made, right))
+    right = scipy.special.expit(epsilon)
+    at_least = scipy.stats.binom.sf(correct - 1, made, right)
+    sums = np.cumsum(scipy.stats.binom.pmf(correct - np.arange(1, correct + 1), made, right))
     worst = float((sums / np.arange(1, correct + 1)).max(initial=0.0))
     return float(min(1.0, at_least + 2 * canaries * delta * worst))
 
@@ -269,8 +269,8 @@ def rates_bound(
         (true_positives, members, false_positives, others),
         (others - false_positives, others, members - true_positives, members),
     ):
-        least = float(stats.beta.ppf(level, hits, of - hits + 1)) if hits else 0.0
-        most = float(stats.beta.ppf(1 - level, alarms + 1, among - alarms)) if alarms < among else 1.0
+        least = float(scipy.stats.beta.ppf(level, hits, of - hits + 1)) if hits else 0.0
+        most = float(scipy.stats.beta.ppf(1 - level, alarms + 1, among - alarms)) if alarms < among else 1.0
         if least > delta:
             epsilon = max(epsilon, math.log((least - delta) / most))
     return epsilon

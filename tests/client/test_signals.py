@@ -229,7 +229,10 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
 def test_a_damaged_recording_is_an_error_or_inside_its_public_range(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str, cut: float, flips: list[float]
 ) -> None:
-    """Cut samples are an error, changed ones too where there is a checksum; no traceback, and nothing is printed."""
+    """Cut samples are an error, a changed byte of them too where there is a checksum; no traceback, nothing is printed.
+
+    The checksum is a sum modulo 2**16: what two changed bytes add and take away may cancel.
+    """
     save_wfdb(tmp_path, leads())
     save_edf(tmp_path, leads())
     data = bytearray((tmp_path / name).read_bytes())
@@ -250,7 +253,7 @@ def test_a_damaged_recording_is_an_error_or_inside_its_public_range(
         values = found.cells["series"][:, :, :2]
         assert np.isfinite(values).all()
         assert np.abs(values).max() <= 2
-        if name != "rec.edf" and data != whole:
+        if name != "rec.edf" and sum(now != then for now, then in zip(data, whole, strict=True)) == 1:
             assert name == "rec.hea"  # its names, comments and times can change; its samples can not
         if not flips:
             assert name == "rec.hea"  # a header cut into its last comment or checksum

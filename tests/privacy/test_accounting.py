@@ -1,10 +1,14 @@
 """The reported figure: against published values, and against dp-accounting's PLD."""
 
 import os
+import subprocess
+import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
+from opacus.accountants import PRVAccountant
 
 from auditor.recompute import recompute
 from shared_models.errors import ConfigError
@@ -107,6 +111,26 @@ def test_the_same_question_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> 
     assert asked == []
     assert reported_epsilon([GOLDEN], 2 * DELTA).epsilon == 1.0
     assert asked == [2 * DELTA]
+
+
+def test_of_opacus_an_epsilon_needs_the_accountants_alone(tmp_path: Path) -> None:
+    """A hospital that has reported holds no more of Opacus; the figure is Opacus's own; the rest still loads."""
+    whole = PRVAccountant()
+    whole.history = [(1.0, 0.05, 400)]
+    code = (
+        "import sys, client.app\n"
+        "from shared_models.privacy.accounting import reported_epsilon\n"
+        "from shared_models.privacy.mechanisms import PoissonGaussian\n"
+        f"print(reported_epsilon([{GOLDEN!r}], {DELTA}, seconds=60).epsilon)\n"
+        "print([name for name in sys.modules if name.startswith(('opacus', 'torch.distributed.tensor'))])\n"
+        "from opacus.grad_sample import GradSampleModule\n"
+    )
+
+    found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+
+    epsilon, of_opacus = found.stdout.splitlines()
+    assert float(epsilon) == whole.get_epsilon(DELTA)
+    assert of_opacus == "[]"
 
 
 def test_a_slow_prv_gives_way_to_rdp_and_says_so() -> None:

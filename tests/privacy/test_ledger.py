@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -665,10 +666,14 @@ def test_a_ledger_in_use_is_read_as_of_one_moment(theirs: tuple[Path, Ed25519Pri
     child = writer(path, key_file, "loop")
     assert child.stdout is not None
     assert child.stdout.readline() == "open\n"
-    lengths = []
+    lengths, draw = [], random.Random(7)
     try:
         for _ in range(40):
+            child.send_signal(signal.SIGCONT)
+            child.stdout.readline()  # it writes
+            time.sleep(draw.uniform(0, 0.01))  # and is anywhere between two entries
             with snapshot(path, head_path(path)) as (head, entries):
+                child.send_signal(signal.SIGSTOP)  # the moment is fixed; else the ledger grows while it is verified
                 assert head is not None
                 chain = verify_entries(entries, public_bytes(key))
                 verify_head(head, chain)

@@ -34,7 +34,7 @@ def test_a_killed_hospital_rejoins_and_its_ledger_holds(tmp_path: Path) -> None:
         again = start_hospital(children, tmp_path, victim, log=f"{victim}-again")
         _wait_for(lambda: coordinator.poll() is not None or _answers(journal, victim) > _killed_at(journal, victim) + 2)
         assert again.poll() is None
-        coordinator.wait(timeout=120)
+        coordinator.wait(timeout=200)
 
     events, _ = read_events(journal)
     assert events[-1]["event"] == "finished"
