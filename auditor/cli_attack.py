@@ -43,6 +43,9 @@ def attack(
         float | None, typer.Option("--fail-above", min=0, help="Fail if the attack shows more epsilon than this.")
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write everything to this file.")] = None,
+    base: Annotated[
+        list[Path] | None, typer.Option("--base", help="Copy of the pretrained base that the model starts from.")
+    ] = None,
 ) -> None:
     """Attack a study: is the noise in its sums what was charged, and who can be told from its released model?
 
@@ -71,15 +74,15 @@ def attack(
             problems.append(report.findings[0].what)
     membership, claimed = None, None
     if model is not None and records is not None:
-        trained_by = _plan_of(model)  # torch is there
+        trained_by = _plan_of(model, base or ())  # torch is there
         from auditor.attack import attack_model
         from auditor.canaries import read_candidates
-        from shared_models.tasks import find_task
+        from shared_models.tasks import task_of
 
         claimed = _claim(trained_by, hospitals)
         membership = attack_model(
             model,
-            read_candidates(records, find_task(trained_by.task)),
+            read_candidates(records, task_of(trained_by)),
             delta=claimed.delta,
             coin_flips=coin_flips,
             shadows=shadows,
@@ -154,7 +157,7 @@ def _claim(plan: "StudyPlan", hospitals: Sequence["HospitalRecord"]) -> _Claim:
     return _Claim(dearest.epsilon_pld, dearest.delta, "computed from the charges, by PLD")
 
 
-def _plan_of(model: Path) -> "StudyPlan":
+def _plan_of(model: Path, bases: Sequence[Path]) -> "StudyPlan":
     from importlib.util import find_spec
 
     from shared_models.errors import ConfigError
@@ -162,7 +165,9 @@ def _plan_of(model: Path) -> "StudyPlan":
     if find_spec("torch") is None or find_spec("safetensors") is None:
         raise ConfigError("attacking a model needs torch", hint="pip install 'konsil[attack]'")
     from shared_models.model_file import read_model
+    from shared_models.pretrained import offer_files
 
+    offer_files(bases)
     return read_model(model)[0]
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from client import cli_conformance, cli_enrol, cli_evaluate, cli_use
+from client.cli_use import Bases
 from shared_models import terminal
 
 if TYPE_CHECKING:
@@ -311,6 +312,7 @@ def train_alone(
     steps: Annotated[int, typer.Option(min=1, help="Gradient steps.")] = 3000,
     learning_rate: Annotated[float, typer.Option(help="Step size of plain SGD.")] = 0.1,
     batch_size: Annotated[int, typer.Option(min=1, help="Records per step.")] = 32,
+    base: Bases = None,
 ) -> None:
     """Train on this folder alone, without privacy and without a network: a baseline to compare a study with.
 
@@ -318,11 +320,23 @@ def train_alone(
     """
     from client.alone import evaluate_folder, train_folder
     from shared_models.plan import read_plan
+    from shared_models.pretrained import offer_files
 
+    offer_files(base or ())
     plan = read_plan(plan_file)
     train_folder(plan, records, out, steps=steps, learning_rate=learning_rate, batch_size=batch_size)
     if test is not None:
         typer.echo(json.dumps(evaluate_folder(out, test)))
+
+
+@app.command()
+def pretrained(
+    path: Annotated[Path, typer.Argument(help="Folder of a text encoder, or a model file of this project.")],
+) -> None:
+    """Print the digest by which a plan names a pretrained base, as a line for [pretrained] in the settings."""
+    from shared_models.pretrained import digest_of
+
+    typer.echo(f'{digest_of(path)} = "{path.absolute()}"')
 
 
 def _print(what: object) -> None:

@@ -48,8 +48,10 @@ def conformance(
     from client.process import refuse_second
     from client.settings import read_settings
     from shared_models.errors import ConformanceError
+    from shared_models.pretrained import offer_bases
 
     settings = read_settings(settings_file)
+    offer_bases(settings.pretrained)
     plan = _plan(settings, study, plan_file)
     if not dry_run:
         refuse_second(settings.state)  # before the rehearsal, not after it

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from client.cli_use import Bases
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
@@ -39,6 +41,7 @@ def evaluate(
         list[str] | None,
         typer.Option("--subgroup", help="Of the report: a column, or with edges as in age:40,65. Default: the plan's."),
     ] = None,
+    base: Bases = None,
 ) -> None:
     """Measure models on local records, without noise: one line of JSON per model. For the hospital's own eyes.
 
@@ -46,7 +49,9 @@ def evaluate(
     first. Without MODELS it stays warm and reads one path per line from standard input.
     """
     from shared_models.errors import ConfigError
+    from shared_models.pretrained import offer_files
 
+    offer_files(base or ())
     if (records is None) == (settings_file is None):
         raise ConfigError("evaluate needs --records or --settings", hint="konsil-hospital evaluate MODEL --records …")
     if models and (report is not None or len(models) > 1 or settings_file is not None):

@@ -10,6 +10,9 @@ if TYPE_CHECKING:
 
 ModelFile = Annotated[Path, typer.Option("--model", help="A model.safetensors or a checkpoint of a study.")]
 RecordsFolder = Annotated[Path, typer.Option("--records", help="Folder with manifest.toml and the data it names.")]
+Bases = Annotated[
+    list[Path] | None, typer.Option("--base", help="Copy of the pretrained base that the model or plan starts from.")
+]
 
 
 def example(
@@ -59,6 +62,7 @@ def predict(
     records: RecordsFolder,
     out: Annotated[Path, typer.Option("--out", help="File to write: .csv or .parquet.")],
     batch: Annotated[int, typer.Option(min=1, help="Records at once.")] = 1024,
+    base: Bases = None,
 ) -> None:
     """Predict for every record of a folder, which needs no labels: one line per record, in the order of its file.
 
@@ -66,7 +70,7 @@ def predict(
     """
     from client.predict import predict_folder
 
-    found = _load(model)
+    found = _load(model, base)
     counted = predict_folder(found, records, out, batch=batch)
     typer.echo(f"{out}: {counted.predicted} records predicted, {counted.left_out} left out for a missing value")
     typer.echo("It names rows and patients of this hospital: keep it in the house.")
@@ -81,6 +85,7 @@ def serve(
     ] = None,
     certificate: Annotated[Path | None, typer.Option(help="TLS certificate; needed likewise.")] = None,
     key: Annotated[Path | None, typer.Option(help="Its private key.")] = None,
+    base: Bases = None,
 ) -> None:
     """Answer requests for predictions over HTTP, in JSON or as FHIR RiskAssessments, until Ctrl-C or SIGTERM."""
     import logging
@@ -97,7 +102,7 @@ def serve(
         ) from None
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("konsil").setLevel(logging.INFO)
-    answer(_load(model), Place(host, port, token_file, certificate, key))
+    answer(_load(model, base), Place(host, port, token_file, certificate, key))
 
 
 def export(
@@ -122,19 +127,22 @@ def explain(
     ] = "",
     method: Annotated[str, typer.Option(help="occlusion (images) or integrated-gradients.")] = "",
     parquet: Annotated[bool, typer.Option("--parquet", help="Write Parquet instead of CSV.")] = False,
+    base: Bases = None,
 ) -> None:
     """Show what predictions rest on: columns, measurements, pixels or words. It stays in the house."""
     from client.explained import Chosen, explain_folder
 
     chosen = Chosen(_rows(rows), most=most, column=column, method=method)
-    explained = explain_folder(_load(model), records, out, chosen, parquet=parquet)
+    explained = explain_folder(_load(model, base), records, out, chosen, parquet=parquet)
     typer.echo(f"{out}: {explained} records explained. It is about single patients: keep it in the house.")
 
 
-def _load(path: Path) -> "UsableModel":
+def _load(path: Path, bases: list[Path] | None = None) -> "UsableModel":
     """Read the model, and say what it is for."""
     from client.usable import load_model
+    from shared_models.pretrained import offer_files
 
+    offer_files(bases or ())
     model = load_model(path)
     typer.echo(f"model     {model.plan.study}: {model.task.name}, {model.plan.network.name}")
     typer.echo(f"use       {model.intended_use}")

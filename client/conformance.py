@@ -45,6 +45,7 @@ from shared_models.privacy.empirical import (
 from shared_models.privacy.mechanisms import PoissonGaussian, training_mechanism
 from shared_models.software import folder_digest
 from shared_models.tasks import Choice, Numeric, TableInput, Task, task_of
+from shared_models.update import trainable
 
 CANARIES = 800  # a multiple of 8
 LONGEST = 2000  # steps that are rehearsed at most, over all rounds
@@ -304,7 +305,7 @@ def _step(
 ) -> NDArray[np.float64]:
     """Where one step without noise, with everybody drawn, takes a copy of a network, in units of the clip."""
     trial = copy.deepcopy(model).to(device)
-    before = torch.nn.utils.parameters_to_vector(trial.parameters()).detach().double()
+    before = torch.nn.utils.parameters_to_vector(trainable(trial).values()).detach().double()
     dp_sgd.local_steps(
         trial,
         records,
@@ -319,7 +320,7 @@ def _step(
         device=device,
         micro_batch=2,
     )
-    after = torch.nn.utils.parameters_to_vector(trial.parameters()).detach().double()
+    after = torch.nn.utils.parameters_to_vector(trainable(trial).values()).detach().double()
     return (after - before).cpu().numpy()
 
 

@@ -20,6 +20,7 @@ from shared_models.approval import ApprovedPrice, sign_approval
 from shared_models.errors import ConfigError, FederationError, PolicyError
 from shared_models.identity import load_key
 from shared_models.nets.build import count_parameters
+from shared_models.pretrained import check_copy, offer_bases
 from shared_models.privacy.ledger import StudyLimit
 from shared_models.software import software_digest
 from shared_models.tasks import task_of
@@ -107,6 +108,8 @@ def weigh(settings: Settings, study: str) -> Weighed:
     """
     proposal, budget = _find(settings, study), read_budget(settings)
     plan = proposal.plan
+    offer_bases(settings.pretrained)
+    check_copy(plan.network, settings.pretrained)
     site = Site(settings.coordinator, choose_device(settings).type, count_parameters(plan.network, task_of(plan)))
     admit(plan, settings.policy, settings.population, site)
     known = budget.check(plan)
@@ -122,6 +125,7 @@ def glance(settings: Settings, study: str) -> tuple[Proposed, Table]:
         ConfigError: No study of that name waits.
     """
     proposal = _find(settings, study)
+    offer_bases(settings.pretrained)
     try:
         rows = disclose(settings, proposal.plan, read_budget(settings))
     except FederationError as error:

@@ -14,6 +14,7 @@ from client.settings import Settings
 from shared_models.encoding import NULL_COORDINATES
 from shared_models.nets.build import count_parameters
 from shared_models.plan import StudyPlan
+from shared_models.pretrained import base_of
 from shared_models.privacy.entries import Entry
 from shared_models.privacy.mechanisms import NEIGHBOURING, UNIT
 from shared_models.secagg.protocol import plan_threshold
@@ -86,7 +87,7 @@ def _training(settings: Settings, plan: StudyPlan, task: Task, manifest: Manifes
     part = f"fold {fold.index} of {fold.count} of a cross-validation: " if fold else ""
     return [
         ("task", f"{task.name}: {task.description}"),
-        ("network", f"{plan.network.name}, {parameters} parameters"),
+        ("network", f"{plan.network.name}, {parameters} parameters{_base(plan)}"),
         ("columns", _columns(manifest, task)),
         (
             "patients",
@@ -100,6 +101,13 @@ def _training(settings: Settings, plan: StudyPlan, task: Task, manifest: Manifes
             f"to {privacy.clip:g}, and Gaussian noise of {privacy.noise_multiplier:g} times that is added",
         ),
     ]
+
+
+def _base(plan: StudyPlan) -> str:
+    base = base_of(plan.network)
+    return (
+        f" that are trained, on the pretrained base {base}, of which this hospital's copy was checked" if base else ""
+    )
 
 
 def _columns(manifest: Manifest, task: Task) -> str:

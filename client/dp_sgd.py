@@ -36,12 +36,14 @@ from shared_models.tasks import (
     Task,
     TokensInput,
 )
+from shared_models.update import trainable
 
 log = logging.getLogger("konsil.hospital")
 
 # Opacus hooks the input of every layer; that the first layer's input needs no gradient is expected, not a fault.
 warnings.filterwarnings("ignore", message="Full backward hook is firing when gradients are computed")
 
+_TOKENS = 32  # of a made-up text for a pretrained encoder
 _TOLERANCE = 1e-4  # of the self-check, relative: float32 rounding stays below 1e-5, the traps are off by 1e-2 to 1e2
 
 
@@ -294,8 +296,8 @@ def self_check(model: nn.Module, task: Task, *, clip: float, micro_batch: int = 
     Each engine is silently wrong for some modules: both for one that mixes records, book-keeping for one that uses a
     layer's weight past the layer, Opacus for one that owns a parameter and receives its input by keyword. So a copy of
     the network sees a few made-up records, its gradients are computed once more by autograd, one record at a time, and
-    everything is compared. The copy's parameters are moved a little first: a layer that starts at zero would hide every
-    layer before it.
+    everything is compared. The copy's trainable parameters are moved a little first: a layer that starts at zero would
+    hide every layer before it.
 
     Guarantees (for the made-up records, up to relative 1e-4):
         * The clipped sum equals the sum of clipped brute-force gradients, with clipping off, at C, and at a clip that
@@ -316,7 +318,7 @@ def self_check(model: nn.Module, task: Task, *, clip: float, micro_batch: int = 
     generator = torch.Generator().manual_seed(0)
     trial = copy.deepcopy(model).cpu().double().train()  # in float32 a rounded kink of a ReLU passes for a fault
     with torch.no_grad():
-        for parameter in trial.parameters():
+        for parameter in trainable(trial).values():
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
     records = made_up_records(task, generator)
     if records.inputs[:].is_floating_point():
@@ -352,7 +354,7 @@ def _compare(gradients: Gradients, truth: Tensor, clip: float) -> None:
 
 def _gradients_by_brute_force(model: nn.Module, records: Records, task: Task) -> Tensor:
     """Each patient's mean gradient, shape ``(patients, d)`` in float64: one record at a time, without Opacus."""
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    parameters = trainable(model)
     if not parameters:
         raise _refused("it has no trainable parameter")
     means = torch.zeros(records.patient_count, sum(p.numel() for p in parameters.values()), dtype=torch.float64)
@@ -374,9 +376,11 @@ def made_up_records(task: Task, generator: torch.Generator) -> Records:
     patients = np.array([0, 1, 1, 2, 3, 3, 3], dtype=np.int64)
     n = len(patients)
     if isinstance(task.input, TokensInput):
-        inputs = torch.randint(1, task.input.vocabulary, (n, task.input.length), generator=generator)
+        # A pretrained encoder takes texts of any length up to its plan's, and short ones cost a tenth.
+        length = task.input.length if task.input.base is None else min(task.input.length, _TOKENS)
+        inputs = torch.randint(1, task.input.vocabulary, (n, length), generator=generator)
         # Every other record is padded in its second half.
-        inputs[::2, (task.input.length + 1) // 2 :] = 0
+        inputs[::2, (length + 1) // 2 :] = 0
     else:
         inputs = torch.rand(n, *_input_shape(task), generator=generator) * 2 - 1
     if isinstance(task.input, SeriesInput):

@@ -20,6 +20,7 @@ from shared_models.durable import replace_file
 from shared_models.errors import ConfigError, ConformanceError
 from shared_models.nets.losses import scores
 from shared_models.nets.lstm import Lstm
+from shared_models.pretrained import base_of
 from shared_models.tasks import ImageInput, Numeric, SeriesInput, TableInput, Task, TokensInput
 
 FORMAT = "konsil-onnx/1"
@@ -43,11 +44,16 @@ def export_onnx(found: UsableModel, out: Path) -> float:
         The largest difference that was found.
 
     Raises:
-        ConfigError: The file cannot be written.
+        ConfigError: The file cannot be written, or the model starts from a pretrained base.
         RecordsError: The extra ``onnx`` is not installed.
         ConformanceError: The exported network computes something else.
     """
     task, model = found.task, found.network
+    if base_of(found.plan.network) is not None:
+        raise ConfigError(
+            "a model on a pretrained base is not exported: the file would hold the base",
+            hint="Use it with konsil-hospital predict or serve, and --base.",
+        )
     if not out.parent.is_dir():
         raise ConfigError(f"there is no folder {out.parent}", hint="Make it first.")
     with needed("onnx", "onnx, onnxscript and onnxruntime"):

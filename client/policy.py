@@ -18,7 +18,17 @@ from shared_models.plan import LARGEST_COHORT, SMALLEST_COHORT, StudyPlan
 MICRO_BATCH = 256  # most records whose gradients are in memory at once; dp_sgd's own default
 LARGEST_DAY = 10_000  # rounds; a larger limit is none
 
-NetworkName = Literal["logistic-regression", "proportional-hazards", "mlp", "cnn", "unet", "lstm", "transformer"]
+NetworkName = Literal[
+    "logistic-regression",
+    "proportional-hazards",
+    "mlp",
+    "cnn",
+    "unet",
+    "lstm",
+    "transformer",
+    "pretrained-encoder",
+    "pretrained-cnn",
+]
 DeviceName = Literal["cpu", "cuda"]
 Peers = Annotated[int, Field(ge=SMALLEST_COHORT, le=LARGEST_COHORT)]
 Address = Annotated[str, Field(pattern=r"^[^\s/]+:[0-9]{1,5}$")]  # host:port, as in the settings

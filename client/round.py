@@ -70,7 +70,9 @@ from shared_models.messages import (
     signed_receipt,
 )
 from shared_models.nets.build import build_network, count_parameters
+from shared_models.nets.pretrained import forget
 from shared_models.plan import Network, StudyPlan, parse_plan
+from shared_models.pretrained import check_copy, offer_bases
 from shared_models.privacy.mechanisms import GaussianRelease, PoissonGaussian, release_mechanism, training_mechanism
 from shared_models.receipts import Receipt
 from shared_models.secagg import protocol
@@ -78,7 +80,7 @@ from shared_models.secagg.key_agreement import Announcement, Purpose
 from shared_models.software import software_digest
 from shared_models.subgroups import release_size
 from shared_models.tasks import Task, task_of
-from shared_models.update import check_vector, parameters_to_vector, vector_digest, vector_to_parameters
+from shared_models.update import check_vector, parameters_to_vector, trainable, vector_digest, vector_to_parameters
 
 log = logging.getLogger("konsil.hospital")
 
@@ -121,8 +123,8 @@ class Study:
 
     @property
     def parameters(self) -> int:
-        """Parameters of the network."""
-        return sum(parameter.numel() for parameter in self.model.parameters())
+        """Trainable parameters of the network."""
+        return sum(parameter.numel() for parameter in trainable(self.model).values())
 
 
 class Hospital:
@@ -145,6 +147,7 @@ class Hospital:
         test_random: Callable[[], SecureRandom] | None = None,
     ) -> None:
         software_digest()  # of the code that was loaded, not of what an update puts in its place later
+        offer_bases(settings.pretrained)
         self.settings = settings
         self.books = books
         self.egress = EgressLog(settings)
@@ -217,6 +220,7 @@ class Hospital:
         policy, coordinator = self.settings.policy, self.settings.coordinator
         if self.settings.name not in (plan.hospitals or {self.settings.name}):
             raise PolicyError(f"study {plan.study} is for other hospitals", hint="Its plan names those that it is for.")
+        check_copy(plan.network, self.settings.pretrained)
         self._admit(plan, count_parameters(plan.network, task_of(plan)))
         known = self.books.budget.check(plan)
         if known is None or not holds(known):
@@ -298,6 +302,8 @@ class Hospital:
         self._unfinished = True
         advertisement = self._party.advertise(announcement, plan_digest=study.digest)
         self.books.budget.population_is(population.fingerprint)
+        if population.fingerprint != study.population.fingerprint:
+            forget(study.model)  # somebody has left
         study.population = population
         return Advertised(advertisement=advertisement)
 
@@ -382,7 +388,8 @@ class Hospital:
         A coordinator that was killed before it had the statement asks again, perhaps another process of this hospital.
         """
         delta = self.books.budget.finish(request.study, request.plan_digest)
-        self._studies.pop(request.study, None)
+        if (study := self._studies.pop(request.study, None)) is not None:
+            forget(study.model)
         log.info("study %s is over", request.study)
         return self.books.statement(request.study, delta)
 

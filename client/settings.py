@@ -4,6 +4,7 @@ Secrets enter as file paths only. All paths are relative to the folder of the se
 moved as one.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,6 +13,7 @@ from pydantic import AfterValidator, Field, model_validator
 from client.policy import Policy, Population
 from shared_models import config
 from shared_models.config import Frozen, LocalPath, Name
+from shared_models.plan import Digest
 
 
 def _host_and_port(address: str) -> str:
@@ -67,6 +69,7 @@ class Settings(Frozen):
         roster: The signed roster: who is in the consortium, and with which keys.
         device: ``auto`` takes CUDA when it is there, else the CPU.
         threads: Threads that torch may use.
+        pretrained: This hospital's own copies of pretrained bases that plans start from, by their digest.
     """
 
     name: Name
@@ -84,6 +87,7 @@ class Settings(Frozen):
     keys: Keys
     population: Population
     policy: Policy
+    pretrained: Mapping[Digest, LocalPath] = {}
 
     @model_validator(mode="after")
     def _knows_where_to_send(self) -> "Settings":

@@ -113,6 +113,9 @@ def simulate(
     folds: Annotated[
         int | None, typer.Option(min=2, max=20, help="Cross-validate: a study for each fold, each charged in full.")
     ] = None,
+    base: Annotated[
+        list[Path] | None, typer.Option(help="Copy of a pretrained base that the plan starts from; everybody's.")
+    ] = None,
 ) -> None:
     """Run a study with many hospitals in this one process: masks, ledgers and privacy as ever, no network."""
     from rich.console import Console
@@ -133,6 +136,7 @@ def simulate(
         threads=threads,
         json_file=json_file,
         folds=folds,
+        bases=tuple(base or ()),
     )
     run_simulation(options, Console())
 

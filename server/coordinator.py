@@ -491,7 +491,9 @@ def coordinating(settings: Settings) -> Iterator[Studies]:
     """
     from server.app import conduct  # noqa: PLC0415 - torch is only needed once studies really run
     from server.round import check_fits  # noqa: PLC0415
+    from shared_models.pretrained import offer_bases  # noqa: PLC0415
 
+    offer_bases(settings.pretrained)
     with _only_one(settings.state), closing(Store(settings.database_url)) as store, SuperLink(settings) as link:
         receipts = LastReceipts(settings.state / "last-receipts.json")
 

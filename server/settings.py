@@ -1,5 +1,6 @@
 """The coordinator's own settings, ``coordinator.toml``: where it listens, whom it knows, where it keeps its state."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -7,6 +8,7 @@ from pydantic import Field
 
 from shared_models import config
 from shared_models.config import Frozen, LocalPath
+from shared_models.plan import Digest
 
 
 class Tls(Frozen):
@@ -76,6 +78,7 @@ class Settings(Frozen):
         page: The page; without it there is none.
         log_format: Log lines for people, or as JSON.
         tensorboard: Whether rounds are written as TensorBoard's event files, too.
+        pretrained: This coordinator's own copies of pretrained bases that plans start from, by their digest.
     """
 
     host: Annotated[str, Field(min_length=1)]
@@ -89,6 +92,7 @@ class Settings(Frozen):
     page: PageSettings | None = None
     log_format: Literal["text", "json"] = "text"
     tensorboard: bool = False
+    pretrained: Mapping[Digest, LocalPath] = {}
 
     @property
     def database_url(self) -> str:

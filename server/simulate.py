@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 import tomli_w
@@ -236,6 +236,7 @@ class Options:
         threads: Of torch.
         json_file: Where to write the result for machines.
         folds: Of a cross-validation; None runs the plan once.
+        bases: Copies of pretrained bases, which every hospital and the coordinator use.
     """
 
     plan: Path
@@ -248,6 +249,7 @@ class Options:
     threads: int
     json_file: Path | None
     folds: int | None = None
+    bases: tuple[Path, ...] = ()
 
 
 def run_simulation(options: Options, console: Console) -> dict[str, Any]:
@@ -262,6 +264,7 @@ def run_simulation(options: Options, console: Console) -> dict[str, Any]:
     task = task_of(plan)
     plans = fold_plans(plan, options.folds) if options.folds else []
     hospital_app()
+    bases = _offered(plan, options.bases)
     if options.records is not None:
         chosen = hospitals_in(options.records, options.public_size)[: options.hospitals]
     else:
@@ -278,7 +281,7 @@ def run_simulation(options: Options, console: Console) -> dict[str, Any]:
         if chosen is None:
             records = folder / "records"
             chosen = write_made_up(task, records, hospitals=count, patients=options.patients, seed=options.seed)
-        lay_out(folder, chosen, plan, studies=len(plans) or 1)
+        lay_out(folder, chosen, plan, bases, studies=len(plans) or 1)
     except BaseException:
         shutil.rmtree(folder)  # nothing has run: leave nothing half-done
         raise
@@ -352,7 +355,25 @@ def hospitals_in(records: Path, public_size: int | None) -> list[ExampleHospital
     return [ExampleHospital(name=home.name, folder=home, public_size=public_size) for home in homes]
 
 
-def lay_out(folder: Path, hospitals: Iterable[ExampleHospital], plan: StudyPlan, *, studies: int = 1) -> None:
+def _offered(plan: StudyPlan, bases: Sequence[Path]) -> dict[str, Path]:
+    """The copies of pretrained bases by digest; the one that the plan starts from is read and checked."""
+    if not bases and not hasattr(plan.network, "base"):
+        return {}
+    from shared_models.pretrained import check_copy, offer_files  # noqa: PLC0415 - needs torch
+
+    copies = offer_files(bases)
+    check_copy(plan.network, copies)
+    return copies
+
+
+def lay_out(
+    folder: Path,
+    hospitals: Iterable[ExampleHospital],
+    plan: StudyPlan,
+    bases: Mapping[str, Path] = MappingProxyType({}),
+    *,
+    studies: int = 1,
+) -> None:
     """Make everybody's throw-away keys and settings, and one roster that all of them read.
 
     Budgets pay for so many ``studies`` of the plan.
@@ -369,6 +390,7 @@ def lay_out(folder: Path, hospitals: Iterable[ExampleHospital], plan: StudyPlan,
             "records": str(hospital.folder.absolute()),
             "roster": str(folder / "roster.json"),
             "keys": {"identity": "keys/identity.key", "node": "keys/node.key", "root": str(folder / "root.pub")},
+            "pretrained": {digest: str(path) for digest, path in bases.items()},
         }
         settings["population"] = settings["population"] | {"epsilon": settings["population"]["epsilon"] * studies}
         (home / "hospital.toml").write_text(tomli_w.dumps(settings), encoding="utf-8")

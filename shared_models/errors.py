@@ -25,6 +25,12 @@ class ConfigError(FederationError):
     code = "config"
 
 
+class PretrainedError(ConfigError):
+    """A pretrained base that is not here, is another one than the plan names, or is nothing that is loaded."""
+
+    code = "pretrained"
+
+
 class IdentityError(FederationError):
     """A key, certificate or signature is missing, foreign, expired or wrong."""
 

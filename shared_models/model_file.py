@@ -11,6 +11,7 @@ from torch import nn
 from shared_models.errors import ConfigError, UnsupportedFileError
 from shared_models.nets.build import build_network
 from shared_models.plan import StudyPlan, parse_plan_json
+from shared_models.pretrained import base_of
 from shared_models.tasks import task_of
 from shared_models.update import load_model, save_model
 from shared_models.versions import unsupported_format
@@ -27,9 +28,13 @@ def write_model(
     beside: Mapping[str, NDArray[np.float64]] | None = None,
     **about: str,
 ) -> None:
-    """Write a model with its plan, atomically (see ``save_model``); ``about`` adds texts such as the round."""
+    """Write a model with its plan, atomically (see ``save_model``); ``about`` adds texts such as the round.
+
+    Of a network that starts from a pretrained base, the base's digest is written, and not its weights.
+    """
+    base = base_of(plan.network)
     metadata = {"format": FORMAT, "plan": plan.canonical().decode(), "plan_digest": plan.digest()}
-    metadata |= {"intended_use": INTENDED_USE, **about}
+    metadata |= {"intended_use": INTENDED_USE, **about, **({"base": base} if base else {})}
     save_model(path, model, metadata, beside)
 
 
@@ -63,6 +68,7 @@ def read_model(path: Path) -> tuple[StudyPlan, nn.Module]:
     """Build the network that a model file names and load its parameters.
 
     Raises:
+        PretrainedError: The network starts from a base of which no copy is known here (``offer_bases``).
         ConfigError: As for ``read_about``, or its parameters do not fit the network that its plan names.
     """
     metadata = read_about(path)

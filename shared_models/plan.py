@@ -100,8 +100,53 @@ class Transformer(Evolving):
         return self
 
 
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class PretrainedEncoder(Evolving):
+    """Texts: a pretrained encoder of BERT's kind, frozen, with low-rank adapters in its top layers and a linear head.
+
+    Attributes:
+        base: Digest of the encoder's files (``pretrained.digest_of``): weights, configuration, tokenizer.
+        rank: Of each adapter.
+        alpha: What an adapter gives is scaled by alpha / rank.
+        top_layers: How many of the encoder's layers have adapters, at their queries and values; counted from the top.
+            0: only the head is trained.
+        length: Tokens of a text that are read.
+    """
+
+    name: Literal["pretrained-encoder"]
+    base: Digest
+    rank: Annotated[int, Field(ge=1, le=256)] = 4
+    alpha: Positive = 8.0
+    top_layers: Annotated[int, Field(ge=0, le=48)] = 2
+    length: Annotated[int, Field(ge=8, le=4096)] = 256
+
+
+class PretrainedCnn(Evolving):
+    """Images: the convolutions of a model that this project trained before, frozen, and a linear layer of its own.
+
+    Attributes:
+        base: Digest of the model file (``pretrained.digest_of``).
+        train_norms: Whether the scales and shifts of its group normalisations are trained too.
+    """
+
+    name: Literal["pretrained-cnn"]
+    base: Digest
+    train_norms: bool = False
+
+
 Network = Annotated[
-    LogisticRegression | ProportionalHazards | Mlp | Cnn | UNet | Lstm | Transformer, Field(discriminator="name")
+    LogisticRegression
+    | ProportionalHazards
+    | Mlp
+    | Cnn
+    | UNet
+    | Lstm
+    | Transformer
+    | PretrainedEncoder
+    | PretrainedCnn,
+    Field(discriminator="name"),
 ]
 
 

@@ -115,11 +115,16 @@ class SeriesInput(Frozen):
 
 
 class TokensInput(Frozen):
-    """Token ids, int64 of shape ``(length,)``, by ``tokens.encode``; id 0 pads."""
+    """Token ids, int64 of shape ``(length,)``; id 0 pads.
+
+    Attributes:
+        base: Whose tokenizer gives the ids: a pretrained base's, by digest. None: ``tokens.encode``.
+    """
 
     kind: Literal["tokens"] = "tokens"
     vocabulary: Annotated[int, Field(ge=2, le=10_000_000)]
     length: Annotated[int, Field(ge=1, le=100_000)]
+    base: str | None = None
 
 
 class Choice(Frozen):
@@ -671,12 +676,15 @@ TASKS: Mapping[str, Task] = MappingProxyType(
 
 
 def task_of(plan: "StudyPlan") -> Task:
-    """The plan's task, with the class weights that the plan gives it.
+    """The plan's task, with inputs as its network takes them, and the class weights that the plan gives it.
+
+    A pretrained encoder has tokens of its own: with it, a task on texts is the same task in these.
 
     Raises:
         ConfigError: The task is not installed here, has no such classes, or inputs that cannot be changed so.
+        PretrainedError: The base that the network starts from is not here.
     """
-    task = find_task(plan.task)
+    task = _in_tokens_of(plan, find_task(plan.task))
     if plan.training.augmentation is not None:
         _check_augmentation(task, plan.training.augmentation)
     weights = plan.training.class_weights
@@ -696,6 +704,17 @@ def task_of(plan: "StudyPlan") -> Task:
         head.model_copy(update={"weights": weights[head.name]}) if head.name in weights else head for head in task.heads
     )
     return task.model_copy(update={"heads": tuple(heads)}) if weights else task
+
+
+def _in_tokens_of(plan: "StudyPlan", task: Task) -> Task:
+    network = plan.network
+    if network.name != "pretrained-encoder" or not isinstance(task.input, TokensInput):
+        return task
+    from shared_models.pretrained import find_encoder  # noqa: PLC0415 - needs torch, which this file does not
+
+    vocabulary = find_encoder(network.base).shape["vocab_size"]
+    tokens = TokensInput(vocabulary=vocabulary, length=network.length, base=network.base)
+    return task.model_copy(update={"input": tokens})
 
 
 def _check_augmentation(task: Task, augmentation: "Augmentation") -> None:

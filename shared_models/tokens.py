@@ -26,6 +26,11 @@ def words(text: str) -> list[str]:
     return [_DIGIT.sub("0", word) for word in _WORD.findall(plain)]
 
 
+def blurred(text: str) -> str:
+    """A text with each digit a 0, for a tokenizer that somebody else trained and that wants sentences."""
+    return _DIGIT.sub("0", unicodedata.normalize("NFKC", text))
+
+
 def token(word: str, *, vocabulary: int) -> int:
     """The id of a word, from 1 to ``vocabulary - 1``.
 

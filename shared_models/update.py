@@ -19,18 +19,23 @@ from shared_models.errors import ConfigError, ProtocolError
 from shared_models.plan import PrivacyPlan, TrainingPlan
 
 
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that training moves, by name, in the model's own order. A frozen base's never travel."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
 def parameters_to_vector(model: nn.Module) -> NDArray[np.float32]:
-    """All parameters as one vector, in the order of ``model.named_parameters()``.
+    """All trainable parameters as one vector, in the order of ``model.named_parameters()``.
 
     Returns:
         A copy, shape ``(d,)``: later training does not change it.
     """
-    parts = [parameter.detach().cpu().numpy().ravel() for parameter in model.parameters()]
+    parts = [parameter.detach().cpu().numpy().ravel() for parameter in trainable(model).values()]
     return np.concatenate(parts, dtype=np.float32)
 
 
 def vector_to_parameters(vector: NDArray[np.float32], model: nn.Module) -> None:
-    """Write a vector into a model's parameters, in the order of ``model.named_parameters()``.
+    """Write a vector into a model's trainable parameters, in the order of ``model.named_parameters()``.
 
     Guarantees:
         * ``parameters_to_vector`` of the model is then ``vector``, bit for bit.
@@ -39,7 +44,7 @@ def vector_to_parameters(vector: NDArray[np.float32], model: nn.Module) -> None:
     Raises:
         ProtocolError: As for ``check_vector``.
     """
-    parameters = list(model.parameters())
+    parameters = list(trainable(model).values())
     check_vector(vector, sum(parameter.numel() for parameter in parameters))
     flat = torch.from_numpy(vector.copy())  # a received vector may be read-only memory, which torch does not know
     with torch.no_grad():
@@ -133,7 +138,7 @@ BESIDE = "beside/"  # before the name of an array that is no parameter; no param
 def save_model(
     path: Path, model: nn.Module, metadata: Mapping[str, str], beside: Mapping[str, NDArray[np.float64]] | None = None
 ) -> None:
-    """Write a model to a safetensors file, tensors by parameter name.
+    """Write a model's trainable parameters to a safetensors file, tensors by parameter name.
 
     ``beside`` adds arrays that are no parameters; whoever loads the model leaves them alone.
 
@@ -145,7 +150,7 @@ def save_model(
     Raises:
         ConfigError: The file cannot be written; no temporary file is left behind.
     """
-    tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in model.named_parameters()}
+    tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in trainable(model).items()}
     tensors |= {BESIDE + name: torch.from_numpy(array) for name, array in (beside or {}).items()}
     content = _serialize(tensors, metadata)
     try:
@@ -182,7 +187,7 @@ def load_model(path: Path, model: nn.Module) -> dict[str, str]:
         metadata = dict(file.metadata() or {})
         names = [name for name in file.keys() if not name.startswith(BESIDE)]  # noqa: SIM118 - no dictionary
         tensors = {name: file.get_tensor(name) for name in names}
-    parameters = dict(model.named_parameters())
+    parameters = trainable(model)
     problem = _mismatch(tensors, parameters)
     if problem:
         raise ConfigError(f"model {path} does not fit the network: {problem}", hint="Use the plan it was trained with.")

@@ -178,7 +178,15 @@ class Study:
     delta: float
 
 
-def run_study(plan: Path, records: Path, folder: Path, *, seed: int, public_size: int | None = None) -> Study:
+def run_study(
+    plan: Path,
+    records: Path,
+    folder: Path,
+    *,
+    seed: int,
+    public_size: int | None = None,
+    bases: tuple[Path, ...] = (),
+) -> Study:
     """Run a study with ledgers, masks and noise over all hospitals of a folder, in this process.
 
     Args:
@@ -187,6 +195,7 @@ def run_study(plan: Path, records: Path, folder: Path, *, seed: int, public_size
         folder: Where the study's files go; must not exist. The plan that is run lies beside it.
         seed: Of the initial parameters, in place of the plan's; noise and sampling are fresh in any case.
         public_size: Of each hospital; None where ``example.json`` says it, as ``write_example`` leaves it.
+        bases: Copies of pretrained bases that the plan starts from.
 
     Raises:
         FederationError: What stopped it.
@@ -203,6 +212,7 @@ def run_study(plan: Path, records: Path, folder: Path, *, seed: int, public_size
         seed=0,
         threads=1,
         json_file=None,
+        bases=bases,
     )
     report = run_simulation(options, Console(file=io.StringIO()))
     hospitals = report["hospitals"].values()

@@ -8,8 +8,9 @@ from client.records.frames import Flags, check_header, refuse, texts
 from client.records.identifiers import found_in, is_identifier, masked
 from client.records.manifest import TEXT, Manifest
 from shared_models.errors import RecordsError
+from shared_models.pretrained import find_encoder
 from shared_models.tasks import TokensInput
-from shared_models.tokens import encode
+from shared_models.tokens import encode, words
 
 
 def read_texts(manifest: Manifest, schema: TokensInput, frame: pd.DataFrame) -> NDArray[np.int64]:
@@ -17,7 +18,7 @@ def read_texts(manifest: Manifest, schema: TokensInput, frame: pd.DataFrame) -> 
 
     Args:
         manifest: Names the column, and says what becomes of a text in which something looks like an identifier.
-        schema: Vocabulary and length.
+        schema: Vocabulary and length, and whose tokenizer it is: the same guard stands before each.
         frame: A row per text.
 
     Returns:
@@ -39,9 +40,15 @@ def read_texts(manifest: Manifest, schema: TokensInput, frame: pd.DataFrame) -> 
         cells = cells.map(masked)
     else:
         _refuse_found(manifest, frame, column, [found_in(cell) for cell in cells])
-    tokens = np.stack([encode(cell, vocabulary=schema.vocabulary, length=schema.length) for cell in cells])
-    refuse(manifest, frame, column, np.logical_not(tokens.any(axis=1)), "the text has no word", quoted=False)
-    return tokens
+    empty = np.array([not words(cell) for cell in cells], dtype=np.bool_)
+    refuse(manifest, frame, column, empty, "the text has no word", quoted=False)
+    return np.stack([_tokens(cell, schema) for cell in cells])
+
+
+def _tokens(text: str, schema: TokensInput) -> NDArray[np.int64]:
+    if schema.base is not None:
+        return find_encoder(schema.base).encode(text, length=schema.length)
+    return encode(text, vocabulary=schema.vocabulary, length=schema.length)
 
 
 def _refuse_found(manifest: Manifest, frame: pd.DataFrame, column: str, found: list[str | None]) -> None:

@@ -7,15 +7,20 @@ from shared_models import plan
 from shared_models.errors import ConfigError
 from shared_models.nets.cnn import Cnn
 from shared_models.nets.lstm import Lstm
+from shared_models.nets.pretrained import PretrainedCnn, PretrainedEncoder
 from shared_models.nets.tabular import ProportionalHazards, logistic_regression, mlp
 from shared_models.nets.transformer import Series, Tokens, Transformer
 from shared_models.nets.unet import UNet
+from shared_models.pretrained import find_body, find_encoder
 from shared_models.tasks import ImageInput, Outline, SeriesInput, Survival, TableInput, Task, TokensInput
+from shared_models.update import trainable
 
 # Layers whose per-record gradients are tested against brute force, and parameter-free ones that work record by record.
+# A frozen layer of the list gets no gradient of its own and passes on that of its input, record by record.
 SUPPORTED_LAYERS = frozenset(
-    {nn.Linear, nn.Conv2d, nn.Embedding, nn.GroupNorm, nn.LayerNorm, nn.ReLU, nn.GELU, nn.MaxPool2d}
+    {nn.Linear, nn.Conv2d, nn.Embedding, nn.GroupNorm, nn.LayerNorm, nn.ReLU, nn.GELU, nn.MaxPool2d, nn.Identity}
 )
+_CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict)
 
 
 def build_network(network: plan.Network, task: Task, *, seed: int) -> nn.Module:
@@ -28,7 +33,7 @@ def build_network(network: plan.Network, task: Task, *, seed: int) -> nn.Module:
           on another record.
 
     Raises:
-        ConfigError: The network does not take the task's kind of input.
+        ConfigError: The network does not take the task's kind of input, or the base that it starts from is not here.
     """
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPUs' generators too
@@ -38,13 +43,13 @@ def build_network(network: plan.Network, task: Task, *, seed: int) -> nn.Module:
 
 
 def count_parameters(network: plan.Network, task: Task) -> int:
-    """Parameters of a plan's network, without the memory that they would take.
+    """Trainable parameters of a plan's network: those that travel; without the memory that they would take.
 
     Raises:
-        ConfigError: The network does not take the task's kind of input.
+        ConfigError: The network does not take the task's kind of input, or the base that it starts from is not here.
     """
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in _construct(network, task).parameters())
+        return sum(parameter.numel() for parameter in trainable(_construct(network, task)).values())
 
 
 def _construct(network: plan.Network, task: Task) -> nn.Module:
@@ -59,7 +64,8 @@ def _construct(network: plan.Network, task: Task) -> nn.Module:
     raise ConfigError(
         f"network {network.name} cannot be built for task {task.name}, whose inputs are of kind {task.input.kind}",
         hint="Tables take logistic-regression, mlp or, for the time to an event, proportional-hazards; images a cnn of "
-        "at least one block or, for an outline, a unet; series lstm or transformer; tokens transformer.",
+        "at least one block or, for an outline, a unet; series lstm or transformer; tokens transformer; "
+        "a pretrained-cnn takes images, a pretrained-encoder texts.",
     )
 
 
@@ -80,6 +86,8 @@ def _for_images(network: plan.Network, task: Task) -> nn.Module | None:
             return UNet(image.channels, channels)
         case plan.Cnn(channels=channels), ImageInput() as image if channels and not _is(Outline, task):
             return Cnn(image.channels, max(image.height, image.width), channels, task.outputs)
+        case plan.PretrainedCnn(base=base) as shape, ImageInput() as image if not _is(Outline, task):
+            return PretrainedCnn(find_body(base), shape, image, task.outputs)
     return None
 
 
@@ -92,6 +100,8 @@ def _for_positions(network: plan.Network, task: Task) -> nn.Module | None:
         case plan.Transformer() as shape, SeriesInput(variables=variables, steps=steps):
             series = Series(len(variables), shape.width, carry_forward=shape.carry_forward)
             return Transformer(series, steps, shape, task.outputs)
+        case plan.PretrainedEncoder(base=base) as shape, TokensInput(base=tokens) if tokens == base:
+            return PretrainedEncoder(find_encoder(base), shape, task.outputs)
     return None
 
 
@@ -110,7 +120,7 @@ def check_supported(model: nn.Module) -> None:
         ConfigError: A layer is not on the list; the message names it.
     """
     for name, module in model.named_modules():
-        if _is_layer(module) and type(module) not in SUPPORTED_LAYERS:
+        if _is_layer(module) and not _is_supported(module):
             raise ConfigError(
                 f"layer {name or '(the whole model)'} is a {type(module).__name__}, which is not supported",
                 hint="Batch normalisation mixes patients; use GroupNorm. Supported: "
@@ -118,6 +128,12 @@ def check_supported(model: nn.Module) -> None:
             )
 
 
+def _is_supported(module: nn.Module) -> bool:
+    if isinstance(module, nn.Dropout):
+        return module.p == 0  # it would draw from torch's global generator
+    return type(module) in SUPPORTED_LAYERS
+
+
 def _is_layer(module: nn.Module) -> bool:
     owned = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-    return bool(owned) or next(module.children(), None) is None
+    return bool(owned) or (next(module.children(), None) is None and not isinstance(module, _CONTAINERS))

@@ -68,7 +68,7 @@ class Transformer(nn.Module):
         attended = (present | ~present.any(dim=1, keepdim=True))[:, None, None, :]
         for layer in self.layers:
             vectors = layer(vectors, attended)
-        logits: Tensor = self.head(_mean_of(self.norm(vectors), present))
+        logits: Tensor = self.head(mean_of(self.norm(vectors), present))
         return logits
 
 
@@ -99,7 +99,7 @@ class _EncoderLayer(nn.Module):
         return result
 
 
-def _mean_of(vectors: Tensor, present: Tensor) -> Tensor:
+def mean_of(vectors: Tensor, present: Tensor) -> Tensor:
     """Mean over the positions that are there, shape ``(n, width)``; zero where there are none."""
     weights = present.to(vectors.dtype).unsqueeze(2)
     return (vectors * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)

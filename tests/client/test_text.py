@@ -12,8 +12,10 @@ from client.records.manifest import read_manifest
 from client.records.report import summarise
 from client.records.tabular import checked_table, read_table
 from shared_models.errors import RecordsError
-from shared_models.tasks import NOTE_SPECIALTY, Task, TokensInput
+from shared_models.pretrained import find_encoder, offer_bases
+from shared_models.tasks import NOTE_SPECIALTY, Task, TokensInput, task_of
 from shared_models.tokens import encode
+from tests.tiny_bases import text_plan, write_encoder
 
 TASK: Task = NOTE_SPECIALTY.model_copy(update={"input": TokensInput(vocabulary=100, length=4)})
 MANIFEST: dict[str, Any] = {
@@ -111,3 +113,31 @@ def test_what_is_no_text_is_refused(tmp_path: Path) -> None:
     lines = (tmp_path / "notes.jsonl").read_text(encoding="utf-8").replace('"note"', '"Address": "x", "note"')
     (tmp_path / "notes.jsonl").write_text(lines, encoding="utf-8")
     assert "notes.jsonl holds what identifies patients: 'Address'" in refusal(tmp_path)
+
+
+def test_a_pretrained_tokenizer_stands_behind_the_same_guard(tmp_path: Path) -> None:
+    """Its own tokens, cut and padded, of the same file; what looks like an identifier is refused, or masked before."""
+    digest = write_encoder(tmp_path / "base")
+    offer_bases({digest: tmp_path / "base"})
+    task = task_of(text_plan(digest, length=8))
+    write(tmp_path, ["Left kidney stone, 7 mm", "The eye: 12 cataracts."])
+
+    records, _ = read_table(read_manifest(tmp_path), task, split_key=b"key")
+
+    encoder = find_encoder(digest)
+    pieces = [[encoder.tokenizer.id_to_token(number) for number in row if number] for row in records.inputs[:].tolist()]
+    assert pieces == [
+        ["[CLS]", "left", "kidney", "stone", ",", "0", "[UNK]", "[SEP]"],
+        ["[CLS]", "the", "eye", "[UNK]", "0", "##0", "cataract", "[SEP]"],
+    ]
+    write(tmp_path, ["The eye.", "Kidney stone; call 0171 5559 4433 or mail jo@example.org."])
+    with pytest.raises(RecordsError, match="looks as if it held"):
+        read_table(read_manifest(tmp_path), task, split_key=b"key")
+    write(tmp_path, ["The eye.", "Kidney stone; mail jo@example.org."], found_in_text="mask")
+    masked, _ = read_table(read_manifest(tmp_path), task, split_key=b"key")
+    write(tmp_path, ["The eye.", "Kidney stone; mail al@example.com."], found_in_text="mask")
+    other, _ = read_table(read_manifest(tmp_path), task, split_key=b"key")
+    assert masked.inputs[:].tolist() == other.inputs[:].tolist()
+    write(tmp_path, ["The eye.", "..."])
+    with pytest.raises(RecordsError, match="no word"):
+        read_table(read_manifest(tmp_path), task, split_key=b"key")

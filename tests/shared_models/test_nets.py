@@ -1,6 +1,7 @@
 """Networks: built from a plan, the same for everyone, free of batch normalisation, record by record, and they learn."""
 
 import math
+from pathlib import Path
 from typing import Final
 
 import pytest
@@ -14,6 +15,7 @@ from shared_models.errors import ConfigError
 from shared_models.nets.build import SUPPORTED_LAYERS, build_network, check_supported, count_parameters
 from shared_models.nets.losses import loss_per_record, scores
 from shared_models.nets.lstm import observe
+from shared_models.pretrained import offer_bases
 from shared_models.tasks import (
     Choice,
     Head,
@@ -25,8 +27,10 @@ from shared_models.tasks import (
     TableInput,
     Task,
     TokensInput,
+    task_of,
 )
 from shared_models.update import parameters_to_vector
+from tests.tiny_bases import text_plan, write_encoder
 
 LENGTH: Final = 6
 VARIABLES = tuple(Numeric(name=f"v{i}", unit="mmol/l", low=0, high=1) for i in range(3))
@@ -353,10 +357,14 @@ def test_a_layer_that_is_not_on_the_tested_list_is_refused(layer: nn.Module) -> 
         check_supported(nn.Sequential(nn.Linear(3, 3), layer))
 
 
-def test_the_tested_list_holds_no_layer_that_no_network_uses() -> None:
+def test_the_tested_list_holds_no_layer_that_no_network_uses(tmp_path: Path) -> None:
     """A layer without a network here would be on the list untested."""
     used = {
         type(module) for network, task in NETWORKS.values() for module in build_network(network, task, seed=0).modules()
     }
+    digest = write_encoder(tmp_path)
+    offer_bases({digest: tmp_path})
+    pretrained = text_plan(digest)
+    used |= {type(m) for m in build_network(pretrained.network, task_of(pretrained), seed=0).modules()}
 
     assert used >= SUPPORTED_LAYERS

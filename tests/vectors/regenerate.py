@@ -39,6 +39,8 @@ from shared_models.messages import (
     signed_receipt,
 )
 from shared_models.metrics import compute_metrics, record_statistics
+from shared_models.plan import StudyPlan
+from shared_models.pretrained import ENCODER_FILES, digest_of
 from shared_models.privacy.checkpoint import SIGNED, Checkpoint, SignedCheckpoint
 from shared_models.privacy.conformance import CanaryAudit, Check, Conformance
 from shared_models.privacy.entries import GENESIS, BudgetTerms, Chain, Entry, Reserved, StudyLimit, possession
@@ -62,6 +64,15 @@ FILE = Path(__file__).with_name("known_answers.json")
 RELEASING = changed(
     example_plan("breast-cancer", 4), evaluation={"every": 1, "clip": 1.0, "noise_multiplier": 40.0, "bins": 20}
 )
+
+
+def _on_a_base(task: str, **network: Any) -> StudyPlan:
+    """The example's plan for another task, on a pretrained base."""
+    plan = example_plan("breast-cancer", 4)
+    fields = plan.model_dump(mode="json") | {"task": task, "network": network}
+    return StudyPlan.model_validate_json(json.dumps(fields))
+
+
 # The first three use no field that was added after 0.1.0: their texts were recorded before there were any.
 PLANS = {
     "breast-cancer": example_plan("breast-cancer", 4),
@@ -95,6 +106,8 @@ PLANS = {
         network={"name": "lstm", "hidden": 8, "carry_forward": True},
     ),
     "fold": changed(RELEASING, fold={"index": 2, "count": 5}),
+    "pretrained-encoder": _on_a_base("note-specialty", name="pretrained-encoder", base="a" * 64, rank=8, length=128),
+    "pretrained-cnn": _on_a_base("pneumonia", name="pretrained-cnn", base="b" * 64),
 }
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 NEW_KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(1, 33)))
@@ -117,6 +130,14 @@ ROSTER = UnsignedRoster(
     ),
     root_fingerprint=fingerprint(public_bytes(KEY)),
 )
+
+
+def _base_digest() -> dict[str, str]:
+    """Of files whose contents are their own names: an encoder's folder, and a model file."""
+    with TemporaryDirectory() as folder:
+        for name in ENCODER_FILES:
+            (Path(folder) / name).write_text(name, encoding="utf-8")
+        return {"encoder": digest_of(Path(folder)), "model": digest_of(Path(folder) / "model.safetensors")}
 
 
 def known_answers() -> dict[str, Any]:
@@ -155,6 +176,7 @@ def known_answers() -> dict[str, Any]:
         "plan": {
             name: {"canonical": plan.canonical().decode(), "digest": plan.digest()} for name, plan in PLANS.items()
         },
+        "base_digest": _base_digest(),
         "vector_digest": vector_digest(vector),
         "encoding": {purpose: asdict(code) for purpose, code in encodings.items()},
         "encoding_of_subgroups": asdict(encoding(PLANS["subgroups"], "evaluate", parameters=31, hospitals=4)),
