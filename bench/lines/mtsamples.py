@@ -24,13 +24,12 @@ from client.records.manifest import read_manifest
 from client.records.records import Records
 from client.records.tabular import read_table
 from lines.training import PLANS, mean_and_sd, measure_model, pool, run_study
-from server.examples import 
-from shared_models.public_data import declared_size
 from shared_models.encoding import NULL_COORDINATES, public_weight
 from shared_models.errors import ConfigError
 from shared_models.nets.build import build_network, count_parameters
 from shared_models.plan import StudyPlan, read_plan
 from shared_models.pretrained import offer_files
+from shared_models.public_data import declared_size
 from shared_models.tasks import Task, task_of
 from shared_models.update import parameters_to_vector, vector_to_parameters
 
