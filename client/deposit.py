@@ -30,6 +30,7 @@ from shared_models.errors import (
     CheckpointError,
     ConfigError,
     DepositError,
+    DepositUnderWayError,
     FederationError,
     LedgerError,
     PolicyError,
@@ -224,6 +225,9 @@ class Courier:
         """Whether it need not be tried again: it was sent, or would be refused again."""
         try:
             leave()
+        except DepositUnderWayError as waits:  # the one before broke off, and the other side has not noticed yet
+            log.warning("what is left for auditors waits: %s", waits)
+            return False
         except (CheckpointError, DepositError) as refused:
             log.error("%s (%s)", refused, refused.hint)  # noqa: TRY400 - no traceback for what is known
         except FederationError as error:

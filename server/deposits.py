@@ -15,7 +15,7 @@ from pathlib import Path
 
 from shared_models.control.deposits import BUNDLE, CHECKPOINTS, bundle_name
 from shared_models.durable import append_whole, sync_folder
-from shared_models.errors import CheckpointError, DepositError, EvidenceError, TransferError
+from shared_models.errors import CheckpointError, DepositError, DepositUnderWayError, EvidenceError, TransferError
 from shared_models.privacy.checkpoint import LONGEST_LINE, CheckpointHistory, SignedCheckpoint, read_checkpoint
 from shared_models.privacy.evidence import read_manifest
 
@@ -107,11 +107,12 @@ class Deposits:
         """A bundle that comes in parts, to be closed; one at a time of each hospital.
 
         Raises:
-            DepositError: One is coming already, or the disk does not take it.
+            DepositUnderWayError: One is coming already.
+            DepositError: The disk does not take it.
         """
         with self._turn:
             if hospital in self._bundling:
-                raise DepositError(f"a bundle of {hospital} is coming already", hint="Wait for its end.")
+                raise DepositUnderWayError(f"a bundle of {hospital} is coming already", hint="Wait for its end.")
             with _explained(hospital):
                 incoming = Incoming(hospital, self._own(hospital), lambda: self._bundling.discard(hospital))
             self._bundling.add(hospital)

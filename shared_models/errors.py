@@ -265,6 +265,12 @@ class DepositError(FederationError):
     code = "deposit"
 
 
+class DepositUnderWayError(DepositError):
+    """A deposit of the same hospital is coming already, or the connection that it came by has broken unnoticed."""
+
+    code = "deposit-under-way"
+
+
 class AuditError(FederationError):
     """The coordinator's audit log is damaged, was changed, or cannot be written: no call is answered."""
 

@@ -57,7 +57,7 @@ from tests.network import enter
 KILLED = -signal.SIGKILL
 SYSTEM = ("write", "pwrite", "fsync", "fdatasync", "replace", "rename", "link", "urandom")
 STAGES = ("enrol", "advertise", "share", "train", "evaluate", "agree", "unmask", "finish")
-READS = ("before train/select", "before evaluate/select")  # the self-check of a network selects made-up records
+READS = ("before train/select", "before evaluate/parts")  # the self-check of a network selects made-up records
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
@@ -143,6 +143,7 @@ class Fuse:
         self._wrap_in(client.round, "vector_to_parameters", "load")
         self._wrap_in(PoissonLoader, "draw", "draw")
         self._wrap_in(Records, "select", "select")
+        self._wrap_in(Records, "parts", "parts")
         self._wrap_in(client.dp_sgd, "add_noise", "noise")
         self._wrap_in(Positions, "advance", "position")
         self._wrap_in(Ledger, "append", lambda _, kind, **__: kind)

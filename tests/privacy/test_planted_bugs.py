@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from opacus.grad_sample import GradSampleModule
+from opacus import grad_sample
 from torch import Tensor, nn
 
 from client import cli, dp_sgd
@@ -161,7 +161,7 @@ def test_conformance_finds_a_bug_in_the_trainer(
 
 def with_batch_norm(patch: Patch) -> None:
     """Somebody adds BatchNorm to the networks, to the list of tested layers, and quietens Opacus."""
-    right, wrap = tabular.mlp, GradSampleModule
+    right, wrap = tabular.mlp, grad_sample.GradSampleModule
 
     def mlp(width: int, hidden: Any, outputs: int) -> nn.Sequential:
         first, *rest = right(width, hidden, outputs)
@@ -169,7 +169,7 @@ def with_batch_norm(patch: Patch) -> None:
 
     patch.setattr(build, "mlp", mlp)
     patch.setattr(build, "SUPPORTED_LAYERS", build.SUPPORTED_LAYERS | {nn.BatchNorm1d})
-    patch.setattr(dp_sgd, "GradSampleModule", lambda model, **k: wrap(model, **k | {"strict": False}))
+    patch.setattr(grad_sample, "GradSampleModule", lambda model, **k: wrap(model, **k | {"strict": False}))
 
 
 def test_conformance_finds_batch_norm(monkeypatch: Patch) -> None:

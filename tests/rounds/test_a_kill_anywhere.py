@@ -61,7 +61,7 @@ BRIEF = (
     "before agree",
     "after unmask/transcript",
     "before evaluate/charge/pwrite",
-    "before evaluate/select",
+    "before evaluate/parts",
     "after evaluate/sign",
 )
 

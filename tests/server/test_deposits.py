@@ -254,7 +254,7 @@ def test_a_deposit_that_is_cut_off_leaves_nothing_and_can_be_sent_again(own: Cal
         ends = Counter(entry.code for entry in centre.log() if entry.kind == "done")
 
     assert set(stored(centre)) == {f"north/{bundle_name(hashlib.sha256(data).hexdigest())}"}
-    assert ends["deposit"] == ends[None] == 1
+    assert ends["deposit-under-way"] == ends[None] == 1
     assert ends["cancelled"] + ends["malformed-call"] == 1  # whichever the service notices first
 
 
