@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from client import cli_conformance, cli_enrol, cli_evaluate, cli_use
-from client.cli_use import Bases
+from client.cli_use import Bases, RecordsFolder
 from shared_models import terminal
 
 if TYPE_CHECKING:
@@ -37,7 +37,6 @@ app.add_typer(ledger_app, name="ledger")
 
 SettingsFile = Annotated[Path, typer.Argument(help="The hospital's settings, hospital.toml.")]
 Study = Annotated[str, typer.Argument(help="Name of the study, as `studies` lists it.")]
-RecordsFolder = Annotated[Path, typer.Option("--records", help="Folder with manifest.toml and the data it names.")]
 
 
 @app.command()

@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response
@@ -34,7 +33,7 @@ from client.records.manifest import IMAGES, Manifest
 from client.records.tabular import encode_rows
 from client.usable import UsableModel
 from shared_models.errors import ConfigError, FederationError, RecordsError
-from shared_models.listening import Brief, address, is_loopback, listen, load_tls, names_loopback, read_token
+from shared_models.listening import address, brief_server, is_loopback, listen, names_loopback, read_token
 from shared_models.tasks import Choice, Head, ImageInput, Survival, TableInput, Task
 
 log = logging.getLogger("konsil.serve")
@@ -89,25 +88,11 @@ def serve(model: UsableModel, place: Place) -> None:
         IdentityError: The token file or the TLS files cannot be used.
     """
     app = guarded(make_app(model), place)
-    files: dict[str, Any] = {}
-    if place.certificate and place.key:
-        files = {"ssl_certfile": place.certificate, "ssl_keyfile": place.key}
-    config = uvicorn.Config(
-        app,
-        log_config=None,
-        access_log=False,
-        lifespan="off",
-        proxy_headers=False,
-        server_header=False,
-        http=Brief,
-        ws="none",
-        timeout_graceful_shutdown=3,
-        **files,
-    )
-    server = uvicorn.Server(load_tls(config, hint="Check --certificate and --key."))
+    tls = (place.certificate, place.key) if place.certificate and place.key else None
+    server = brief_server(app, tls=tls, hint="Check --certificate and --key.")
     with listen(place.host, place.port, hint="Stop what uses the port, or choose another: --port.") as listener:
         host, port = listener.getsockname()[:2]
-        log.info("%s://%s answers for %s", "https" if files else "http", address(host, port), model.task.name)
+        log.info("%s://%s answers for %s", "https" if tls else "http", address(host, port), model.task.name)
         signal.signal(signal.SIGTERM, lambda *_: setattr(server, "should_exit", True))
         server.run(sockets=[listener])
 

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
 
-import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, RedirectResponse, Response
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -32,7 +31,7 @@ from server.standing import Standing, clock, first_metrics
 from server.studies import Studies, StudyStatus
 from shared_models.curves import Chart, Points, chart
 from shared_models.errors import ConfigError, FederationError, UnknownStudyError
-from shared_models.listening import Brief, address, is_loopback, listen, load_tls, names_loopback, read_token
+from shared_models.listening import address, brief_server, is_loopback, listen, names_loopback, read_token
 
 log = logging.getLogger("konsil.page")
 
@@ -391,7 +390,9 @@ def serving(settings: Settings, studies: Studies) -> Iterator[None]:
     viewers = Viewers(None if page.token_file is None else read_token(page.token_file, hint=_MAKE_TOKEN))
     cookie = "konsil" if loopback else "__Host-konsil"  # the prefix keeps other hosts from setting it
     app = make_app(studies, viewers, cookie=cookie, secure=not loopback)
-    server = uvicorn.Server(_config(Guard(app, viewers, cookie=cookie, loopback=loopback), settings, tls=not loopback))
+    tls = None if loopback else (settings.tls.certificate, settings.tls.key)
+    guard = Guard(app, viewers, cookie=cookie, loopback=loopback)
+    server = brief_server(guard, tls=tls, hint="Check [tls] in the settings.")
     with listen(page.host, page.port, hint="Stop what uses the port, or choose another in [page].") as listener:
         thread = threading.Thread(target=server.run, args=([listener],), name="page", daemon=True)
         thread.start()
@@ -405,22 +406,3 @@ def serving(settings: Settings, studies: Studies) -> Iterator[None]:
         finally:
             server.should_exit = True
             thread.join(timeout=10)
-
-
-def _config(app: Any, settings: Settings, *, tls: bool) -> uvicorn.Config:
-    files: dict[str, Any] = {}
-    if tls:
-        files = {"ssl_certfile": settings.tls.certificate, "ssl_keyfile": settings.tls.key}
-    config = uvicorn.Config(
-        app,
-        log_config=None,
-        access_log=False,
-        lifespan="off",
-        proxy_headers=False,
-        server_header=False,
-        http=Brief,
-        ws="none",
-        timeout_graceful_shutdown=3,
-        **files,
-    )
-    return load_tls(config, hint="Check [tls] in the settings.")

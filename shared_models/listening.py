@@ -6,6 +6,7 @@ import os
 import socket
 import ssl
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -95,6 +96,34 @@ def read_token(path: Path, *, hint: str) -> str:
     if len(token) < SHORTEST_TOKEN:
         raise IdentityError(f"the token in {path} is shorter than {SHORTEST_TOKEN} characters", hint=hint)
     return token
+
+
+def brief_server(app: Any, *, tls: tuple[Path, Path] | None, hint: str) -> uvicorn.Server:
+    """A server of brief connections that logs nothing of its own, believes no proxy and says not what it is.
+
+    Args:
+        app: What answers, by ASGI.
+        tls: Certificate and key; None speaks plain HTTP.
+        hint: What to do where these cannot be used.
+
+    Raises:
+        IdentityError: A TLS file cannot be used.
+    """
+    certificate, key = tls or (None, None)
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        proxy_headers=False,
+        server_header=False,
+        http=Brief,
+        ws="none",
+        timeout_graceful_shutdown=3,
+        ssl_certfile=certificate,
+        ssl_keyfile=key,
+    )
+    return uvicorn.Server(load_tls(config, hint=hint))
 
 
 def load_tls(config: uvicorn.Config, *, hint: str) -> uvicorn.Config:
