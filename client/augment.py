@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from client.randomness import SecureRandom
 from client.records.records import Records, Rows
+from client.records.series import elapsed
 from shared_models.plan import Augmentation
 from shared_models.tasks import SeriesInput, Task
 
@@ -104,17 +105,9 @@ def _change_series(series: Tensor, augmentation: Augmentation, generator: torch.
     values, mask, since = series.chunk(3, dim=2)
     if augmentation.drop:
         mask = mask * (torch.rand(mask.shape, generator=generator) >= augmentation.drop)
-        since = _elapsed(mask)
+        since = torch.from_numpy(elapsed(mask.numpy() > 0))
     values = torch.where(mask > 0, _revalued(values, augmentation, generator), 0.0)
     return torch.cat([values, mask, since], dim=2)
-
-
-def _elapsed(mask: Tensor) -> Tensor:
-    """Steps since each variable was last seen before each step; since the start where it never was."""
-    steps = torch.arange(mask.shape[1], dtype=mask.dtype)[None, :, None]
-    last = torch.where(mask > 0, steps, 0.0).cummax(dim=1).values
-    before = torch.cat([torch.zeros_like(last[:, :1]), last[:, :-1]], dim=1)
-    return steps - before
 
 
 def _between(count: int, extent: float, generator: torch.Generator) -> Tensor:
