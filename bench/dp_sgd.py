@@ -4,13 +4,19 @@ A plain step is the identical network, eager, in the same process and with as ma
 backward, ``torch.optim.SGD``. Ours is ``client.dp_sgd.local_steps``, with everybody drawn, noise included. Opacus's
 modes are its own privacy engine with its own noise: hooks, functorch, expanded weights (``ew``) and ghost clipping.
 
-All contenders take turns in one process; the figures are medians of processor seconds per step over the repeats, so
-that other work on the machine counts little (with one thread, on a quiet machine, that is the time it takes). Memory is
-how far a fresh process grows from before the network is built to the highest point of three steps. A mode that cannot
-run a network is left out, with the reason. ``NAME_opacus_best`` is the fastest of Opacus's modes over plain SGD.
+All contenders take turns in one process; the figures are medians over the repeats. On the processor they are processor
+seconds per step with one thread, so that other work on the machine counts little; memory is how far a fresh process
+grows from before the network is built to the highest point of three steps. On a GPU (``--device cuda``) they are
+seconds on the clock, the GPU's work included, and the highest point of torch's own memory; ``ours-bf16`` joins in, and
+for the Transformer there is the part of the chip's measured bf16 matrix rate that ours reaches. A mode that cannot run
+a network is left out, with the reason. ``NAME_opacus_best`` is the fastest of Opacus's modes over plain SGD.
+
+``lora`` is a BERT of MiniLM's shape with made-up weights, adapters of rank 4 in its top two layers. What the frozen
+layers give is computed once for each record, by every contender but the modes that work on functions.
 """
 
 import argparse
+import functools
 import json
 import multiprocessing
 import statistics
@@ -20,13 +26,17 @@ import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from opacus import PrivacyEngine
+from tokenizers import Tokenizer
+from tokenizers.models import WordPiece
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from transformers import BertConfig, BertModel
 
 from client.clipping.book_keeping import covers
 from client.dp_sgd import local_steps
@@ -35,27 +45,45 @@ from client.records.records import Records
 from shared_models import plan
 from shared_models.nets.build import build_network
 from shared_models.nets.losses import loss_per_record
+from shared_models.pretrained import digest_of, offer_files
 from shared_models.tasks import Choice, ImageInput, Numeric, SeriesInput, TableInput, Task, TokensInput
 
 CLIP, NOISE_MULTIPLIER, LEARNING_RATE = 0.5, 1.0, 0.05
 STEPS = 3  # of one turn
 OPACUS = ("hooks", "functorch", "ew", "ghost")
 CONTENDERS = ("plain", "ours", *OPACUS)
-TARGETS = {"cnn28": 1.35, "cnn64": 1.25, "lstm140": 1.45, "lstm48": 2.2, "transformer": 1.2, "mlp": 1.5}
+OURS = {"ours": torch.float32, "ours-bf16": torch.bfloat16}
+TARGETS: dict[str, float | None] = {
+    "cnn28": 1.35,
+    "cnn64": 1.25,
+    "lstm140": 1.45,
+    "lstm48": 2.2,
+    "transformer": 1.2,
+    "mlp": 1.5,
+    "lora": None,
+}
 MEMORY_TARGET = 1.3
+BASE = {  # MiniLM's configuration
+    "vocab_size": 30522,
+    "hidden_size": 384,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 12,
+    "intermediate_size": 1536,
+}
 
 Turn = Callable[[], object]
 
 
 class Case(NamedTuple):
-    """A network, and one batch for it; every patient has one record."""
+    """A network, and one batch for it; every patient has one record. A base is the folder that the network needs."""
 
     network: plan.Network
     task: Task
     batch: int
+    base: Path | None = None
 
 
-def cases() -> dict[str, list[Case]]:
+def cases(folder: Path) -> dict[str, list[Case]]:
     """What is measured; where a name has two networks, its figures are those of the worse one."""
     number = [Numeric(name=f"v{i}", unit="1", low=-1, high=1) for i in range(784)]
     small = ImageInput(channels=1, height=28, width=28)
@@ -63,6 +91,9 @@ def cases() -> dict[str, list[Case]]:
     long = SeriesInput(variables=(number[0],), steps=140, step_unit="min")
     wide = SeriesInput(variables=tuple(number[:37]), steps=48, step_unit="h")
     words = TokensInput(vocabulary=1000, length=128)
+    base = write_base(folder / "base")
+    notes = TokensInput(vocabulary=BASE["vocab_size"], length=128, base=base)
+    adapted = plan.PretrainedEncoder(name="pretrained-encoder", base=base, length=128)
     return {
         "cnn28": [Case(plan.Cnn(name="cnn"), task_of(small, 10), 64)],
         "cnn64": [Case(plan.Cnn(name="cnn"), task_of(middle, 10), 64)],
@@ -73,7 +104,17 @@ def cases() -> dict[str, list[Case]]:
             for layers in (2, 4)
         ],
         "mlp": [Case(plan.Mlp(name="mlp", hidden=(256, 128)), task_of(TableInput(columns=tuple(number)), 10), 256)],
+        "lora": [Case(adapted, task_of(notes, 8), 64, folder / "base")],
     }
+
+
+def write_base(folder: Path) -> str:
+    """Files of a BERT of MiniLM's shape that knows nothing. Returns its digest."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        BertModel(BertConfig(**BASE)).save_pretrained(folder)
+    Tokenizer(WordPiece({"[UNK]": 0}, unk_token="[UNK]")).save(str(folder / "tokenizer.json"))  # noqa: S106 - no secret
+    return digest_of(folder)
 
 
 def task_of(inputs: ImageInput | SeriesInput | TokensInput | TableInput, classes: int) -> Task:
@@ -86,8 +127,8 @@ def task_of(inputs: ImageInput | SeriesInput | TokensInput | TableInput, classes
     )
 
 
-def made_up(case: Case) -> Records:
-    """One batch of records."""
+def made_up(case: Case, device: str) -> Records:
+    """One batch of records, where it is computed on."""
     generator = torch.Generator().manual_seed(0)
     match case.task.input:
         case TokensInput(vocabulary=vocabulary, length=length):
@@ -100,15 +141,17 @@ def made_up(case: Case) -> Records:
             inputs = torch.rand(case.batch, image.channels, image.height, image.width, generator=generator)
     targets = torch.randint(len(case.task.classes), (case.batch,), generator=generator)
     labels = targets.float() if case.task.outputs == 1 else targets
-    return Records(inputs, labels, np.arange(case.batch), case.batch)
+    return Records(inputs.to(device), labels.to(device), np.arange(case.batch), case.batch)
 
 
-def prepare(contender: str, case: Case, records: Records) -> Turn:
+def prepare(contender: str, case: Case, records: Records, device: str) -> Turn:
     """A turn of ``STEPS`` steps, ready to be taken again and again."""
-    model = build_network(case.network, case.task, seed=0)
-    if contender == "ours":
+    if case.base is not None:
+        offer_files([case.base])
+    model = build_network(case.network, case.task, seed=0).to(device)
+    if contender in OURS:
         assert covers(model)
-        return lambda: ours(model, case.task, records)
+        return lambda: ours(model, case.task, records, device, OURS[contender])
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
     if contender == "plain":
         return lambda: plain(model, optimizer, case.task, records)
@@ -124,7 +167,7 @@ def plain(model: nn.Module, optimizer: torch.optim.Optimizer, task: Task, record
         optimizer.step()
 
 
-def ours(model: nn.Module, task: Task, records: Records) -> None:
+def ours(model: nn.Module, task: Task, records: Records, device: str, precision: torch.dtype) -> None:
     """Steps as hospitals take them."""
     local_steps(
         model,
@@ -137,6 +180,8 @@ def ours(model: nn.Module, task: Task, records: Records) -> None:
         sample_rate=1.0,
         expected_batch=float(len(records)),
         random=SecureRandom.from_system(),
+        device=device,
+        precision=precision,
     )
 
 
@@ -151,7 +196,7 @@ def opacus(mode: str, model: nn.Module, optimizer: torch.optim.Optimizer, task: 
             return losses if self.reduction == "none" else losses.mean()
 
     loss: nn.Module = Loss()
-    loader = DataLoader(TensorDataset(records.inputs[:], records.targets), batch_size=len(records))
+    loader = DataLoader(TensorDataset(records.inputs[:].cpu(), records.targets.cpu()), batch_size=len(records))
     private = PrivacyEngine().make_private(
         module=model,
         optimizer=optimizer,
@@ -174,13 +219,13 @@ def opacus(mode: str, model: nn.Module, optimizer: torch.optim.Optimizer, task: 
     return turn
 
 
-def seconds_per_step(case: Case, repeats: int) -> dict[str, float]:
-    """Median processor seconds of each contender that can run the network; they take turns."""
-    records = made_up(case)
+def seconds_per_step(case: Case, repeats: int, device: str) -> dict[str, float]:
+    """Median seconds of each contender that can run the network; they take turns."""
+    records = made_up(case, device)
     turns: dict[str, Turn] = {}
-    for contender in CONTENDERS:
+    for contender in CONTENDERS if device == "cpu" else (*CONTENDERS, "ours-bf16"):
         try:
-            turn = prepare(contender, case, records)
+            turn = prepare(contender, case, records, device)
             turn()  # warms up, and shows whether it runs at all
             turns[contender] = turn
         except Exception as error:
@@ -190,14 +235,28 @@ def seconds_per_step(case: Case, repeats: int) -> dict[str, float]:
     spent: dict[str, list[float]] = {contender: [] for contender in turns}
     for _ in range(repeats):
         for contender, turn in turns.items():
-            started = time.process_time()
+            started = now(device)
             turn()
-            spent[contender].append((time.process_time() - started) / STEPS)
+            spent[contender].append((now(device) - started) / STEPS)
     return {contender: statistics.median(times) for contender, times in spent.items()}
 
 
-def peak_mb(contender: str, case: Case) -> float | None:
-    """Growth of a fresh process up to its highest point; None where the contender cannot run the network."""
+def now(device: str) -> float:
+    """Processor seconds, or seconds on the clock once the GPU has done what it was told."""
+    if device == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def peak_mb(contender: str, case: Case, device: str) -> float | None:
+    """Memory up to the highest point; None where the contender cannot run the network."""
+    if device != "cpu":
+        records = made_up(case, device)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        prepare(contender, case, records, device)()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
     context = multiprocessing.get_context("forkserver")  # fresh, but imports are done once
     there, here = context.Pipe()
     child = context.Process(target=report_growth, args=(here, contender, case))
@@ -216,11 +275,11 @@ def report_growth(answer: Connection, contender: str, case: Case) -> None:
     quiet()
     few = case._replace(batch=2)
     try:
-        prepare(contender, few, made_up(few))()
-        records = made_up(case)
+        prepare(contender, few, made_up(few, "cpu"), "cpu")()
+        records = made_up(case, "cpu")
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the highest point is forgotten
         before = resident_mb("VmRSS")
-        prepare(contender, case, records)()
+        prepare(contender, case, records, "cpu")()
     except Exception:
         if contender not in OPACUS:
             raise
@@ -240,18 +299,19 @@ def quiet() -> None:
     warnings.simplefilter("ignore")
 
 
-def measure(name: str, several: list[Case], repeats: int) -> dict[str, float]:
+def measure(name: str, several: list[Case], repeats: int, device: str) -> dict[str, float]:
     """Ratios of one name, and the absolute figures that they are made from."""
     figures: dict[str, float] = {}
     for case in several:
         layers = f", {case.network.layers} layers" if isinstance(case.network, plan.Transformer) else ""
         print(f"{name}{layers}, batch {case.batch}")
-        seconds = seconds_per_step(case, repeats)
-        memory = {contender: peak_mb(contender, case) for contender in seconds}
+        seconds = seconds_per_step(case, repeats, device)
+        memory = {contender: peak_mb(contender, case, device) for contender in seconds}
         for contender, each in seconds.items():
             ratio, grown = each / seconds["plain"], memory[contender]
             size = "" if grown is None else f"{grown:8.0f} MB"
-            print(f"  {contender:<10} {1000 * each:8.2f} ms {ratio:6.2f} times plain {size}")
+            rate = case.batch / each
+            print(f"  {contender:<10} {1000 * each:8.2f} ms {ratio:6.2f} times plain {rate:9.0f} records/s {size}")
         plain_mb, ours_mb = memory["plain"], memory["ours"]
         assert plain_mb is not None
         assert ours_mb is not None
@@ -262,16 +322,46 @@ def measure(name: str, several: list[Case], repeats: int) -> dict[str, float]:
             f"{name}_opacus_best": best / seconds["plain"],
             **{f"{name}_{contender}_ms": 1000 * each for contender, each in seconds.items()},
         }
+        if device != "cpu" and isinstance(case.network, plan.Transformer):
+            for contender in OURS:
+                found[f"{name}_{contender}_of_bf16_rate"] = transformer_flops(case) / seconds[contender] / matrix_rate()
+                print(f"  {contender}: {found[f'{name}_{contender}_of_bf16_rate']:.4f} of the bf16 matrix rate")
         if not found[name] <= figures.get(name, 0.0):
             memory_so_far = figures.get(f"{name}_memory", 0.0)
             figures = found
             figures[f"{name}_memory"] = max(found[f"{name}_memory"], memory_so_far)
     for key, target in ((name, TARGETS[name]), (f"{name}_memory", MEMORY_TARGET)):
+        if target is None or device != "cpu":  # the targets are for processors
+            print(f"{key}: {figures[key]:.2f} times plain")
+            continue
         met = "met" if figures[key] <= target else "MISSED"
         print(f"{key}: {figures[key]:.2f} times plain, target <= {target}: {met}")
     met = "met" if figures[name] <= figures[f"{name}_opacus_best"] else "MISSED"
     print(f"{name}: Opacus's best mode takes {figures[f'{name}_opacus_best']:.2f} times plain; ours no slower: {met}")
     return figures
+
+
+def transformer_flops(case: Case) -> float:
+    """Multiplications and additions of the matrix products of a plain step: forward, and twice that backward."""
+    assert isinstance(case.network, plan.Transformer)
+    assert isinstance(case.task.input, TokensInput)
+    width, length = case.network.width, case.task.input.length
+    model = build_network(case.network, case.task, seed=0)
+    weights = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    attention = 2 * case.network.layers * length * width  # scores, and values weighed by them
+    return 3 * 2.0 * case.batch * length * (weights + attention)
+
+
+@functools.cache
+def matrix_rate() -> float:
+    """Operations a second of this GPU's bf16 matrix product of 8192 by 8192: median of ten."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    spent = []
+    for _ in range(13):
+        started = now("cuda")
+        a @ b
+        spent.append(now("cuda") - started)
+    return 2 * 8192.0**3 / statistics.median(spent[3:])
 
 
 def noise_ratio(repeats: int, numbers: int = 235_146) -> float:
@@ -292,15 +382,19 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=9, help="turns of each contender (default: 9)")
     parser.add_argument("--only", choices=tuple(TARGETS), nargs="+", help="some of the networks (default: all)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what computes (default: cpu)")
     options = parser.parse_args()
     if options.runs < 1:
         parser.error("--runs must be at least 1")
     quiet()
     figures: dict[str, float] = {}
-    for name, several in cases().items():
-        if name in (options.only or TARGETS):
-            figures |= measure(name, several, options.runs)
-            sys.stdout.flush()
+    if options.device == "cuda":
+        print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    with TemporaryDirectory(prefix="konsil-bench-") as folder:
+        for name, several in cases(Path(folder)).items():
+            if name in (options.only or TARGETS):
+                figures |= measure(name, several, options.runs, options.device)
+                sys.stdout.flush()
     figures["noise_over_randn"] = noise_ratio(options.runs)
     print(f"noise: {figures['noise_over_randn']:.2f} times torch.randn, target <= 2")
     if options.json is not None:

@@ -5,7 +5,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from client.augment import augmented
 from client.evaluate import statistics
+from client.randomness import SecureRandom
 from client.records.manifest import read_manifest
 from client.records.records import Records
 from client.records.tabular import read_table
@@ -14,7 +16,7 @@ from shared_models.model_file import read_model, write_model
 from shared_models.nets.build import build_network
 from shared_models.nets.losses import loss_per_record
 from shared_models.outcomes import compute_metrics
-from shared_models.plan import StudyPlan
+from shared_models.plan import Augmentation, StudyPlan
 from shared_models.tasks import Task, task_of
 
 NO_SECRET = bytes(32)  # nothing leaves: whoever reads this folder's results reads its records too
@@ -60,18 +62,21 @@ def train_without_privacy(
     learning_rate: float,
     batch_size: int,
     seed: int,
+    augmentation: Augmentation | None = None,
     device: str | torch.device = "cpu",
 ) -> None:
     """Train in place with plain SGD on shuffled batches, without clipping or noise: a baseline that never leaves.
 
     Epochs of ``batch_size`` records follow each other until ``steps`` steps are done; the last batch of an epoch may be
-    smaller. ``seed`` only orders the records.
+    smaller. ``seed`` orders the records and, where there is augmentation, changes them.
 
     Raises:
         ConfigError: There are no records, or a number is not positive.
     """
     if not (len(records) and steps >= 1 and batch_size >= 1 and learning_rate > 0):
         raise ConfigError("a baseline needs records, steps, a batch size and a learning rate", hint="Mend the options.")
+    if augmentation is not None:
+        records = augmented(records, task, augmentation, SecureRandom.for_tests(seed.to_bytes(32)))
     generator = torch.Generator().manual_seed(seed)
     was_training = model.training
     optimizer = torch.optim.SGD(model.to(device).train().parameters(), lr=learning_rate)

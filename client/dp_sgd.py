@@ -9,6 +9,8 @@ import copy
 import logging
 import math
 import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -75,6 +77,7 @@ def train(
     random: SecureRandom,
     device: str | torch.device = "cpu",
     micro_batch: int = 256,
+    precision: torch.dtype = torch.float32,
     null: NDArray[np.float64] | None = None,
     allow_test_random: bool = False,
 ) -> TrainingReport:
@@ -101,6 +104,7 @@ def train(
         random: Source of sampling and noise, fresh for every charge.
         device: Where gradients are computed.
         micro_batch: Most records at once on the device; bounds memory, changes no result beyond rounding.
+        precision: Of the forward and backward pass (``Gradients``); noise and the clip do not depend on it.
         null: Further coordinates, moved in place, whose gradient is zero for every patient: the same noise as the
             parameters', and nothing else.
         allow_test_random: Accept a repeatable generator. Tests only.
@@ -130,6 +134,7 @@ def train(
         random=random,
         device=device,
         micro_batch=micro_batch,
+        precision=precision,
         null=null,
     )
 
@@ -150,6 +155,7 @@ def local_steps(
     augmentation: Augmentation | None = None,
     device: str | torch.device = "cpu",
     micro_batch: int = 256,
+    precision: torch.dtype = torch.float32,
     null: NDArray[np.float64] | None = None,
 ) -> TrainingReport:
     """The steps that ``train`` takes, with every number of the mechanism in the open.
@@ -172,13 +178,21 @@ def local_steps(
     loader = PoissonLoader(records, sample_rate, random)
     standard_deviation = noise_multiplier * clip if noise_multiplier else 0.0  # 0 times an infinite clip is NaN
     drawn = 0
-    with gradients_for(model, records, task, device=device, micro_batch=micro_batch) as gradients:
+    size = sum(parameter.numel() for parameter in trainable(model).values())
+    # Where gradients are computed elsewhere, the processor makes the noise in the meantime. The stream is asked for the
+    # same numbers in the same order.
+    elsewhere = standard_deviation > 0 and torch.device(device).type != "cpu"
+    with (
+        gradients_for(model, records, task, device=device, micro_batch=micro_batch, precision=precision) as gradients,
+        ThreadPoolExecutor(1) if elsewhere else nullcontext() as maker,
+    ):
         start = gradients.position() if pull else None
         for _ in range(steps):
             patients = loader.draw()
             drawn += len(patients)
+            made = maker.submit(random.gaussian, size) if maker is not None else None
             total = gradients.clipped_sum(patients, clip=clip)
-            noisy = add_noise(total, standard_deviation=standard_deviation, random=random)
+            noisy = add_noise(total, standard_deviation=standard_deviation, random=random, made=made)
             if start is not None:
                 gradients.return_towards(start, share=pull)
             gradients.descend(noisy.div_(expected_batch), learning_rate=learning_rate)
@@ -189,24 +203,39 @@ def local_steps(
     return TrainingReport(steps=steps, drawn=drawn, clipped=clipped, not_finite=not_finite)
 
 
-def add_noise(total: Tensor, *, standard_deviation: float, random: SecureRandom) -> Tensor:
-    """Add independent Gaussian noise in float64, in place, to every coordinate, also where the sum is empty or zero."""
+def add_noise(
+    total: Tensor, *, standard_deviation: float, random: SecureRandom, made: Future[NDArray[np.float64]] | None = None
+) -> Tensor:
+    """Add independent Gaussian noise in float64, in place, to every coordinate, also where the sum is empty or zero.
+
+    ``made`` is standard noise from the same stream that a thread makes meanwhile.
+    """
     if standard_deviation == 0:
         return total
-    return total.add_(torch.from_numpy(random.gaussian(total.numel())).to(total.device), alpha=standard_deviation)
+    if made is None and total.device.type == "cpu":
+        random.add_gaussian(total.numpy(), standard_deviation=standard_deviation)
+        return total
+    noise = random.gaussian(total.numel()) if made is None else made.result()
+    return total.add_(torch.from_numpy(noise).to(total.device), alpha=standard_deviation)
 
 
 def gradients_for(
-    model: nn.Module, records: Records, task: Task, *, device: str | torch.device, micro_batch: int
+    model: nn.Module,
+    records: Records,
+    task: Task,
+    *,
+    device: str | torch.device,
+    micro_batch: int,
+    precision: torch.dtype = torch.float32,
 ) -> Gradients:
     """The engine for a network: book-keeping where it covers every layer that trains, else Opacus's hooks.
 
     The choice depends on the network's layers alone, so that the self-check tries the engine that training will use.
-    Arguments as for ``Gradients``.
+    Arguments as for ``Gradients``; Opacus's hooks compute in float32 whatever the precision.
     """
     if covers(model):
-        return BookKeeping(model, records, task, device=device, micro_batch=micro_batch)
-    log.info("gradients per patient come from Opacus's hooks: a layer is not covered by book-keeping")
+        return BookKeeping(model, records, task, device=device, micro_batch=micro_batch, precision=precision)
+    log.info("gradients per patient come from Opacus's hooks, in float32: book-keeping does not cover some layer")
     return PatientGradients(model, records, task, device=device, micro_batch=micro_batch)
 
 
@@ -260,9 +289,8 @@ class PatientGradients(Gradients):
     def _record_gradients(self, inputs: Tensor, targets: Tensor) -> list[Tensor]:
         """Each record's own gradient: per parameter, shape ``(records, size)``."""
         self._forget()
-        losses = loss_per_record(self._task, self._hooked(inputs.to(self._device)), targets.to(self._device))
         # The sum: a mean would divide by the number of records drawn, which is private.
-        losses.sum().backward()
+        self._losses(inputs, targets).sum().backward()
         return [_gradient_per_record(parameter, len(inputs)) for parameter in self._parameters]
 
     def _forget(self) -> None:

@@ -8,7 +8,6 @@ import math
 import os
 
 import numpy as np
-import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from numpy.typing import NDArray
 
@@ -34,7 +33,7 @@ class SecureRandom:
         * Mitigated, not proven: Mironov's attack (CCS 2012; for Gaussians arXiv:2112.05307) reads the low-order bits
           of a noised float64. Here only float32 parameters leave, rounded *after* noise was added in float64: 29 of
           the 53 bits that the attack needs are gone. No theorem of ours bounds what is left; a discrete Gaussian would.
-        * Not covered: the time that a logarithm or cosine takes; reply times are not rounded yet.
+        * Not covered: the time that a logarithm or tangent takes; reply times are not rounded yet.
 
     Source:
         Box and Muller, Annals of Mathematical Statistics 29(2), 1958.
@@ -85,22 +84,35 @@ class SecureRandom:
 
     def gaussian(self, n: int) -> NDArray[np.float64]:
         """``n`` independent standard normal numbers, by Box-Muller in float64."""
-        pairs = (n + 1) // 2
-        normal = np.empty(2 * pairs)
-        for first in range(0, pairs, _CHUNK_PAIRS):
-            count = min(_CHUNK_PAIRS, pairs - first)
+        normal = np.zeros(n)
+        self.add_gaussian(normal, standard_deviation=1.0)
+        return normal
+
+    def add_gaussian(self, to: NDArray[np.float64], *, standard_deviation: float) -> None:
+        """Add independent normal numbers, by Box-Muller in float64, to all of a flat array, in place."""
+        scratch = np.empty(min(_CHUNK_PAIRS, (len(to) + 1) // 2))
+        for first in range(0, len(to), 2 * _CHUNK_PAIRS):
+            chunk = to[first : first + 2 * _CHUNK_PAIRS]
+            count = (len(chunk) + 1) // 2
             uniform = self.uniform(2 * count)
-            # 1 - u lies in (0, 1], so that the logarithm is finite. Numpy's logarithm and root are the faster ones,
-            # torch's sine and cosine.
+            # 1 - u lies in (0, 1], so that the logarithm is finite.
             radius = np.subtract(1, uniform[:count], out=uniform[:count])
             np.log(radius, out=radius)
-            radius *= -2
+            radius *= -2 * standard_deviation**2
             np.sqrt(radius, out=radius)
-            angle = torch.from_numpy(uniform[count:]).mul_(2 * math.pi)
-            cosine, sine = torch.from_numpy(normal[2 * first : 2 * (first + count)]).split(count)
-            torch.cos(angle, out=cosine).mul_(torch.from_numpy(radius))
-            torch.sin(angle, out=sine).mul_(torch.from_numpy(radius))
-        return normal[:n]
+            # Cosine and sine of an angle from the tangent of its half: one function instead of two, and the faster one.
+            half = uniform[count:]
+            half *= math.pi
+            np.tan(half, out=half)
+            square = np.multiply(half, half, out=scratch[:count])
+            half *= 2
+            square += 1
+            radius /= square
+            half *= radius
+            np.subtract(2, square, out=square)  # 1 minus the tangent's square
+            radius *= square
+            chunk[:count] += radius
+            chunk[count:] += half[: len(chunk) - count]
 
 
 def require_system_key(random: SecureRandom, *, allow_test_random: bool) -> None:

@@ -30,7 +30,7 @@ from shared_models.metrics import EXACT_BINS
 from shared_models.model_file import read_model
 from shared_models.nets.build import build_network
 from shared_models.outcomes import compute_metrics
-from shared_models.plan import Averaging, ConstantRate, FedAvg, Network, Schedule, read_plan
+from shared_models.plan import Augmentation, Averaging, ConstantRate, FedAvg, Network, Schedule, read_plan
 from shared_models.tasks import Task, find_task
 from shared_models.update import parameters_to_vector, vector_to_parameters
 
@@ -51,6 +51,7 @@ class Plain(Frozen):
         averaging: How the global parameters move.
         weight_cap: A hospital weighs min(1, records / cap); None is by its number of records.
         cohort: Hospitals of a round, drawn anew for each; None takes all.
+        augmentation: How images and series are changed each time.
     """
 
     task: Name
@@ -63,6 +64,7 @@ class Plain(Frozen):
     averaging: Averaging = FedAvg(name="fedavg")
     weight_cap: Count | None = None
     cohort: Count | None = None
+    augmentation: Augmentation | None = None
 
     def rate(self, round_number: int) -> float:
         """Learning rate of a round, counted from 1."""
@@ -114,6 +116,7 @@ def federate(plain: Plain, hospitals: Sequence[Records], *, seed: int) -> nn.Mod
                 learning_rate=plain.rate(number),
                 batch_size=plain.batch_size,
                 seed=_seed(seed, number, place),
+                augmentation=plain.augmentation,
             )
             total += weight * (parameters_to_vector(model).astype(np.float64) - parameters)
         parameters = averaging.step(parameters, total, math.fsum(weights[place] for place in chosen))

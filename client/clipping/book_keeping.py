@@ -15,16 +15,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from client.clipping.gradients import Gradients
-from client.clipping.layers import Call, Share, covered, is_extreme, shares
+from client.clipping.layers import Call, Direct, Share, covered, is_extreme, shares
 from shared_models.errors import ConfigError
-from shared_models.nets.losses import loss_per_record
 
 _FEWEST_RECORDS = 32  # of a pass
 _NUMBERS_AT_ONCE = 1 << 21  # numbers that the layers of a pass give: 8 MB of float32
 _NUMBERS_PER_CALL = 1 << 16  # numbers that a layer should give in a call, lest Python take longer than the arithmetic
+_SMALL = 256  # numbers of a parameter whose gradients are measured and weighed along with others
+_TINY = 1e-30  # factors below lose digits in float32
 _PASSES: WeakKeyDictionary[nn.Module, dict[torch.Size, tuple[int, int]]] = WeakKeyDictionary()
 
 
@@ -62,8 +64,8 @@ class BookKeeping(Gradients):
     Guarantees, beside those of ``Gradients``:
         * A patient's part of the sum is at most C long, whatever the network computes: its norm and its part are made
           from the same stored numbers. A network that mixes records breaks this; the self-check refuses it.
-        * Sums over patients are in float64, except within eight patients of one micro-batch, in float32; that is as
-          exact as the float32 gradients of patients who share a batch are themselves.
+        * Sums over patients are in float64, but for at most 1,024 records or positions of one micro-batch that are
+          added in float32, as within the float32 gradient of one patient.
         * Memory is that of one micro-batch: its inputs of layers, gradients of outputs, and per layer whichever of
           gradients per patient or the former two costs less.
 
@@ -77,12 +79,9 @@ class BookKeeping(Gradients):
 
     def _hook(self) -> None:
         self._hooks: list[RemovableHandle] = []
-        self._anchor = torch.zeros((), device=self._device, requires_grad=True)
-        self._runs: list[Run] = []
-        self._waiting: Counter[nn.Module] = Counter()
-        self._calls: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
-        self._numbers = self._number_of_calls = 0
-        self._shares: list[tuple[slice, slice, Share]] = []
+        self._passes: list[_Pass] = []
+        self._records_of_pass = 0
+        self._shares: list[tuple[slice | Tensor, slice, Share]] = []
         ends = np.cumsum(self._sizes)
         self._places = {
             parameter: slice(int(end) - parameter.numel(), int(end))
@@ -99,15 +98,18 @@ class BookKeeping(Gradients):
     def _at_once(self) -> int:
         """As many records as keep the books near the processor's cache, but enough to make each call worth its while.
 
-        The two numbers that this takes, of one record's forward pass, are asked for once per network.
+        The two numbers that this takes, of one record's forward pass, are asked for once per network. A GPU takes what
+        it may.
         """
+        if self._device.type != "cpu":
+            return self._micro_batch
         shape = self._records.inputs.shape[1:]
         known = _PASSES.setdefault(self._model, {})
         if shape not in known:
-            self._numbers = self._number_of_calls = 0
-            with torch.no_grad():
-                self._model(self._records.inputs[:1].to(self._device))
-            known[shape] = max(1, self._numbers), self._number_of_calls
+            self._records_of_pass = 1
+            self._model(self._records.inputs[:1].to(self._device))
+            known[shape] = max(1, sum(each.numbers for each in self._passes)), len(self._passes)
+            self._forget()
         numbers, calls = known[shape]
         wanted = max(_FEWEST_RECORDS, _NUMBERS_AT_ONCE // numbers, _NUMBERS_PER_CALL * calls // numbers)
         return min(self._micro_batch, wanted)
@@ -121,12 +123,15 @@ class BookKeeping(Gradients):
         self._keep_books(inputs, targets, counts)
         norms = self._norms(len(patients))
         factors = self._clip_factors(norms, clip)
-        broken = ~norms.isfinite()
-        some_broken = bool(broken.any())
+        if not norms.isfinite().all():  # a NaN times zero is NaN
+            for _, members, share in self._shares:
+                share.silence(~norms[members].isfinite())
+        # A factor that float32 holds with few digits only, or not at all, is not rounded to it.
+        weights = factors if (factors < _TINY).any() else factors.to(self._parameters[0].dtype)
         for place, members, share in self._shares:
-            if some_broken:  # a NaN times zero is NaN
-                share.silence(broken[members])
-            share.add_to(total[place], factors[members])
+            part = total[place]  # a view, where the place is a slice
+            share.add_to(part, weights[members])
+            total[place] = part
         self._forget()
 
     def _norms(self, patients: int) -> Tensor:
@@ -157,83 +162,71 @@ class BookKeeping(Gradients):
     def _keep_books(self, inputs: Tensor, targets: Tensor, counts: NDArray[np.int64]) -> None:
         """One forward and one backward pass over whole patients, ordered by their number of records."""
         self._forget()
-        self._runs = list(_runs(counts))
+        self._records_of_pass = len(inputs)
         losses = self._losses(inputs, targets)
         if counts[-1] > 1:
             share = torch.from_numpy(np.repeat(1 / counts, counts)).to(self._device, losses.dtype)
             losses = losses * share
-        torch.autograd.grad(losses.sum(), self._anchor, allow_unused=True)
-        for module in list(self._calls):  # a layer one of whose outputs was not used: what was used counts
-            self._close(module)
+        # Asked for the gradients of outputs alone, autograd computes none of a weight, and stops at the first layer.
+        grads = torch.autograd.grad(losses.sum(), [each.edge for each in self._passes], allow_unused=True)
+        calls: dict[nn.Module, list[Call]] = {}
+        for each, grad in zip(self._passes, grads, strict=True):
+            if each.input._version != each.version:
+                raise ConfigError("a layer's input was changed in place after its use", hint="Mend the network.")
+            if grad is not None:  # else the output was not used
+                calls.setdefault(each.module, []).append(Call(each.input, grad))
+        self._passes = []
+        for run in _runs(counts):
+            self._make_shares(calls, run)
 
-    def _losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        losses = loss_per_record(self._task, self._model(inputs.to(self._device)), targets.to(self._device))
-        if losses.shape != (len(inputs),):
-            raise ConfigError("a network does not give one loss per record", hint="Mend the network.")
-        return losses
+    def _make_shares(self, calls: dict[nn.Module, list[Call]], run: Run) -> None:
+        """What each layer leaves of the patients of a run; small gradients lie together, and cost as one."""
+        small: dict[nn.Parameter, Tensor] = {}
+        for module, several in calls.items():
+            cut = [Call(_by_patient(call.input, run), _by_patient(call.grad, run)) for call in several]
+            if self._precision != torch.float32:
+                cut = [Call(_in_full(call.input), _in_full(call.grad)) for call in cut]
+            for parameter, share in shares(module, cut):
+                if isinstance(share, Direct) and parameter.numel() <= _SMALL:
+                    small[parameter] = share.gradients
+                else:
+                    self._shares.append((self._places[parameter], run.patients, share))
+        if small:
+            places = torch.cat(
+                [torch.arange(place.start, place.stop) for place in map(self._places.get, small) if place]
+            )
+            self._shares.append((places.to(self._device), run.patients, Direct(torch.cat(list(small.values()), dim=1))))
 
-    def _passed(
-        self, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any], output: Tensor
-    ) -> Tensor | None:
-        """After each call of a layer: note its input, and mark its output for the backward pass."""
-        if not self._runs:
-            self._numbers += output.numel()
-            self._number_of_calls += 1
-            return None
+    def _passed(self, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
+        """After each call of a layer: note its input, and where the gradient of its output will arrive."""
+        if not self._records_of_pass:
+            return
         inputs = given[0] if given else named["input"]
-        records = self._runs[-1].records.stop
-        if len(inputs) != records or len(output) != records or inputs.dim() < 2 - isinstance(module, nn.Embedding):
+        if not len(inputs) == len(output) == self._records_of_pass or inputs.dim() < 2 - isinstance(
+            module, nn.Embedding
+        ):
             raise ConfigError(
                 "a layer does not keep records apart: its input has another batch size than the network's",
                 hint="Use a network from shared_models/nets; layers must not broadcast over the batch.",
             )
-        self._waiting[module] += 1
-        version = inputs._version
-
-        def arrive(grad: Tensor) -> None:
-            if inputs._version != version:
-                raise ConfigError("a layer's input was changed in place after its use", hint="Mend the network.")
-            calls = self._calls.setdefault(module, [])
-            calls.append((inputs.detach(), grad))
-            if len(calls) == self._waiting[module]:
-                self._close(module)
-
-        return _Mark.apply(output, self._anchor, arrive)
-
-    def _close(self, module: nn.Module) -> None:
-        """All calls of a layer are in: make the shares, and let go of what is not needed for them."""
-        calls = self._calls.pop(module)
-        for run in self._runs:
-            cut = [Call(_by_patient(inputs, run), _by_patient(grad, run)) for inputs, grad in calls]
-            for parameter, share in shares(module, cut):
-                self._shares.append((self._places[parameter], run.patients, share))
+        edge = get_gradient_edge(output)
+        self._passes.append(_Pass(module, inputs.detach(), inputs._version, edge, output.numel()))
 
     def _forget(self) -> None:
         """Drop the books of a pass."""
-        self._runs = []
-        self._waiting.clear()
-        self._calls.clear()
+        self._records_of_pass = 0
+        self._passes.clear()
         self._shares.clear()
 
 
-class _Mark(torch.autograd.Function):
-    """Passes a layer's output on, and hands its gradient over on the way back.
+class _Pass(NamedTuple):
+    """One call of a layer: what went in, and where the gradient of what came out will arrive."""
 
-    All marks depend on one anchor. Asked for the gradient of the anchor alone, autograd visits every mark, computes no
-    gradient of a weight, and stops at the first layer.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, _anchor: Tensor, arrive: Any) -> Tensor:
-        """The output as it is."""
-        ctx.arrive = arrive
-        return output.view_as(output)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        """The gradient as it is."""
-        ctx.arrive(grads[0])
-        return grads[0], None, None
+    module: nn.Module
+    input: Tensor
+    version: int
+    edge: GradientEdge
+    numbers: int
 
 
 def _own(module: nn.Module) -> list[nn.Parameter]:
@@ -261,3 +254,8 @@ def _by_patient(values: Tensor, run: Run) -> Tensor:
     """Shape ``(m, k, ...)`` of a run's rows."""
     rows = values if run.records == slice(0, len(values)) else values[run.records]
     return rows.unflatten(0, (-1, run.each))
+
+
+def _in_full(values: Tensor) -> Tensor:
+    """Numbers of 16 bits as float32; tokens as they are."""
+    return values.float() if values.is_floating_point() else values

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from client.records.records import Records
 from shared_models.errors import ConfigError
+from shared_models.nets.losses import loss_per_record
 from shared_models.tasks import Task
 
 
@@ -23,6 +24,8 @@ class Gradients(ABC):
         task: Names the loss.
         device: Where gradients are computed.
         micro_batch: Most records at once on the device.
+        precision: ``torch.bfloat16`` lets torch's autocast compute what it holds for safe in 16 bits; the loss, norms,
+            the clip and sums stay in 32 or 64.
 
     Raises:
         ConfigError: ``micro_batch`` is below 1.
@@ -32,7 +35,14 @@ class Gradients(ABC):
     """Clip to this part of C, below 1, so that the rounding of a computed norm cannot lift a patient above C."""
 
     def __init__(
-        self, model: nn.Module, records: Records, task: Task, *, device: str | torch.device, micro_batch: int
+        self,
+        model: nn.Module,
+        records: Records,
+        task: Task,
+        *,
+        device: str | torch.device,
+        micro_batch: int,
+        precision: torch.dtype = torch.float32,
     ) -> None:
         if not micro_batch >= 1:
             raise ConfigError("micro_batch must be at least 1", hint="Mend the hospital's settings.")
@@ -40,7 +50,8 @@ class Gradients(ABC):
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._records = records
         self._task = task
-        self._device = device
+        self._device = torch.device(device)
+        self._precision = precision
         self._micro_batch = micro_batch
         self._sizes = [p.numel() for p in self._parameters]
         self._counts = torch.zeros(2, dtype=torch.int64, device=device)
@@ -98,6 +109,17 @@ class Gradients(ABC):
         """Patients so far whose gradient was clipped, and whose gradient was not finite."""
         clipped, not_finite = self._counts.tolist()
         return clipped, not_finite
+
+    def _losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """One forward pass: the loss of each record, float32 or more."""
+        with torch.autocast(self._device.type, self._precision, enabled=self._precision != torch.float32):
+            outputs = self._model(inputs.to(self._device))
+        if self._precision != torch.float32:
+            outputs = outputs.float()
+        losses = loss_per_record(self._task, outputs, targets.to(self._device))
+        if losses.shape != (len(inputs),):
+            raise ConfigError("a network does not give one loss per record", hint="Mend the network.")
+        return losses
 
     @abstractmethod
     def _hook(self) -> None:

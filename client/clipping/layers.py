@@ -26,13 +26,11 @@ Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 _BLOCK = 256  # numbers whose squares are added in the gradients' own precision, before float64 takes over
-_PATIENTS_PER_BLOCK = 8  # patients whose gradients are added in their own precision, before float64 takes over
+_TERMS = 1024  # gradients, or positions, that are added in their own precision, before float64 takes over
 _MOVED = 48  # multiplications that cost as much as writing, measuring and weighing one number of a gradient
 _LARGEST_DIRECT = 4  # a stored gradient takes at most this many times the memory of what it is made from
 _NARROW = 32  # inputs of an output pixel of a convolution, up to which patches beat a grouped convolution
 _FEW_PIXELS = 512  # numbers of a convolution's weight per output pixel, above which patches beat a grouped convolution
-_TINY = 1e-30  # factors below lose digits in float32
-_SMALL = 1 << 16  # numbers that are worth no blocks: turned into float64 as a whole
 
 
 class Share(Protocol):
@@ -51,7 +49,10 @@ class Share(Protocol):
         ...
 
     def add_to(self, total: Tensor, factors: Tensor) -> None:
-        """Add the sum of all gradients, each times its factor, to the parameter's part of the sum, float64, flat."""
+        """Add the sum of all gradients, each times its factor, to the parameter's part of the sum, float64, flat.
+
+        Factors in float64, where some are too small for float32, make all arithmetic float64.
+        """
         ...
 
 
@@ -59,27 +60,21 @@ class Direct:
     """Gradients written out: shape ``(m, size)``."""
 
     def __init__(self, gradients: Tensor) -> None:
-        self._gradients = gradients
+        self.gradients = gradients
 
     def squares(self, *, exact: bool) -> Tensor:
         """See ``Share``."""
-        return self._gradients.double().square().sum(dim=1) if exact else _squares(self._gradients)
+        return self.gradients.double().square().sum(dim=1) if exact else _squares(self.gradients)
 
     def silence(self, patients: Tensor) -> None:
         """See ``Share``."""
-        self._gradients[patients] = 0
+        self.gradients[patients] = 0
 
     def add_to(self, total: Tensor, factors: Tensor) -> None:
         """See ``Share``."""
-        # A factor that float32 holds with few digits only, or not at all, is not rounded to it.
-        if self._gradients.numel() <= _SMALL or (factors < _TINY).any():
-            total += factors @ self._gradients.double()
-            return
-        weights = factors.to(self._gradients.dtype)
-        for some, weight in zip(
-            self._gradients.split(_PATIENTS_PER_BLOCK), weights.split(_PATIENTS_PER_BLOCK), strict=True
-        ):
-            total += weight @ some
+        gradients = self.gradients.to(factors.dtype)
+        for some, weights in zip(gradients.split(_TERMS), factors.split(_TERMS), strict=True):
+            total += weights @ some
 
 
 class Factored:
@@ -100,7 +95,11 @@ class Factored:
         to the positions' norms, is added: a norm is over-stated there, never under-stated.
         """
         if self._inputs.shape[1] == 1:  # a product of two vectors is as long as the product of their lengths
-            return _careful_squares(self._inputs[:, 0]) * _careful_squares(self._grads[:, 0])
+            inputs, grads = self._inputs[:, 0], self._grads[:, 0]
+            squares = torch.stack([_squares(inputs), _squares(grads)])
+            if is_extreme(squares).any():  # then their product may be of any size
+                squares = torch.stack([inputs.double().square().sum(dim=1), grads.double().square().sum(dim=1)])
+            return squares.prod(dim=0)
         inputs, grads = self._inputs.double(), self._grads.double()
         lengths = inputs.square().sum(dim=2) * grads.square().sum(dim=2)
         gram = (inputs @ inputs.mT).mul_(grads @ grads.mT).sum(dim=(1, 2))
@@ -114,9 +113,11 @@ class Factored:
 
     def add_to(self, total: Tensor, factors: Tensor) -> None:
         """See ``Share``."""
-        weighted = (self._grads * factors[:, None, None]).flatten(0, 1)  # float64, as the factors are
-        inputs = self._inputs.double().flatten(0, 1)
-        total.view(weighted.shape[1], inputs.shape[1]).addmm_(weighted.T, inputs)
+        inputs = self._inputs.to(factors.dtype).flatten(0, 1)
+        weighted = (self._grads * factors[:, None, None]).flatten(0, 1)
+        matrix = total.view(weighted.shape[1], inputs.shape[1])
+        for some, others in zip(inputs.split(_TERMS), weighted.split(_TERMS), strict=True):
+            matrix += others.T @ some
 
 
 class Rows:
@@ -143,7 +144,7 @@ class Rows:
 
     def add_to(self, total: Tensor, factors: Tensor) -> None:
         """See ``Share``."""
-        weighted = self._rows * factors[self._owners, None]  # float64, as the factors are
+        weighted = self._rows * factors[self._owners, None].double()
         total.view(-1, weighted.shape[1]).index_add_(0, self._tokens, weighted)
 
 
@@ -155,15 +156,6 @@ def _squares(values: Tensor) -> Tensor:
     blocks = torch.linalg.vector_norm(values[:, :whole].unflatten(1, (-1, _BLOCK)), dim=2)
     rest = torch.linalg.vector_norm(values[:, whole:], dim=1, keepdim=True)
     return torch.cat([blocks, rest], dim=1).double().square().sum(dim=1)
-
-
-def _careful_squares(values: Tensor) -> Tensor:
-    """The same for factors, whose product may be of any size where they are extreme: these are measured again."""
-    squares = _squares(values)
-    extreme = is_extreme(squares)
-    if extreme.any():
-        squares[extreme] = values[extreme].double().square().sum(dim=1)
-    return squares
 
 
 def is_extreme(squares: Tensor) -> Tensor:
@@ -218,7 +210,7 @@ def linear(inputs: Tensor, grads: Tensor) -> Share:
     """The gradients ``sum over t of outer(grads[t], inputs[t])``, in the form that costs less.
 
     Written out, a patient's gradient takes T p d multiplications, and p d numbers are stored, measured and weighed.
-    Factored, the norm takes T^2 (p + d) multiplications, the sum T p d, in float64, which costs twice as much.
+    Factored, the norm takes T^2 (p + d) multiplications in float64, which costs twice as much, and the sum T p d.
 
     Args:
         inputs: Shape ``(m, T, d)``.
@@ -226,9 +218,10 @@ def linear(inputs: Tensor, grads: Tensor) -> Share:
     """
     positions, d, p = inputs.shape[1], inputs.shape[2], grads.shape[2]
     direct = positions * p * d + _MOVED * p * d
-    factored = 2 * (positions * positions * (p + d) + positions * p * d)
+    factored = 2 * positions * positions * (p + d) + positions * p * d
     if positions > 1 and direct <= factored and p * d <= _LARGEST_DIRECT * positions * (p + d):
-        return Direct(torch.bmm(grads.mT, inputs).flatten(1))
+        product = torch.bmm(inputs.mT, grads).mT if d > p else torch.bmm(grads.mT, inputs)  # the longer side first
+        return Direct(product.flatten(1))
     return Factored(inputs, grads)
 
 
