@@ -6,7 +6,7 @@ clip, then one weighted sum per layer.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -79,8 +79,12 @@ class BookKeeping(Gradients):
 
     def _hook(self) -> None:
         self._hooks: list[RemovableHandle] = []
-        self._passes: list[_Pass] = []
-        self._records_of_pass = 0
+        self._runs: list[Run] = []
+        self._made: Counter[nn.Module] = Counter()
+        self._numbers = 0
+        self._first: list[tuple[GradientEdge, Callable[[Tensor | None], None]]] = []
+        self._calls: dict[nn.Module, list[Call]] = {}
+        self._small: list[dict[nn.Parameter, Tensor]] = []
         self._shares: list[tuple[slice | Tensor, slice, Share]] = []
         ends = np.cumsum(self._sizes)
         self._places = {
@@ -106,9 +110,9 @@ class BookKeeping(Gradients):
         shape = self._records.inputs.shape[1:]
         known = _PASSES.setdefault(self._model, {})
         if shape not in known:
-            self._records_of_pass = 1
+            self._runs = list(_runs(np.ones(1, dtype=np.int64)))
             self._model(self._records.inputs[:1].to(self._device))
-            known[shape] = max(1, sum(each.numbers for each in self._passes)), len(self._passes)
+            known[shape] = max(1, self._numbers), self._made.total()
             self._forget()
         numbers, calls = known[shape]
         wanted = max(_FEWEST_RECORDS, _NUMBERS_AT_ONCE // numbers, _NUMBERS_PER_CALL * calls // numbers)
@@ -123,15 +127,17 @@ class BookKeeping(Gradients):
         self._keep_books(inputs, targets, counts)
         norms = self._norms(len(patients))
         factors = self._clip_factors(norms, clip)
-        if not norms.isfinite().all():  # a NaN times zero is NaN
+        broken, tiny = torch.stack([(~norms.isfinite()).any(), (factors < _TINY).any()]).tolist()
+        if broken:  # a NaN times zero is NaN
             for _, members, share in self._shares:
                 share.silence(~norms[members].isfinite())
         # A factor that float32 holds with few digits only, or not at all, is not rounded to it.
-        weights = factors if (factors < _TINY).any() else factors.to(self._parameters[0].dtype)
+        weights = factors if tiny else factors.to(self._parameters[0].dtype)
         for place, members, share in self._shares:
-            part = total[place]  # a view, where the place is a slice
+            part = total[place]
             share.add_to(part, weights[members])
-            total[place] = part
+            if not isinstance(place, slice):  # then it was a copy
+                total[place] = part
         self._forget()
 
     def _norms(self, patients: int) -> Tensor:
@@ -162,28 +168,66 @@ class BookKeeping(Gradients):
     def _keep_books(self, inputs: Tensor, targets: Tensor, counts: NDArray[np.int64]) -> None:
         """One forward and one backward pass over whole patients, ordered by their number of records."""
         self._forget()
-        self._records_of_pass = len(inputs)
+        self._runs = list(_runs(counts))
+        self._small = [{} for _ in self._runs]
         losses = self._losses(inputs, targets)
         if counts[-1] > 1:
             share = torch.from_numpy(np.repeat(1 / counts, counts)).to(self._device, losses.dtype)
             losses = losses * share
-        # Asked for the gradients of outputs alone, autograd computes none of a weight, and stops at the first layer.
-        grads = torch.autograd.grad(losses.sum(), [each.edge for each in self._passes], allow_unused=True)
-        calls: dict[nn.Module, list[Call]] = {}
-        for each, grad in zip(self._passes, grads, strict=True):
-            if each.input._version != each.version:
-                raise ConfigError("a layer's input was changed in place after its use", hint="Mend the network.")
-            if grad is not None:  # else the output was not used
-                calls.setdefault(each.module, []).append(Call(each.input, grad))
-        self._passes = []
-        for run in _runs(counts):
-            self._make_shares(calls, run)
+        # Asked for the gradients of the first layers' outputs alone, autograd computes none of a weight, passes all
+        # other layers on its way, and stops there.
+        edges = [edge for edge, _ in self._first]
+        for (_, arrive), grad in zip(
+            self._first, torch.autograd.grad(losses.sum(), edges, allow_unused=True), strict=True
+        ):
+            arrive(grad)
+        for module in list(self._calls):  # a layer one of whose outputs was not used: what was used counts
+            self._close(module)
+        for run, small in zip(self._runs, self._small, strict=True):
+            if not small:
+                continue
+            places = [torch.arange(place.start, place.stop) for place in map(self._places.__getitem__, small)]
+            together = Direct(torch.cat(list(small.values()), dim=1))
+            self._shares.append((torch.cat(places).to(self._device), run.patients, together))
 
-    def _make_shares(self, calls: dict[nn.Module, list[Call]], run: Run) -> None:
-        """What each layer leaves of the patients of a run; small gradients lie together, and cost as one."""
-        small: dict[nn.Parameter, Tensor] = {}
-        for module, several in calls.items():
-            cut = [Call(_by_patient(call.input, run), _by_patient(call.grad, run)) for call in several]
+    def _passed(self, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
+        """After each call of a layer: note its input, and ask for the gradient of its output."""
+        if not self._runs:
+            return
+        inputs, records = given[0] if given else named["input"], self._runs[-1].records.stop
+        if len(inputs) != records or len(output) != records or inputs.dim() < 2 - isinstance(module, nn.Embedding):
+            raise ConfigError(
+                "a layer does not keep records apart: its input has another batch size than the network's",
+                hint="Use a network from shared_models/nets; layers must not broadcast over the batch.",
+            )
+        self._made[module] += 1
+        self._numbers += output.numel()
+        edge, version = get_gradient_edge(output), inputs._version
+
+        def arrive(grad: Tensor | None) -> None:
+            if inputs._version != version:
+                raise ConfigError("a layer's input was changed in place after its use", hint="Mend the network.")
+            if grad is None:  # its output was not used
+                return
+            calls = self._calls.setdefault(module, [])
+            calls.append(Call(inputs.detach(), grad))
+            if len(calls) == self._made[module]:
+                self._close(module)
+
+        if inputs.requires_grad:  # there is a layer before it, so that autograd comes this way
+            number = edge.output_nr
+            edge.node.register_prehook(lambda grads: arrive(grads[number]))
+        else:
+            self._first.append((edge, arrive))
+
+    def _close(self, module: nn.Module) -> None:
+        """All calls of a layer are in: make the shares, and let go of what is not needed for them.
+
+        Small gradients are kept, to lie together and cost as one.
+        """
+        calls = self._calls.pop(module)
+        for run, small in zip(self._runs, self._small, strict=True):
+            cut = [Call(_by_patient(call.input, run), _by_patient(call.grad, run)) for call in calls]
             if self._precision != torch.float32:
                 cut = [Call(_in_full(call.input), _in_full(call.grad)) for call in cut]
             for parameter, share in shares(module, cut):
@@ -191,42 +235,16 @@ class BookKeeping(Gradients):
                     small[parameter] = share.gradients
                 else:
                     self._shares.append((self._places[parameter], run.patients, share))
-        if small:
-            places = torch.cat(
-                [torch.arange(place.start, place.stop) for place in map(self._places.get, small) if place]
-            )
-            self._shares.append((places.to(self._device), run.patients, Direct(torch.cat(list(small.values()), dim=1))))
-
-    def _passed(self, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
-        """After each call of a layer: note its input, and where the gradient of its output will arrive."""
-        if not self._records_of_pass:
-            return
-        inputs = given[0] if given else named["input"]
-        if not len(inputs) == len(output) == self._records_of_pass or inputs.dim() < 2 - isinstance(
-            module, nn.Embedding
-        ):
-            raise ConfigError(
-                "a layer does not keep records apart: its input has another batch size than the network's",
-                hint="Use a network from shared_models/nets; layers must not broadcast over the batch.",
-            )
-        edge = get_gradient_edge(output)
-        self._passes.append(_Pass(module, inputs.detach(), inputs._version, edge, output.numel()))
 
     def _forget(self) -> None:
         """Drop the books of a pass."""
-        self._records_of_pass = 0
-        self._passes.clear()
+        self._runs = []
+        self._made.clear()
+        self._numbers = 0
+        self._first.clear()
+        self._calls.clear()
+        self._small.clear()
         self._shares.clear()
-
-
-class _Pass(NamedTuple):
-    """One call of a layer: what went in, and where the gradient of what came out will arrive."""
-
-    module: nn.Module
-    input: Tensor
-    version: int
-    edge: GradientEdge
-    numbers: int
 
 
 def _own(module: nn.Module) -> list[nn.Parameter]:

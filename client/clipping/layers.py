@@ -39,8 +39,8 @@ class Share(Protocol):
     def squares(self, *, exact: bool) -> Tensor:
         """Squared L2 norm of each patient's gradient, shape ``(m,)``, float64.
 
-        It is never under-stated by more than 2**-18 of itself and 2**-100. Not exact, it may overflow where numbers are
-        large; exact, it is not finite only where a number of the gradient is not.
+        It is never under-stated by more than 2**-18 of itself and 2**-100. Not exact, it may overflow, or be NaN, where
+        numbers are large or small; exact, it is not finite only where a number of the gradient is not.
         """
         ...
 
@@ -88,7 +88,7 @@ class Factored:
     def __init__(self, inputs: Tensor, grads: Tensor) -> None:
         self._inputs, self._grads = inputs, grads
 
-    def squares(self, *, exact: bool) -> Tensor:  # noqa: ARG002 - always exact
+    def squares(self, *, exact: bool) -> Tensor:
         """See ``Share``: the ghost norm, in float64.
 
         Positions of opposite sign may cancel, down to a sum that is all rounding. The bound on that rounding, relative
@@ -96,10 +96,11 @@ class Factored:
         """
         if self._inputs.shape[1] == 1:  # a product of two vectors is as long as the product of their lengths
             inputs, grads = self._inputs[:, 0], self._grads[:, 0]
+            if exact:
+                return inputs.double().square().sum(dim=1) * grads.double().square().sum(dim=1)
             squares = torch.stack([_squares(inputs), _squares(grads)])
-            if is_extreme(squares).any():  # then their product may be of any size
-                squares = torch.stack([inputs.double().square().sum(dim=1), grads.double().square().sum(dim=1)])
-            return squares.prod(dim=0)
+            # Where one of them is extreme, their product may be of any size: it is to be measured again.
+            return squares.masked_fill_(is_extreme(squares), torch.nan).prod(dim=0)
         inputs, grads = self._inputs.double(), self._grads.double()
         lengths = inputs.square().sum(dim=2) * grads.square().sum(dim=2)
         gram = (inputs @ inputs.mT).mul_(grads @ grads.mT).sum(dim=(1, 2))

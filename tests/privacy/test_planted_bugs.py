@@ -55,9 +55,9 @@ def noise_divided_twice(patch: Patch) -> None:
     """The noise is added to the mean as if it had been divided by the batch already, and divided with it again."""
     right = dp_sgd.add_noise
 
-    def wrong(total: Tensor, *, standard_deviation: float, random: SecureRandom) -> Tensor:
+    def wrong(total: Tensor, *, standard_deviation: float, **rest: Any) -> Tensor:
         expected_batch = PLAN.privacy.sample_rate * PUBLIC_SIZE
-        return right(total, standard_deviation=standard_deviation / expected_batch, random=random)
+        return right(total, standard_deviation=standard_deviation / expected_batch, **rest)
 
     patch.setattr(dp_sgd, "add_noise", wrong)
 
@@ -120,11 +120,15 @@ def a_repeated_seed(patch: Patch) -> None:
 
 def noise_that_is_not_gaussian(patch: Patch) -> None:
     """Of the right variance, and within bounds: whoever sees a value near the bound knows who was there."""
-    patch.setattr(SecureRandom, "gaussian", lambda self, n: (self.uniform(n) - 0.5) * 12**0.5)
+
+    def uniform(self: SecureRandom, to: NDArray[np.float64], *, standard_deviation: float) -> None:
+        to += standard_deviation * (self.uniform(len(to)) - 0.5) * 12**0.5
+
+    patch.setattr(SecureRandom, "add_gaussian", uniform)
 
 
 def noise_that_overflows(patch: Patch) -> None:
-    patch.setattr(SecureRandom, "gaussian", lambda _self, n: np.full(n, np.nan))
+    patch.setattr(SecureRandom, "add_gaussian", lambda _self, to, **_: to.fill(np.nan))
 
 
 def a_larger_rate(patch: Patch) -> None:
