@@ -106,12 +106,13 @@ def approve(
     The approval is signed with the identity key, and is for exactly this plan. The daemon takes it up when the
     coordinator proposes the study again.
     """
-    from client.decide import confirm_digest, sign_and_keep, weigh
+    from client.decide import confirm_digest, facts_table, sign_and_keep, weigh
+    from client.disclosure import in_words
     from client.settings import read_settings
 
     settings = read_settings(settings_file)
     weighed = weigh(settings, study)
-    _print(weighed.table)
+    _print(facts_table(in_words(weighed.facts)))
     if yes or digest:
         confirm_digest(weighed.proposal, digest)
     if not yes:
@@ -125,18 +126,19 @@ def refuse(
     settings_file: SettingsFile,
     study: Study,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    reason: Annotated[str, typer.Option("--reason", help="Why; kept here, and never sent.")] = "",
 ) -> None:
     """Show what a waiting study would do, ask, and refuse it for good. Works while the daemon runs."""
     from client.consent import Consents
-    from client.decide import glance
+    from client.decide import facts_table, glance
     from client.settings import read_settings
 
     settings = read_settings(settings_file)
     proposal, seen = glance(settings, study)
-    _print(seen)
+    _print(facts_table(seen))
     if not yes:
         typer.confirm(f"Refuse {study} for good?", abort=True)
-    Consents(settings.state).refuse(proposal)
+    Consents(settings.state).refuse(proposal, reason)
     typer.echo(f"study {study} is refused; its name is used up here")
 
 
