@@ -66,6 +66,44 @@ def start(settings_file: SettingsFile) -> None:
 
 
 @app.command()
+def page(
+    settings_file: SettingsFile,
+    socket: Annotated[int | None, typer.Option("--socket", help="What the daemon listens on for the page.")] = None,
+) -> None:
+    """Serve the page on loopback, until Ctrl-C. The daemon does it by itself; this is for when it does not run."""
+    import socket as sockets
+
+    from client.beside import require_page
+    from client.settings import read_settings
+    from shared_models.errors import ConfigError
+
+    settings = read_settings(settings_file)
+    if settings.page is None:
+        raise ConfigError("the settings have no page", hint="Add [page] with a port; see docs/hospital.md.")
+    require_page()
+    from client.page import serve_page
+
+    _log(settings)
+    serve_page(settings_file, None if socket is None else sockets.socket(fileno=socket))
+
+
+@app.command("page-password")
+def page_password(settings_file: SettingsFile) -> None:
+    """Set the password of the page: typed twice, or the first line of standard input. Ends every session."""
+    from client.password import SHORTEST, set_password
+    from client.settings import read_settings
+
+    settings = read_settings(settings_file)
+    if sys.stdin.isatty():
+        asked = f"New password, at least {SHORTEST} characters"
+        password = typer.prompt(asked, hide_input=True, confirmation_prompt=True)
+    else:
+        password = sys.stdin.readline().rstrip("\n")
+    set_password(settings.state, password)
+    typer.echo("the page has a new password; whoever was logged in is logged out")
+
+
+@app.command()
 def stop(
     settings_file: SettingsFile,
     wait_s: Annotated[float, typer.Option("--wait", min=0, help="Seconds to wait for the daemon's end.")] = 600,

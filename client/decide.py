@@ -26,7 +26,7 @@ from shared_models.software import software_digest
 from shared_models.tasks import task_of
 
 SHORTEST_DIGEST = 8
-_STEWARD, _COORDINATOR = "the steward", "the coordinator, to propose it again"
+STEWARD, _COORDINATOR = "the steward", "the coordinator, to propose it again"
 
 
 class Listed(NamedTuple):
@@ -77,11 +77,11 @@ def list_studies(settings: Settings, budget: Budget | None = None) -> list[Liste
         if not closed and not holds(entry):
             status, by = "pending", _COORDINATOR
             if study in waiting and not _agreed(consents, study):
-                by, time = f"{_STEWARD}: the software changed", waiting[study].time
+                by, time = f"{STEWARD}: the software changed", waiting[study].time
         waiting.pop(study, None)
         found.append(Listed(study, status, by, budget.limit(study).epsilon, entry.plan_digest or "", time))
     for study, proposal in waiting.items():
-        by = _COORDINATOR if _agreed(consents, study) else _STEWARD
+        by = _COORDINATOR if _agreed(consents, study) else STEWARD
         found.append(Listed(study, "pending", by, proposal.plan.privacy.epsilon, proposal.plan_digest, proposal.time))
     found += [Listed(r.study, "refused", "steward", None, r.plan_digest, r.time, r.reason) for r in consents.refusals()]
     return found
@@ -113,7 +113,7 @@ def weigh(settings: Settings, study: str) -> Weighed:
         PolicyError, BudgetExhaustedError: Policy or budget have changed since it was proposed; with the numbers.
         RecordsError: The records do not fit its task.
     """
-    proposal, budget = _find(settings, study), read_budget(settings)
+    proposal, budget = find(settings, study), read_budget(settings)
     plan = proposal.plan
     offer_bases(settings.pretrained)
     check_copy(plan.network, settings.pretrained)
@@ -131,7 +131,7 @@ def glance(settings: Settings, study: str) -> tuple[Proposed, Rows]:
     Raises:
         ConfigError: No study of that name waits.
     """
-    proposal = _find(settings, study)
+    proposal = find(settings, study)
     offer_bases(settings.pretrained)
     try:
         return proposal, in_words(disclose(settings, proposal.plan, read_budget(settings)))
@@ -173,7 +173,12 @@ def sign_and_keep(settings: Settings, weighed: Weighed) -> None:
     Consents(settings.state).approve(approval)
 
 
-def _find(settings: Settings, study: str) -> Proposed:
+def find(settings: Settings, study: str) -> Proposed:
+    """The proposal of a study that waits.
+
+    Raises:
+        ConfigError: None of that name waits, or it was refused.
+    """
     consents = Consents(settings.state)
     if consents.refused(study) is not None:
         raise ConfigError(f"study {study} was refused here", hint="A name is used once: propose it under a new one.")

@@ -70,7 +70,7 @@ def in_words(facts: Facts, language: Words | None = None) -> Rows:
 
 
 def facts_digest(facts: Facts) -> str:
-    """SHA-256 over everything that was shown, in whatever language: for whether it is still so when the answer comes."""
+    """SHA-256 over all that was shown, in whatever language: for whether it is still so when the answer comes."""
     return hashlib.sha256(json.dumps(in_words(facts)).encode()).hexdigest()
 
 

@@ -44,16 +44,18 @@ class Words:
             self.texts: Mapping[str, str] = dict(_flat(tomllib.load(file)))
 
     def __call__(self, key: str, **values: Any) -> str:
-        """The text of a key. What others wrote comes in as a value, and is never taken for a placeholder."""
+        """The text of a key. What others wrote comes in as a value, and is never taken for a placeholder.
+
+        Of a word from elsewhere, such as a code in ``code.CODE``, that the catalogue does not know: ``code.other``.
+        """
+        if key not in self.texts:
+            table, _, values["word"] = key.partition(".")
+            key = f"{table}.other"
         return self.texts[key].format(**{name: self._value(value) for name, value in values.items()})
 
     def say(self, sentence: Said) -> str:
         """The text of a sentence."""
         return self(sentence.key, **sentence.values)
-
-    def of(self, table: str, word: str) -> str:
-        """A word that comes from elsewhere, such as a code; ``TABLE.other`` where the catalogue does not know it."""
-        return self(f"{table}.{word}" if f"{table}.{word}" in self.texts else f"{table}.other", word=word)
 
     def _value(self, value: Any) -> Any:
         if isinstance(value, Said):
