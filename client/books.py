@@ -148,17 +148,13 @@ def claims(settings: Settings) -> list[Claim]:
     return made
 
 
-def report(settings: Settings, budget: Budget | None = None) -> dict[str, Any]:
+def report(settings: Settings) -> dict[str, Any]:
     """What the budget has paid for and what is left, read without locking the ledger: also while the daemon runs.
-
-    Args:
-        settings: The hospital's own.
-        budget: As the ledger has it now, where that was read already.
 
     Raises:
         LedgerError: There is no ledger yet, it cannot be read, or its chain is broken.
     """
-    budget = budget or read_budget(settings)
+    budget = read_budget(settings)
     studies = []
     for name, delta in budget.studies().items():
         reported = reported_epsilon(budget.spent(name), delta)

@@ -84,7 +84,7 @@ def page(
     from client.page import serve_page
 
     _log(settings)
-    serve_page(settings_file, None if socket is None else sockets.socket(fileno=socket))
+    serve_page(settings_file, settings.page.port, None if socket is None else sockets.socket(fileno=socket))
 
 
 @app.command("page-password")

@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 from cryptography.x509 import load_pem_x509_certificate
 
 from client.anchor import ANCHORS, ROLLED_BACK
 from client.beside import Told
-from client.books import LEDGER, read_budget, report
+from client.books import LEDGER, read_budget
 from client.budget import Budget
 from client.bundle import verify_own
 from client.consent import Consents
@@ -41,7 +41,9 @@ from shared_models.privacy.ledger import head_path
 from shared_models.privacy.mechanisms import filter_epsilon, renyi_divergence
 
 NEWEST = 30  # lines of the egress log
-SOON_S = 30 * 24 * 3600.0  # before something runs out
+DAY_S = 24 * 3600.0
+SOON_S = 30 * DAY_S  # before something runs out
+PAUSE = 20  # times what reading took: a page that is left open does not read a growing file all the time
 LITTLE_DISK, LEAST_DISK = 10 * 2**30, 2**30
 AXIS = 1000  # of the burn-down, from its first moment to now
 
@@ -161,7 +163,7 @@ class Desk:
 
     def __init__(self, settings_file: Path, told: Told | None = None) -> None:
         self._file, self._told = settings_file, told
-        self._kept: dict[str, tuple[Any, Any]] = {}
+        self._kept: dict[str, tuple[Any, Any, float]] = {}
         self._turn, self._checking = threading.RLock(), threading.Lock()
         self.checked: Checked | None = None
 
@@ -201,12 +203,25 @@ class Desk:
         return next((one for one in list_studies(settings, self.look(settings).budget) if one.study == name), None)
 
     def budget(self, settings: Settings) -> dict[str, Any]:
-        """What was spent, what is left, and the curve of it."""
-        look = self.look(settings)
-        points = look.burning.points
-        found = report(settings, look.budget)
-        drawn = {"chart": _drawn(points), "begin": minute(points[0][0])[:10], "end": minute(time.time())[:10]}
-        return {**found, **drawn, "left": look.budget.left(), "unspent": points[-1][1]}
+        """What was spent, what is left, and the curve of it; all as it is enforced."""
+        budget, burning = self.look(settings)
+        begin, end = burning.points[0][0], time.time()
+        form = "%Y-%m-%d" if end - begin > DAY_S else "%H:%M"
+        studies = [
+            {"study": name, "delta": delta, "spent": budget.filter_spent(name), "promised": budget.limit(name).epsilon}
+            | dict(zip(("made", "reserved"), budget.charges(name), strict=True))
+            for name, delta in budget.studies().items()
+        ]
+        return {
+            "population": budget.population,
+            "terms": budget.terms,
+            "left": budget.left(),
+            "unspent": burning.points[-1][1],
+            "chart": _drawn(burning.points),
+            "begin": f"{datetime.fromtimestamp(begin, UTC):{form}}",
+            "end": f"{datetime.fromtimestamp(end, UTC):{form}}",
+            "studies": studies,
+        }
 
     def egress(self, settings: Settings) -> dict[str, Any]:
         """What left, summed up by study, message and field; and the newest lines."""
@@ -261,13 +276,15 @@ class Desk:
         return Check("connection", state, sentence)
 
     def _once(self, what: str, files: list[Path], read: Callable[[], Found]) -> Found:
-        """What was read of files, read again when one of them has changed; what fails is not kept."""
+        """What was read of files, read again when one of them has changed, but for a pause; what fails is not kept."""
         with self._turn:
-            state = [file_state(path) for path in files]
-            if what not in self._kept or self._kept[what][0] != state:
-                self._kept[what] = (state, read())
-            found: Found = self._kept[what][1]
-            return found
+            state, began = [file_state(path) for path in files], time.monotonic()
+            before, found, until = self._kept.get(what, (None, None, 0.0))
+            if before is None or (before != state and began > until):
+                found = read()
+                ended = time.monotonic()
+                self._kept[what] = (state, found, ended + PAUSE * (ended - began))
+            return cast("Found", found)
 
 
 def _ledger_files(settings: Settings) -> list[Path]:

@@ -130,7 +130,7 @@ def _add_login(app: FastAPI, html: Sheets, desk: Desk, sessions: Sessions, *, co
 
     def login_page(request: Request, status: int = 200, *, wrong: bool = False) -> Response:
         settings = desk.settings()
-        values = {"none": read_password(settings.state) is None, "wrong": wrong}
+        values = {"unset": read_password(settings.state) is None, "wrong": wrong}
         return html(request, "login.html", status, wait=int(door.wait_s() + 0.999), **values)
 
     @app.get("/login")
@@ -289,7 +289,10 @@ async def _form(request: Request, *, logged_in: bool = True) -> dict[str, str]:
         body += piece
         if len(body) > LONGEST_FORM:
             raise RefusedError(413, "problem.refused")
-    fields = parse_qs(body.decode("utf-8", "replace"), max_num_fields=20) if body else {}
+    try:
+        fields = parse_qs(body.decode("utf-8", "replace"), max_num_fields=20)
+    except ValueError:
+        raise RefusedError(413, "problem.refused") from None
     form = {name: values[0] for name, values in fields.items()}
     session = request.state.session
     right = session is not None and hmac.compare_digest(form.get("token", "").encode(), session.token.encode())
@@ -313,21 +316,32 @@ def password_digest(desk: Desk) -> bytes:
         return digest("")
 
 
-def serve_page(settings_file: Path, listener: socket.socket | None = None) -> None:
+def guarded(settings_file: Path, told: Told | None = None) -> Guard:
+    """The page behind what keeps others out.
+
+    Args:
+        settings_file: Read again for every page.
+        told: What the daemon says of its connection.
+
+    Raises:
+        ConfigError: The settings cannot be used.
+    """
+    software_digest()  # of the code that was loaded, not of what an update puts in its place later
+    desk, sessions = Desk(settings_file, told), Sessions()
+    page = desk.settings().page
+    cookie = f"konsil-hospital-{page.port if page else 0}"  # cookies are a host's, whatever the port
+    app = make_app(desk, sessions, cookie=cookie)
+    return Guard(app, sessions, cookie=cookie, password=lambda: password_digest(desk))
+
+
+def serve_page(settings_file: Path, port: int, listener: socket.socket | None = None) -> None:
     """Serve the page until SIGTERM, or until the daemon that handed on its socket has ended.
 
     Raises:
-        ConfigError: The settings have no page, or the port is in use.
+        ConfigError: The settings cannot be used, or the port is in use.
     """
-    software_digest()  # of the code that was loaded, not of what an update puts in its place later
     told = Told()
-    desk, sessions = Desk(settings_file, told), Sessions()
-    settings = desk.settings()
-    port = settings.page.port if settings.page else 0
-    cookie = f"konsil-hospital-{port}"  # cookies are a host's, whatever the port: each hospital's has its own name
-    app = make_app(desk, sessions, cookie=cookie)
-    guard = Guard(app, sessions, cookie=cookie, password=lambda: password_digest(desk))
-    server = brief_server(guard, tls=None, hint="")
+    server = brief_server(guarded(settings_file, told), tls=None, hint="")
     beside = listener is not None
     with listener or listen("127.0.0.1", port, hint="Stop what uses it, or choose another: [page] port.") as bound:
         if beside:

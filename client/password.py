@@ -25,9 +25,9 @@ class Password(NamedTuple):
 
     salt: str
     digest: str
-    cost: int = COST
-    block: int = BLOCK
-    lanes: int = LANES
+    cost: int
+    block: int
+    lanes: int
 
 
 def set_password(state: Path, password: str) -> None:
@@ -42,7 +42,7 @@ def set_password(state: Path, password: str) -> None:
             f"a password of {len(password)} characters", hint=f"At least {SHORTEST}: four words that are not a saying."
         )
     salt = os.urandom(16)
-    kept = Password(salt.hex(), _scrypt(password, salt, COST, BLOCK, LANES).hex())
+    kept = Password(salt.hex(), _scrypt(password, salt, COST, BLOCK, LANES).hex(), COST, BLOCK, LANES)
     path = state / PASSWORD
     try:
         state.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -110,5 +110,5 @@ class Door:
 
 def _scrypt(password: str, salt: bytes, cost: int, block: int, lanes: int) -> bytes:
     return Scrypt(salt=salt, length=DIGEST_BYTES, n=cost, r=block, p=lanes).derive(
-        password.encode("utf-8", "surrogateescape")
+        password.encode("utf-8", "surrogatepass")
     )

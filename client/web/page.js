@@ -2,7 +2,7 @@
 // A page with the reader's focus in it stays as it is; one without data-live does so always.
 "use strict";
 
-const EVERY_MS = 4000;
+const EVERY_MS = 5000;
 const live = document.getElementById("live");
 
 async function look(main) {
