@@ -134,9 +134,9 @@ class Guard:
     def _refusal(self, request: Request) -> Response | None:
         host = request.headers.get("host", "")
         if not names_loopback(host):
-            return Response(status_code=421)
+            return _refused(421)
         if request.method not in {"GET", "HEAD"} and request.headers.get("origin") != f"http://{host}":
-            return Response(status_code=403)
+            return _refused(403)
         by_hand = "x-konsil-live" not in request.headers
         name = request.cookies.get(self._cookie, "")
         session = self._sessions.find(name, self._password(), by_hand=by_hand)
@@ -144,6 +144,11 @@ class Guard:
         if session is not None or request.url.path in OPEN:
             return None
         return RedirectResponse("/login", status_code=303)
+
+
+def _refused(status: int) -> Response:
+    """In plain words, because nothing is known of who asks, not even the language."""
+    return Response("Refused: this request did not come from this page.\n", status, media_type="text/plain")
 
 
 def digest(text: str) -> bytes:
