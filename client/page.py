@@ -39,7 +39,7 @@ log = logging.getLogger("konsil.hospital")
 
 LONGEST_FORM = 16_384  # bytes
 LANGUAGE = "konsil-language"
-FIRST = frozenset({"purpose", "again", "patients", "mechanism", "leaves", "price", "left"})  # what a decision rests on
+FIRST = ("purpose", "again", "price", "left", "leaves", "patients", "mechanism")  # what a decision rests on
 PATH = re.compile(r"/(studies/[a-z0-9][a-z0-9-]{0,63}|budget|egress|records|health|login)?")
 
 
@@ -189,7 +189,7 @@ def _add_decisions(app: FastAPI, html: Sheets, desk: Desk) -> None:
         kept = Consents(settings.state).proposed(name)
         values = {
             "listed": listed,
-            "facts": sorted(facts or (named_only(kept.plan) if kept else []), key=lambda fact: fact[0] not in FIRST),
+            "facts": _ordered(facts or (named_only(kept.plan) if kept else [])),
             "seen": facts_digest(facts) if facts else "",
             "code": code,
             "decides": asks(listed),
@@ -210,7 +210,7 @@ def _add_decisions(app: FastAPI, html: Sheets, desk: Desk) -> None:
                 weighed = weigh(settings, name)
                 confirm_digest(weighed.proposal, digest)
             except FederationError as error:
-                log.warning("study %s was not approved on the page: %s", name, error.code)
+                log.warning("study %r was not approved on the page: %s", name, error.code)
                 return show(request, name, 409, "study.changed")
             if not hmac.compare_digest(facts_digest(weighed.facts).encode(), seen.encode()):
                 return show(request, name, 409, "study.changed")
@@ -276,6 +276,10 @@ def _facts(settings: Settings, name: str) -> tuple[Facts | None, str]:
         return weigh(settings, name).facts, ""
     except FederationError as error:
         return None, error.code
+
+
+def _ordered(facts: Facts) -> Facts:
+    return sorted(facts, key=lambda fact: FIRST.index(fact[0]) if fact[0] in FIRST else len(FIRST))
 
 
 async def _form(request: Request, *, logged_in: bool = True) -> dict[str, str]:
