@@ -100,9 +100,9 @@ class Browser:
         return answer["result"].get("value")
 
     def until(self, expression: str) -> None:
-        """Wait until an expression is true."""
+        """Wait until an expression is true; on the way from one page to the next, it may not even make sense."""
         deadline = time.monotonic() + PATIENCE_S
-        while not self.ask(f"Boolean({expression})"):
+        while not self.ask(f"(() => {{ try {{ return Boolean({expression}); }} catch {{ return false; }} }})()"):
             assert time.monotonic() < deadline, f"never: {expression}"
             time.sleep(0.1)
 
