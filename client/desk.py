@@ -36,7 +36,7 @@ from client.words import Said, said
 from shared_models.curves import Chart, chart
 from shared_models.durable import file_state
 from shared_models.errors import FederationError
-from shared_models.privacy.entries import Entry
+from shared_models.privacy.entries import BudgetTerms, Entry
 from shared_models.privacy.ledger import head_path
 from shared_models.privacy.mechanisms import filter_epsilon, renyi_divergence
 
@@ -81,13 +81,15 @@ class Burning:
     points: list[tuple[float, float, float]] = field(default_factory=list)
     progress: dict[str, Progress] = field(default_factory=dict)
     newest: str | None = None
-    _terms: Any = None
+    _terms: BudgetTerms | None = None
     _charged: dict[str, float] = field(default_factory=dict)
     _reserved: dict[str, float] = field(default_factory=dict)
 
     def take_in(self, entry: Entry) -> None:
         """The next entry of the ledger."""
         self._terms = self._terms or entry.budget
+        if self._terms is None:  # no ledger of ours begins so; who reads it refuses it
+            return
         study, order = entry.study or "", self._terms.order
         if entry.kind == "plan-approved":
             kept = entry.reservation or ()
@@ -101,7 +103,7 @@ class Burning:
             return
         self._follow(entry, study)
         committed = self._charged | self._reserved  # what is reserved contains what was charged of it
-        spent, taken = (self._epsilon(sum(rho.values())) for rho in (self._charged, committed))
+        spent, taken = (self._epsilon(sum(rho.values()), self._terms) for rho in (self._charged, committed))
         self.points.append((seconds(entry.time), self._terms.epsilon - spent, self._terms.epsilon - taken))
 
     def _follow(self, entry: Entry, study: str) -> None:
@@ -117,8 +119,9 @@ class Burning:
         elif entry.kind == "study-closed":
             progress.computing = False
 
-    def _epsilon(self, rho: float) -> float:
-        return filter_epsilon(rho, order=self._terms.order, delta=self._terms.delta)
+    @staticmethod
+    def _epsilon(rho: float, terms: BudgetTerms) -> float:
+        return filter_epsilon(rho, order=terms.order, delta=terms.delta)
 
 
 class Look(NamedTuple):

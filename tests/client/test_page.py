@@ -158,13 +158,13 @@ def test_too_many_guesses_have_to_wait(kept_waiting: Federation) -> None:
 
 
 @pytest.mark.parametrize("how", ["idle", "long", "log out", "new password", "password gone"])
-def test_a_session_ends(waiting: Federation, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+def test_a_session_ends(kept_waiting: Federation, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     """After a while, by hand, and with the password; a page that only looks whether something changed is no use."""
     clock = [0.0]
     real = time.monotonic
     monkeypatch.setattr("client.sessions.time", SimpleNamespace(monotonic=lambda: real() + clock[0]))
-    state = waiting.settings(HOSPITAL).state
-    with at_the_page(waiting) as steward:
+    state = kept_waiting.settings(HOSPITAL).state
+    with at_the_page(kept_waiting) as steward:
         cookies = dict(steward.client.cookies)
         match how:
             case "idle":
@@ -184,15 +184,23 @@ def test_a_session_ends(waiting: Federation, monkeypatch: pytest.MonkeyPatch, ho
             case "password gone":
                 (state / PASSWORD_FILE).unlink()
 
-        assert steward.get("/").status_code == 303
+        ended = steward.get("/").status_code
+    set_password(state, PASSWORD)
+
+    assert ended == 303
 
 
-def test_without_a_password_nobody_gets_in_and_the_page_says_how_to_set_one(waiting: Federation) -> None:
+def test_without_a_password_nobody_gets_in_and_the_page_says_how_to_set_one(kept_waiting: Federation) -> None:
     """It is not open until somebody thinks of it."""
-    (waiting.settings(HOSPITAL).state / PASSWORD_FILE).unlink()
-    with at_the_page(waiting, logged_in=False) as steward:
-        assert "konsil-hospital page-password hospital.toml" in steward.get("/login").text
-        assert [steward.log_in(password).status_code for password in ("", PASSWORD)] == [401, 401]
+    state = kept_waiting.settings(HOSPITAL).state
+    (state / PASSWORD_FILE).unlink()
+    with at_the_page(kept_waiting, logged_in=False) as steward:
+        text = steward.get("/login").text
+        tries = [steward.log_in(password).status_code for password in ("", PASSWORD)]
+    set_password(state, PASSWORD)
+
+    assert "konsil-hospital page-password hospital.toml" in text
+    assert tries == [401, 401]
 
 
 @pytest.mark.parametrize(

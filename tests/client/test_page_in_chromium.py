@@ -93,6 +93,7 @@ def log_in(browser: Browser, address: str) -> None:
 
 def tab_to(browser: Browser, text: str) -> None:
     """Go on by the Tab key until something has the focus; wherever it is on the way, it can be seen."""
+    browser.until("document.readyState === 'complete'")  # with its style sheet
     for _ in range(60):
         browser.press("Tab")
         name, tag, seen = browser.ask(FOCUS)
