@@ -68,10 +68,12 @@ def start(settings_file: SettingsFile) -> None:
 @app.command()
 def page(
     settings_file: SettingsFile,
-    socket: Annotated[int | None, typer.Option("--socket", help="What the daemon listens on for the page.")] = None,
+    descriptor: Annotated[
+        int | None, typer.Option("--socket", hidden=True, help="What the daemon listens on for the page.")
+    ] = None,
 ) -> None:
     """Serve the page on loopback, until Ctrl-C. The daemon does it by itself; this is for when it does not run."""
-    import socket as sockets
+    from socket import socket
 
     from client.beside import require_page
     from client.settings import read_settings
@@ -84,7 +86,11 @@ def page(
     from client.page import serve_page
 
     _log(settings)
-    serve_page(settings_file, settings.page.port, None if socket is None else sockets.socket(fileno=socket))
+    try:
+        listener = None if descriptor is None else socket(fileno=descriptor)
+    except OSError:
+        raise ConfigError(f"{descriptor} is no socket", hint="Leave --socket to the daemon.") from None
+    serve_page(settings_file, settings.page.port, listener)
 
 
 @app.command("page-password")

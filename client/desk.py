@@ -3,6 +3,7 @@
 Nothing here names a patient, and no exception's text comes through: of what went wrong, only the code does.
 """
 
+import logging
 import shutil
 import threading
 import time
@@ -39,6 +40,8 @@ from shared_models.errors import FederationError
 from shared_models.privacy.entries import BudgetTerms, Entry
 from shared_models.privacy.ledger import head_path
 from shared_models.privacy.mechanisms import filter_epsilon, renyi_divergence
+
+log = logging.getLogger("konsil.hospital")
 
 NEWEST = 30  # lines of the egress log
 DAY_S = 24 * 3600.0
@@ -252,7 +255,8 @@ class Desk:
             check_records(settings)
         except FederationError as error:
             found, code = None, error.code
-        except Exception:  # whatever it is, its text may quote a record
+        except Exception as error:  # whatever it is, its text may quote a record
+            log.error("the check of the records failed: %s", type(error).__name__)  # noqa: TRY400 - no text
             found, code = None, "error"
         finally:
             self.checked = Checked(began, time.time(), found, code)

@@ -630,6 +630,13 @@ def test_a_page_that_the_settings_do_not_have_is_not_served(federation: Federati
         )
 
 
+def test_a_descriptor_that_is_no_socket_is_said_so(kept_waiting: Federation) -> None:
+    """Only the daemon knows one."""
+    arguments = ["page", str(kept_waiting.settings_file(HOSPITAL)), "--socket", "9999"]
+    with pytest.raises(ConfigError, match="9999 is no socket"):
+        CliRunner().invoke(app, arguments, catch_exceptions=False, standalone_mode=False)
+
+
 def test_the_answer_is_only_for_this_machine(bystander: Steward) -> None:
     """It listens on 127.0.0.1 and on no other address of this machine."""
     port = bystander.client.base_url.port
