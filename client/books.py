@@ -1,6 +1,6 @@
 """The hospital's books: its ledger and the budget over it, opened together; and what they say, for people and peers."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,21 +98,27 @@ class Books:
 class _ReadOnly(Ledger):
     """A ledger somebody else may be appending to; it can be looked at and nothing else."""
 
-    def __init__(self, path: Path, public_key: bytes) -> None:
-        self.path, self.public_key = path, public_key
+    def __init__(self, path: Path, public_key: bytes, each: Callable[[Entry], None]) -> None:
+        self.path, self.public_key, self._each = path, public_key, each
 
     def stream(self) -> Iterator[Entry]:
         """All entries, each once it is known to follow the one before."""
-        return verified(self.path, self.public_key)
+        for entry in verified(self.path, self.public_key):
+            self._each(entry)
+            yield entry
 
 
-def read_budget(settings: Settings) -> Budget:
+def read_budget(settings: Settings, each: Callable[[Entry], None] = lambda _: None) -> Budget:
     """The budget as the ledger has it, read without locking it: also while the daemon runs. It can approve nothing.
+
+    Args:
+        settings: The hospital's own.
+        each: Called with every entry, oldest first.
 
     Raises:
         LedgerError: There is no ledger yet, it cannot be read, or its chain is broken.
     """
-    return Budget(_ReadOnly(settings.state / LEDGER, public_bytes(load_key(settings.keys.identity))))
+    return Budget(_ReadOnly(settings.state / LEDGER, public_bytes(load_key(settings.keys.identity)), each))
 
 
 def claims(settings: Settings) -> list[Claim]:

@@ -66,6 +66,50 @@ def start(settings_file: SettingsFile) -> None:
 
 
 @app.command()
+def page(
+    settings_file: SettingsFile,
+    descriptor: Annotated[
+        int | None, typer.Option("--socket", hidden=True, help="What the daemon listens on for the page.")
+    ] = None,
+) -> None:
+    """Serve the page on loopback, until Ctrl-C. The daemon does it by itself; this is for when it does not run."""
+    from socket import socket
+
+    from client.beside import require_page
+    from client.settings import read_settings
+    from shared_models.errors import ConfigError
+
+    settings = read_settings(settings_file)
+    if settings.page is None:
+        raise ConfigError("the settings have no page", hint="Add [page] with a port; see docs/hospital.md.")
+    require_page()
+    from client.page import serve_page
+
+    _log(settings)
+    try:
+        listener = None if descriptor is None else socket(fileno=descriptor)
+    except OSError:
+        raise ConfigError(f"{descriptor} is no socket", hint="Leave --socket to the daemon.") from None
+    serve_page(settings_file, settings.page.port, listener)
+
+
+@app.command("page-password")
+def page_password(settings_file: SettingsFile) -> None:
+    """Set the password of the page: typed twice, or the first line of standard input. Ends every session."""
+    from client.password import SHORTEST, set_password
+    from client.settings import read_settings
+
+    settings = read_settings(settings_file)
+    if sys.stdin.isatty():
+        asked = f"New password, at least {SHORTEST} characters"
+        password = typer.prompt(asked, hide_input=True, confirmation_prompt=True)
+    else:
+        password = sys.stdin.readline().rstrip("\n")
+    set_password(settings.state, password)
+    typer.echo("the page has a new password; whoever was logged in is logged out")
+
+
+@app.command()
 def stop(
     settings_file: SettingsFile,
     wait_s: Annotated[float, typer.Option("--wait", min=0, help="Seconds to wait for the daemon's end.")] = 600,
@@ -106,12 +150,13 @@ def approve(
     The approval is signed with the identity key, and is for exactly this plan. The daemon takes it up when the
     coordinator proposes the study again.
     """
-    from client.decide import confirm_digest, sign_and_keep, weigh
+    from client.decide import confirm_digest, facts_table, sign_and_keep, weigh
+    from client.disclosure import in_words
     from client.settings import read_settings
 
     settings = read_settings(settings_file)
     weighed = weigh(settings, study)
-    _print(weighed.table)
+    _print(facts_table(in_words(weighed.facts)))
     if yes or digest:
         confirm_digest(weighed.proposal, digest)
     if not yes:
@@ -125,18 +170,19 @@ def refuse(
     settings_file: SettingsFile,
     study: Study,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    reason: Annotated[str, typer.Option("--reason", help="Why; kept here, and never sent.")] = "",
 ) -> None:
     """Show what a waiting study would do, ask, and refuse it for good. Works while the daemon runs."""
     from client.consent import Consents
-    from client.decide import glance
+    from client.decide import facts_table, glance
     from client.settings import read_settings
 
     settings = read_settings(settings_file)
     proposal, seen = glance(settings, study)
-    _print(seen)
+    _print(facts_table(seen))
     if not yes:
         typer.confirm(f"Refuse {study} for good?", abort=True)
-    Consents(settings.state).refuse(proposal)
+    Consents(settings.state).refuse(proposal, reason)
     typer.echo(f"study {study} is refused; its name is used up here")
 
 

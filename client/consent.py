@@ -15,13 +15,13 @@ from collections.abc import Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeVar
+from typing import Annotated, Literal, NamedTuple, TypeVar
 
 import rfc8785
-from pydantic import TypeAdapter, ValidationError, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from shared_models.approval import Approval, verify_approval
-from shared_models.config import Frozen, Name
+from shared_models.config import ALWAYS_WRITTEN, Evolving, Frozen, Name
 from shared_models.durable import replace_file
 from shared_models.errors import (
     ConfigError,
@@ -35,12 +35,14 @@ from shared_models.errors import (
 )
 from shared_models.plan import StudyPlan
 from shared_models.privacy.entries import Digest, Entry, Time
+from shared_models.terminal import printable
 from shared_models.versions import refuse_version
 
 log = logging.getLogger("konsil.hospital")
 
 STUDIES = "studies"
 MOST_WAITING = 20
+LONGEST_REASON = 500  # characters
 LARGEST_PLAN_BYTES = 100_000  # in canonical JSON; an ordinary plan has one or two thousand
 
 _File = TypeVar("_File", bound=Frozen)
@@ -73,18 +75,20 @@ class Proposed(Frozen):
         return self
 
 
-class Refused(Frozen):
+class Refused(Evolving):
     """The steward's no to a study, whatever its plan.
 
     Attributes:
         plan_digest: The plan that was refused.
         time: When, UTC.
+        reason: Why, in the steward's words; nobody else hears of it.
     """
 
-    format: Literal["konsil-refusal/1"] = "konsil-refusal/1"
+    format: Annotated[Literal["konsil-refusal/1"], ALWAYS_WRITTEN] = "konsil-refusal/1"
     study: Name
     plan_digest: Digest
     time: Time
+    reason: Annotated[str, Field(max_length=LONGEST_REASON)] = ""
 
 
 class Consents:
@@ -212,10 +216,16 @@ class Consents:
         found = (self.refused(name) for name in self._names(".refused.json"))
         return sorted((refusal for refusal in found if refusal is not None), key=lambda r: (r.time, r.study))
 
-    def refuse(self, proposal: Proposed) -> None:
-        """Say no for good: first the answer, then the proposal and any approval go."""
-        study = proposal.study
-        refusal = Refused(study=study, plan_digest=proposal.plan_digest, time=_now())
+    def refuse(self, proposal: Proposed, reason: str = "") -> None:
+        """Say no for good: first the answer, then the proposal and any approval go.
+
+        Raises:
+            ConfigError: The reason is too long.
+        """
+        study, reason = proposal.study, printable(reason)
+        if len(reason) > LONGEST_REASON:
+            raise ConfigError(f"a reason of {len(reason)} characters", hint=f"At most {LONGEST_REASON}.")
+        refusal = Refused(study=study, plan_digest=proposal.plan_digest, time=_now(), reason=reason)
         self._write(self._file(study, "refused.json"), refusal)
         self._file(study, "approval.json").unlink(missing_ok=True)
         self._file(study, "json").unlink(missing_ok=True)

@@ -1,7 +1,7 @@
 """The hospital's long-lived process: dials out to the coordinator, keeps torch warm, runs the installed ClientApp.
 
 It speaks Flower's Fleet API with mutual TLS and Flower's node authentication. It never asks for a bundle, opens no
-port, and sends no exception text.
+port but that of the page on loopback, if there is one, and sends no exception text.
 """
 
 import logging
@@ -62,6 +62,7 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
+from client.beside import Beside, Nobody, beside
 from client.deposit import Courier
 from client.egress import EgressLog
 from client.process import Ending
@@ -232,21 +233,31 @@ def serve(settings: Settings, settings_file: Path, handler: Handler, *, until: E
     Raises:
         IdentityError: A key or certificate is refused: trying again would not help.
         LedgerError: It cannot be written down what leaves.
+        ConfigError: The page cannot be served.
     """
-    with Courier(settings, settings_file) as courier:
-        _stay_connected(settings, settings_file, handler, until, courier)
+    with beside(settings, settings_file) as page, Courier(settings, settings_file) as courier:
+        _stay_connected(settings, settings_file, handler, until, courier, page)
 
 
-def _stay_connected(settings: Settings, settings_file: Path, handler: Handler, until: Ending, courier: Courier) -> None:
+def _stay_connected(
+    settings: Settings,
+    settings_file: Path,
+    handler: Handler,
+    until: Ending,
+    courier: Courier,
+    page: Beside | Nobody,
+) -> None:
     retry_s = SHORTEST_RETRY_S
     while not until.is_set():
         try:
             with FleetConnection(settings, until) as connection:
                 log.info("connected to %s as %s", settings.coordinator, settings.name)
+                page.tell("connected")
                 retry_s = SHORTEST_RETRY_S
                 _answer_messages(connection, settings_file, handler, until, courier)
         except (ConnectionLostError, httpx.HTTPError) as error:
             pause_s = retry_s * random.uniform(0.5, 1.5)  # noqa: S311 - jitter, not a secret
+            page.tell("away")
             log.warning("no coordinator at %s (%s); trying again in %.1f s", settings.coordinator, error, pause_s)
             until.wait(pause_s)
             retry_s = min(2 * retry_s, LONGEST_RETRY_S)

@@ -13,7 +13,7 @@ from client.books import read_budget
 from client.budget import Budget, holds
 from client.consent import Consents, Proposed
 from client.device import choose_device
-from client.disclosure import Rows, disclose
+from client.disclosure import Facts, Rows, disclose, in_words, named_only
 from client.policy import Site, admit
 from client.settings import Settings
 from shared_models.approval import ApprovedPrice, sign_approval
@@ -24,10 +24,9 @@ from shared_models.pretrained import check_copy, offer_bases
 from shared_models.privacy.ledger import StudyLimit
 from shared_models.software import software_digest
 from shared_models.tasks import task_of
-from shared_models.terminal import printable
 
 SHORTEST_DIGEST = 8
-_STEWARD, _COORDINATOR = "the steward", "the coordinator, to propose it again"
+STEWARD, _COORDINATOR = "the steward", "the coordinator, to propose it again"
 
 
 class Listed(NamedTuple):
@@ -38,6 +37,7 @@ class Listed(NamedTuple):
         by: Who approved it, or what it waits for.
         epsilon: The most that its plan promises to cost; None where it was refused.
         time: When it was proposed, approved or refused, UTC.
+        reason: Why the steward refused it, where that was said.
     """
 
     study: str
@@ -46,6 +46,7 @@ class Listed(NamedTuple):
     epsilon: float | None
     plan_digest: str
     time: str
+    reason: str = ""
 
 
 class Weighed(NamedTuple):
@@ -53,17 +54,22 @@ class Weighed(NamedTuple):
 
     proposal: Proposed
     budget: Budget
-    table: Table
+    facts: Facts
 
 
-def list_studies(settings: Settings) -> list[Listed]:
+def list_studies(settings: Settings, budget: Budget | None = None) -> list[Listed]:
     """Every study that this hospital knows; what the ledger says comes first.
+
+    Args:
+        settings: The hospital's own.
+        budget: As the ledger has it now, where that was read already.
 
     Raises:
         LedgerError: There is no ledger yet, it cannot be read, or its chain is broken.
     """
     consents, found = Consents(settings.state), []
-    budget, waiting = read_budget(settings), {proposal.study: proposal for proposal in consents.waiting()}
+    budget = budget or read_budget(settings)
+    waiting = {proposal.study: proposal for proposal in consents.waiting()}
     for entry, closed in budget.approvals():
         study = entry.study or ""
         status, time = "closed" if closed else "approved", entry.time
@@ -71,13 +77,13 @@ def list_studies(settings: Settings) -> list[Listed]:
         if not closed and not holds(entry):
             status, by = "pending", _COORDINATOR
             if study in waiting and not _agreed(consents, study):
-                by, time = f"{_STEWARD}: the software changed", waiting[study].time
+                by, time = f"{STEWARD}: the software changed", waiting[study].time
         waiting.pop(study, None)
         found.append(Listed(study, status, by, budget.limit(study).epsilon, entry.plan_digest or "", time))
     for study, proposal in waiting.items():
-        by = _COORDINATOR if _agreed(consents, study) else _STEWARD
+        by = _COORDINATOR if _agreed(consents, study) else STEWARD
         found.append(Listed(study, "pending", by, proposal.plan.privacy.epsilon, proposal.plan_digest, proposal.time))
-    found += [Listed(r.study, "refused", "steward", None, r.plan_digest, r.time) for r in consents.refusals()]
+    found += [Listed(r.study, "refused", "steward", None, r.plan_digest, r.time, r.reason) for r in consents.refusals()]
     return found
 
 
@@ -94,7 +100,8 @@ def studies_table(found: list[Listed]) -> Table:
         table.add_column(heading, overflow="fold")
     for study in found:
         epsilon = "" if study.epsilon is None else f"{study.epsilon:g}"
-        table.add_row(study.study, study.status, study.by, epsilon, study.plan_digest[:12], study.time[:16])
+        by = f"{study.by}: {study.reason}" if study.reason else study.by
+        table.add_row(*map(Text, (study.study, study.status, by, epsilon, study.plan_digest[:12], study.time[:16])))
     return table
 
 
@@ -106,7 +113,7 @@ def weigh(settings: Settings, study: str) -> Weighed:
         PolicyError, BudgetExhaustedError: Policy or budget have changed since it was proposed; with the numbers.
         RecordsError: The records do not fit its task.
     """
-    proposal, budget = _find(settings, study), read_budget(settings)
+    proposal, budget = find(settings, study), read_budget(settings)
     plan = proposal.plan
     offer_bases(settings.pretrained)
     check_copy(plan.network, settings.pretrained)
@@ -115,23 +122,21 @@ def weigh(settings: Settings, study: str) -> Weighed:
     known = budget.check(plan)
     if known is not None and holds(known):
         raise PolicyError(f"study {study} is approved already", hint="See: konsil-hospital studies hospital.toml")
-    return Weighed(proposal, budget, _table(disclose(settings, plan, budget, before=known)))
+    return Weighed(proposal, budget, disclose(settings, plan, budget, before=known))
 
 
-def glance(settings: Settings, study: str) -> tuple[Proposed, Table]:
+def glance(settings: Settings, study: str) -> tuple[Proposed, Rows]:
     """A waiting study as far as it can be shown: to say no, neither policy nor records have to fit.
 
     Raises:
         ConfigError: No study of that name waits.
     """
-    proposal = _find(settings, study)
+    proposal = find(settings, study)
     offer_bases(settings.pretrained)
     try:
-        rows = disclose(settings, proposal.plan, read_budget(settings))
+        return proposal, in_words(disclose(settings, proposal.plan, read_budget(settings)))
     except FederationError as error:
-        rows = [("study", f"{study}, plan {proposal.plan_digest}"), ("purpose", printable(proposal.plan.purpose))]
-        rows.append(("not shown", str(error)))
-    return proposal, _table(rows)
+        return proposal, [*in_words(named_only(proposal.plan)), ("not shown", str(error))]
 
 
 def confirm_digest(proposal: Proposed, digest: str) -> None:
@@ -168,14 +173,20 @@ def sign_and_keep(settings: Settings, weighed: Weighed) -> None:
     Consents(settings.state).approve(approval)
 
 
-def _find(settings: Settings, study: str) -> Proposed:
+def find(settings: Settings, study: str) -> Proposed:
+    """The proposal of a study that waits.
+
+    Raises:
+        ConfigError: None of that name waits, or it was refused.
+    """
     consents = Consents(settings.state)
     if consents.refused(study) is not None:
         raise ConfigError(f"study {study} was refused here", hint="A name is used once: propose it under a new one.")
     return consents.find(study)
 
 
-def _table(rows: Rows) -> Table:
+def facts_table(rows: Rows) -> Table:
+    """What a study would mean, for a terminal."""
     table = Table.grid(padding=(0, 2))
     for heading, text in rows:
         table.add_row(Text(heading, style="bold"), Text(text))

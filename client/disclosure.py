@@ -1,33 +1,36 @@
 """What a steward reads before deciding on a study: who, what, from which columns, what leaves, and what it costs.
 
-True counts are for the steward's own terminal. Nothing of this leaves the hospital.
+True counts are for the steward's own eyes. Nothing of this leaves the hospital.
 """
 
+import hashlib
+import json
+
 from client.budget import Budget, Price
-from client.consent import named
 from client.membership import read_roster
 from client.policy import Policy
 from client.records.labels import label_columns
 from client.records.manifest import Manifest, read_manifest
 from client.records.population import Source
 from client.settings import Settings
+from client.words import Said, Words, said, words
 from shared_models.encoding import NULL_COORDINATES
 from shared_models.nets.build import count_parameters
 from shared_models.plan import StudyPlan
 from shared_models.pretrained import base_of
 from shared_models.privacy.entries import Entry
-from shared_models.privacy.mechanisms import NEIGHBOURING, UNIT
 from shared_models.secagg.protocol import plan_threshold
 from shared_models.software import software_digest
 from shared_models.tasks import TableInput, Task, task_of
 from shared_models.terminal import printable
 from shared_models.versions import RELEASE
 
+Facts = list[tuple[str, Said]]
 Rows = list[tuple[str, str]]
 
 
-def disclose(settings: Settings, plan: StudyPlan, budget: Budget, *, before: Entry | None = None) -> Rows:
-    """All of it, as pairs of a heading and a text; reads the records to count patients.
+def disclose(settings: Settings, plan: StudyPlan, budget: Budget, *, before: Entry | None = None) -> Facts:
+    """All of it, as pairs of a heading's key and a sentence; reads the records to count patients.
 
     Args:
         settings: The hospital's own.
@@ -41,10 +44,8 @@ def disclose(settings: Settings, plan: StudyPlan, budget: Budget, *, before: Ent
     task = task_of(plan)
     manifest = read_manifest(settings.records)
     return [
-        ("study", f"{plan.study}, plan {plan.digest()}"),
-        ("purpose", printable(plan.purpose)),
-        ("data licence", printable(plan.data_licence)),
-        ("coordinator", f"{settings.coordinator}, as its TLS certificate proves"),
+        *named_only(plan),
+        ("coordinator", said("fact.coordinator", address=settings.coordinator)),
         *_software(plan, budget, before),
         *_peers(settings, plan),
         *_training(settings, plan, task, manifest),
@@ -53,64 +54,78 @@ def disclose(settings: Settings, plan: StudyPlan, budget: Budget, *, before: Ent
     ]
 
 
-def _software(plan: StudyPlan, budget: Budget, before: Entry | None) -> Rows:
-    rows = [("software", f"Konsil {RELEASE}, {software_digest()}")]
-    if before is not None:
-        made, reserved = budget.charges(plan.study)
-        rows.append(
-            (
-                "asked again",
-                f"this study was approved for {named(before.software_digest)} on {before.time[:10]}, and the software "
-                f"here has changed since; {made} of its {reserved} charges are made; the price below is that of the "
-                "whole study, which is reserved already",
-            )
-        )
-    return rows
-
-
-def _peers(settings: Settings, plan: StudyPlan) -> Rows:
-    names = sorted(plan.hospitals or read_roster(settings).identities)
-    threshold = max(plan_threshold(plan.minimum_hospitals, len(names)), settings.policy.least_threshold)
-    others = ", ".join(name for name in names if name != settings.name)
-    whom = "named in the plan" if plan.hospitals else "of the roster"
+def named_only(plan: StudyPlan) -> Facts:
+    """What a plan says of itself, where nothing more can be said."""
     return [
-        ("peers", f"{others}: those {whom} that take part"),
-        ("threshold", f"{threshold} of {len(names)} must stay to the end of a sum, or nothing is opened"),
+        ("study", said("fact.study", study=plan.study, digest=plan.digest())),
+        ("purpose", said("verbatim", text=printable(plan.purpose))),
+        ("licence", said("verbatim", text=printable(plan.data_licence))),
     ]
 
 
-def _training(settings: Settings, plan: StudyPlan, task: Task, manifest: Manifest) -> Rows:
-    population = Source(task, fold=plan.fold).current(settings)
-    training, validation = population.training.patient_count, population.validation.patient_count
-    parameters = count_parameters(plan.network, task)
-    privacy, fold = plan.privacy, plan.fold
-    part = f"fold {fold.index} of {fold.count} of a cross-validation: " if fold else ""
+def in_words(facts: Facts, language: Words | None = None) -> Rows:
+    """The facts in a language, English unless told otherwise: pairs of a heading and a text."""
+    language = language or words()
+    return [(language(f"heading.{heading}"), language.say(fact)) for heading, fact in facts]
+
+
+def facts_digest(facts: Facts) -> str:
+    """SHA-256 over all that was shown, in whatever language: for whether it is still so when the answer comes."""
+    return hashlib.sha256(json.dumps(in_words(facts)).encode()).hexdigest()
+
+
+def _software(plan: StudyPlan, budget: Budget, before: Entry | None) -> Facts:
+    facts = [("software", said("fact.software", release=RELEASE, digest=software_digest()))]
+    if before is not None:
+        made, reserved = budget.charges(plan.study)
+        old = before.software_digest
+        was = said("fact.software-known", digest=old[:12]) if old else said("fact.software-unknown")
+        again = said("fact.again", software=was, day=before.time[:10], made=made, reserved=reserved)
+        facts.append(("again", again))
+    return facts
+
+
+def _peers(settings: Settings, plan: StudyPlan) -> Facts:
+    names = sorted(plan.hospitals or read_roster(settings).identities)
+    threshold = max(plan_threshold(plan.minimum_hospitals, len(names)), settings.policy.least_threshold)
+    others = [name for name in names if name != settings.name]
     return [
-        ("task", f"{task.name}: {task.description}"),
-        ("network", f"{plan.network.name}, {parameters} parameters{_base(plan)}"),
+        ("peers", said("fact.peers-plan" if plan.hospitals else "fact.peers-roster", names=others)),
+        ("threshold", said("fact.threshold", threshold=threshold, hospitals=len(names))),
+    ]
+
+
+def _training(settings: Settings, plan: StudyPlan, task: Task, manifest: Manifest) -> Facts:
+    population = Source(task, fold=plan.fold).current(settings)
+    counts = {"training": population.training.patient_count, "validation": population.validation.patient_count}
+    privacy, fold, base = plan.privacy, plan.fold, base_of(plan.network)
+    network = {"name": plan.network.name, "parameters": count_parameters(plan.network, task)}
+    return [
+        ("task", said("fact.task", name=task.name, description=task.description)),
+        ("network", said("fact.network-base", base=base, **network) if base else said("fact.network", **network)),
         ("columns", _columns(manifest, task)),
         (
             "patients",
-            f"{part}{training} to train with, {validation} to validate with, without those who said no (true counts: "
-            "for your eyes only)",
+            said("fact.patients-fold", index=fold.index, count=fold.count, **counts)
+            if fold
+            else said("fact.patients", **counts),
         ),
         (
             "mechanism",
-            f"{plan.rounds} rounds, and {privacy.spare_charges} in reserve, of {plan.training.steps} steps; in each "
-            f"step every patient takes part with probability {privacy.sample_rate:g}, a patient's gradient is clipped "
-            f"to {privacy.clip:g}, and Gaussian noise of {privacy.noise_multiplier:g} times that is added",
+            said(
+                "fact.mechanism",
+                rounds=plan.rounds,
+                spare=privacy.spare_charges,
+                steps=plan.training.steps,
+                rate=privacy.sample_rate,
+                clip=privacy.clip,
+                noise=privacy.noise_multiplier,
+            ),
         ),
     ]
 
 
-def _base(plan: StudyPlan) -> str:
-    base = base_of(plan.network)
-    return (
-        f" that are trained, on the pretrained base {base}, of which this hospital's copy was checked" if base else ""
-    )
-
-
-def _columns(manifest: Manifest, task: Task) -> str:
+def _columns(manifest: Manifest, task: Task) -> Said:
     """The schema's columns, with the file's own names where they differ."""
     schema = (
         [column.name for column in task.input.columns]
@@ -119,51 +134,57 @@ def _columns(manifest: Manifest, task: Task) -> str:
     )
     labels = label_columns(manifest, task)
     named = {name: manifest.column(name) for name in schema} | labels
-    listed = ", ".join(name if name == column else f"{name} (in the file: {column})" for name, column in named.items())
-    last = "the last is the label" if len(labels) == 1 else f"the last {len(labels)} are labels"
-    patient = f"patient column: {manifest.patient}" if manifest.patient else "every row is a patient"
-    return f"{listed}; {last}; {patient}"
+    listed = [
+        name if name == column else said("fact.column", name=name, column=column) for name, column in named.items()
+    ]
+    last = said("fact.label") if len(labels) == 1 else said("fact.labels", count=len(labels))
+    patient = said("fact.patient-column", column=manifest.patient) if manifest.patient else said("fact.rows-patients")
+    return said("fact.columns", columns=listed, last=last, patient=patient)
 
 
-def _leaving(policy: Policy, plan: StudyPlan, task: Task) -> Rows:
-    length = count_parameters(plan.network, task) + NULL_COORDINATES
-    update = f"each round one noised update of {length} numbers, under masks that only a sum takes off"
-    always = (
-        "the declared public size; signed receipts of what was charged; codes of refusals; when this hospital is up"
-    )
-    if policy.send_checkpoints:
-        always += "; checkpoints of the ledger, for auditors"
-    if policy.send_evidence:
-        always += "; the ledger itself and what belongs to it, for auditors"
-    if plan.evaluation is None:
-        return [("what leaves", f"{update}; {always}; no statistics")]
+def _leaving(policy: Policy, plan: StudyPlan, task: Task) -> Facts:
+    leaves = {
+        "update": said("fact.update", length=count_parameters(plan.network, task) + NULL_COORDINATES),
+        "always": said("fact.always"),
+        "checkpoints": said("fact.checkpoints") if policy.send_checkpoints else "",
+        "evidence": said("fact.evidence") if policy.send_evidence else "",
+    }
     release = plan.evaluation
-    groups = "".join(f", and of each group by {one.column}" for one in release.subgroups)
-    statistics = (
-        f"every {release.every} rounds validation statistics of {release.bins} bins{groups}, each patient's clipped to "
-        f"{release.clip:g}, with noise of {release.noise_multiplier:g} times that, under masks"
+    if release is None:
+        return [("leaves", said("fact.leaves", **leaves))]
+    statistics = said(
+        "fact.statistics",
+        every=release.every,
+        bins=release.bins,
+        groups=said("fact.groups", columns=[one.column for one in release.subgroups]) if release.subgroups else "",
+        clip=release.clip,
+        noise=release.noise_multiplier,
     )
-    return [("what leaves", f"{update}; {statistics}; {always}")]
+    return [("leaves", said("fact.leaves-statistics", statistics=statistics, **leaves))]
 
 
-def _costs(plan: StudyPlan, budget: Budget, *, again: bool) -> Rows:
+def _costs(plan: StudyPlan, budget: Budget, *, again: bool) -> Facts:
     terms, price = budget.terms, budget.price(plan)
-    relation = f"per {UNIT}, {NEIGHBOURING}, by a Renyi filter at order {terms.order}"
     return [
         (
             "price",
-            f"epsilon {price.study_epsilon_filter:.4f} at delta {plan.privacy.delta:g}, {relation}; "
-            f"the plan promises at most {plan.privacy.epsilon:g}",
+            said(
+                "fact.price",
+                epsilon=price.study_epsilon_filter,
+                delta=plan.privacy.delta,
+                relation=said("fact.relation"),
+                order=terms.order,
+                promised=plan.privacy.epsilon,
+            ),
         ),
-        ("budget left", _left(price, budget, again=again)),
+        ("left", _left(price, budget, again=again)),
     ]
 
 
-def _left(price: Price, budget: Budget, *, again: bool) -> str:
+def _left(price: Price, budget: Budget, *, again: bool) -> Said:
     """Before and after; the same where the study is reserved already."""
     terms = budget.terms
-    now = "now and afterwards" if again else f"afterwards, {price.left_before:.4f} now"
-    return (
-        f"epsilon {price.left_after:.4f} {now}, of {terms.epsilon:g} at delta "
-        f"{terms.delta:g} for population {budget.population}"
-    )
+    of = {"epsilon": terms.epsilon, "delta": terms.delta, "population": budget.population}
+    if again:
+        return said("fact.left-again", after=price.left_after, **of)
+    return said("fact.left", after=price.left_after, before=price.left_before, **of)

@@ -51,6 +51,10 @@ identity = "keys/identity.key"
 node = "keys/node.key"
 root = "keys/root.pub"
 
+# A page for the steward's browser, on this machine only; its password: konsil-hospital page-password hospital.toml
+# [page]
+# port = 8470
+
 # Fixed when the ledger was opened, which init did: a change is refused.
 [population]
 name = "all-patients"

@@ -52,6 +52,16 @@ class Keys(Frozen):
     root: LocalPath
 
 
+class PageSettings(Frozen):
+    """The hospital's page, on loopback only.
+
+    Attributes:
+        port: Where the daemon serves it.
+    """
+
+    port: Annotated[int, Field(ge=1, le=65_535)]
+
+
 class Settings(Frozen):
     """Everything that one hospital's processes need to know.
 
@@ -70,6 +80,7 @@ class Settings(Frozen):
         device: ``auto`` takes CUDA when it is there, else the CPU.
         threads: Threads that torch may use.
         pretrained: This hospital's own copies of pretrained bases that plans start from, by their digest.
+        page: The page for the steward's browser; absent: there is none.
     """
 
     name: Name
@@ -88,6 +99,7 @@ class Settings(Frozen):
     population: Population
     policy: Policy
     pretrained: Mapping[Digest, LocalPath] = {}
+    page: PageSettings | None = None
 
     @model_validator(mode="after")
     def _knows_where_to_send(self) -> "Settings":

@@ -100,15 +100,28 @@ class Browser:
         return answer["result"].get("value")
 
     def until(self, expression: str) -> None:
-        """Wait until an expression is true."""
+        """Wait until an expression is true; on the way from one page to the next, it may not even make sense."""
         deadline = time.monotonic() + PATIENCE_S
-        while not self.ask(f"Boolean({expression})"):
+        while not self.ask(f"(() => {{ try {{ return Boolean({expression}); }} catch {{ return false; }} }})()"):
             assert time.monotonic() < deadline, f"never: {expression}"
             time.sleep(0.1)
 
-    def picture(self, path: Path) -> None:
-        """Write what is shown as a PNG."""
-        path.write_bytes(b64decode(self.tell("Page.captureScreenshot", format="png")["data"]))
+    def press(self, key: str, *, shift: bool = False) -> None:
+        """Press and let go one key, as a person without a mouse does: Tab, Enter, or Space."""
+        code, text = {"Tab": (9, ""), "Enter": (13, "\r"), "Space": (32, " ")}[key]
+        about = {"key": text if key == "Space" else key, "code": key, "windowsVirtualKeyCode": code}
+        modifiers = 8 if shift else 0
+        self.tell("Input.dispatchKeyEvent", type="keyDown", text=text, modifiers=modifiers, **about)
+        self.tell("Input.dispatchKeyEvent", type="keyUp", modifiers=modifiers, **about)
+
+    def write(self, text: str) -> None:
+        """Type into what has the focus."""
+        self.tell("Input.insertText", text=text)
+
+    def picture(self, path: Path, *, whole: bool = False) -> None:
+        """Write what is shown as a PNG; or the whole page, however long."""
+        picture = self.tell("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
+        path.write_bytes(b64decode(picture["data"]))
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from rich.console import Console
 import client.app
 from client.alone import evaluate_folder
 from client.books import Books
-from client.disclosure import disclose
+from client.disclosure import disclose, in_words
 from server.demo import plan_text
 from server.examples import Example, ExampleHospital
 from server.simulate import Options, run_simulation
@@ -154,7 +154,7 @@ def test_the_steward_is_shown_the_base(tmp_path: Path, text: tuple[StudyPlan, di
     settings = federation.settings("hospital-1")
     books = Books.open(settings)
 
-    shown: dict[str, Any] = dict(disclose(settings, federation.plan, books.budget))
+    shown: dict[str, Any] = dict(in_words(disclose(settings, federation.plan, books.budget)))
     books.close()
 
     length = count_parameters(plan.network, task_of(plan))

@@ -20,7 +20,7 @@ from pydicom.data import get_testdata_file
 
 from client.alone import evaluate_folder
 from client.books import Books
-from client.disclosure import disclose
+from client.disclosure import disclose, in_words
 from server.examples import PLANS, Example, ExampleHospital
 from shared_models.plan import read_plan
 from shared_models.tasks import ICU_MORTALITY, NOTE_SPECIALTY, SeriesInput
@@ -176,7 +176,7 @@ def test_the_steward_is_shown_what_a_record_holds(tmp_path: Path, task: str, col
     settings = federation.settings(federation.names[1])
     books = Books.open(settings)
 
-    shown = dict(disclose(settings, federation.plan, books.budget))
+    shown = dict(in_words(disclose(settings, federation.plan, books.budget)))
     books.close()
 
     assert shown["columns"].startswith(columns)
