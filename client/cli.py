@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from client import cli_conformance, cli_enrol, cli_evaluate, cli_use
+from client import cli_conformance, cli_enrol, cli_evaluate, cli_operate, cli_use
 from client.cli_use import Bases, RecordsFolder
 from shared_models import terminal
 
@@ -31,6 +31,7 @@ cli_enrol.add_to(app)
 cli_conformance.add_to(app)
 cli_evaluate.add_to(app)
 cli_use.add_to(app)
+cli_operate.add_to(app)
 
 ledger_app = typer.Typer(help="Show, verify or export this hospital's privacy ledger.", no_args_is_help=True)
 app.add_typer(ledger_app, name="ledger")

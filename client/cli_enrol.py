@@ -90,8 +90,13 @@ def status(
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
         return
+    warnings, expires = facts.pop("warnings"), facts.pop("expires")
     for name, value in facts.items():
         typer.echo(f"{name.replace('_', ' '):<17} {', '.join(value) if isinstance(value, list) else value}")
+    for what, day in expires.items():
+        typer.echo(f"{'expires':<17} {day}  {what}")
+    for warning in warnings:
+        typer.echo(f"{'warning':<17} {warning}")
 
 
 def add_to(app: typer.Typer) -> None:

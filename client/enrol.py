@@ -8,10 +8,12 @@ from typing import Any
 
 from client.books import LEDGER, Books, report
 from client.budget import budget_terms
+from client.expiry import expiries
 from client.keyfiles import certificate_request, create_new, create_node_key, create_tls_key, node_public_key, tls_key
 from client.membership import Membership, accept, genesis, own_member, read_pin
 from client.rotate import take_over, with_waiting_keys
 from client.settings import Settings, read_settings
+from shared_models.certificates import warnings
 from shared_models.durable import replace_file
 from shared_models.enrolment import (
     Kit,
@@ -194,6 +196,7 @@ def status(settings: Settings) -> dict[str, Any]:
     head, entries = "", 0
     for entry in stream_ledger(settings.state / LEDGER):
         head, entries = entry.hash, entries + 1
+    found = expiries(settings)
     return {
         "name": settings.name,
         "fingerprint": fingerprint(bytes.fromhex(member.identity)),
@@ -204,6 +207,8 @@ def status(settings: Settings) -> dict[str, Any]:
         "ledger_entries": entries,
         "ledger_head": head,
         "epsilon_left": report(settings)["epsilon_left"],
+        "expires": {expiry.what: expiry.until.strftime("%Y-%m-%d") for expiry in found},
+        "warnings": warnings(found),
     }
 
 

@@ -26,7 +26,7 @@ from shared_models.durable import create_file
 from shared_models.errors import IdentityError
 from shared_models.identity import create_key, public_bytes
 
-VALID_FOR = timedelta(days=30)
+VALID_FOR = timedelta(days=90)
 ROLE_URI = "konsil:role/"
 
 
