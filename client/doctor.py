@@ -32,8 +32,8 @@ def examine(settings: Settings) -> list[Finding]:
     """All checks, in the order in which to mend what they find. Takes seconds; the daemon may be running.
 
     Guarantees:
-        * Nothing is changed. A file is written beside the ledger and removed again, to prove that there is room; a newer
-          roster is pinned, as by every command that reads it.
+        * Nothing is changed. A file is written beside the ledger and removed again, to prove that there is room; a
+          newer roster is pinned, as by every command that reads it.
         * No record is read: manifest and file names only. ``check-data`` reads all of them.
     """
     return [finding for check in _CHECKS for finding in _guarded(check, settings)]

@@ -1,5 +1,6 @@
 """What a machine must have for a daemon to run for years, looked at from the outside; the same at both sides."""
 
+import errno
 import os
 import shutil
 import socket
@@ -130,6 +131,17 @@ def reach(check: str, address: str) -> Finding:
         advice = "Is it up? Does the firewall let this machine dial out to it?"
         return Finding(check, "fail", f"{address} cannot be reached: {error.strerror or error}", advice)
     return Finding(check, "ok", f"{address} answers")
+
+
+def listening(check: str, host: str, port: int) -> Finding:
+    """Whether a port is served, or free to be."""
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            return Finding(check, "ok", f"{host}:{port} is served")
+        return Finding(check, "fail", f"{host}:{port}: {error.strerror}", "Choose an address of this machine.")
+    return Finding(check, "ok", f"{host}:{port} is free")
 
 
 def ask(address: str, context: ssl.SSLContext) -> list[Finding]:
