@@ -59,6 +59,7 @@ __all__ = [
     "read_ledger",
     "snapshot",
     "stream_ledger",
+    "unused",
     "verified",
     "verify_entries",
     "verify_head",
@@ -399,6 +400,20 @@ def read_hospital(path: Path) -> str:
     if row is None or not isinstance(row[0], str):
         raise LedgerError(f"{path} does not say whose ledger it is", hint="Restore the ledger from a good copy.")
     return str(row[0])
+
+
+@contextmanager
+def unused(path: Path) -> Iterator[None]:
+    """Hold a ledger's lock: nobody has it open for appending meanwhile; for whoever puts another in its place.
+
+    Raises:
+        LedgerError: Somebody has.
+    """
+    lock = _lock(path)
+    try:
+        yield
+    finally:
+        os.close(lock)
 
 
 def _rows(database: sqlite3.Connection) -> Iterator[Entry]:
