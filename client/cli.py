@@ -347,11 +347,10 @@ def _print(what: object) -> None:
 
 def _log(settings: "Settings") -> None:
     """Log to standard error and to a file in the state folder: counts, rounds and digests, never records."""
+    from client.log_file import LogFile
+
     settings.state.mkdir(parents=True, exist_ok=True, mode=0o700)
-    handlers: list[logging.Handler] = [
-        logging.StreamHandler(),
-        logging.FileHandler(settings.state / "hospital.log", encoding="utf-8"),
-    ]
+    handlers: list[logging.Handler] = [logging.StreamHandler(), LogFile(settings.state / "hospital.log", settings.logs)]
     text = f"%(asctime)s {settings.name} %(levelname)s %(message)s"
     logging.basicConfig(level=logging.WARNING, format=text, handlers=handlers, force=True)
     logging.getLogger("konsil").setLevel(logging.INFO)

@@ -309,7 +309,8 @@ def _rejected(error: httpx.HTTPStatusError) -> FederationError:
         return ConnectionLostError(f"the coordinator answered {error.response.status_code}")
     return IdentityError(
         "the coordinator does not accept this hospital's node key, or not with this TLS certificate",
-        hint="Ask the coordinator to register the keys; and check that both clocks are right: signatures last minutes.",
+        hint="Are both clocks right (konsil-hospital doctor)? Signatures last minutes. Else this hospital is not enrolled "
+        "with these keys, or was revoked: call the coordinator.",
     )
 
 
