@@ -309,8 +309,8 @@ def _rejected(error: httpx.HTTPStatusError) -> FederationError:
         return ConnectionLostError(f"the coordinator answered {error.response.status_code}")
     return IdentityError(
         "the coordinator does not accept this hospital's node key, or not with this TLS certificate",
-        hint="Are both clocks right (konsil-hospital doctor)? Signatures last minutes. Else this hospital is not enrolled "
-        "with these keys, or was revoked: call the coordinator.",
+        hint="Are both clocks right (konsil-hospital doctor)? Signatures last minutes. Else this hospital is not "
+        "enrolled with these keys, or was revoked: call the coordinator.",
     )
 
 

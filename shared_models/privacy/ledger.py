@@ -538,6 +538,8 @@ def _explained(path: Path) -> Iterator[None]:
 def _hint(problem: str) -> str:
     if "locked" in problem:
         return "Another process has it open for writing. A hospital runs one process; stop the other and restart."
+    if "disk I/O error" in problem:  # SQLite's word where it cannot make the file that readers share, too
+        return "The disk is full, read-only or failing. Make room (df), then restart. What was charged stays charged."
     if "full" in problem or "No space" in problem:
         return "Make room on the disk, then restart the hospital. What was charged stays charged."
     if "malformed" in problem or "not a database" in problem:

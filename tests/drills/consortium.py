@@ -1,11 +1,17 @@
 """A consortium for drills: made by the commands that people type, on a port of its own; and commands as processes."""
 
+import multiprocessing
 import os
 import subprocess
-from collections.abc import Iterable, Mapping
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import patch
 
+import client.cli
+import server.cli
 from client.daemon import FleetConnection
 from client.settings import read_settings as read_hospital
 from server.cli import app as coordinator_app
@@ -31,28 +37,51 @@ class Said(NamedTuple):
 
 
 def say(
-    command: str, *arguments: object, before: Iterable[str] = (), environment: Mapping[str, str] | None = None
+    command: str, *arguments: object, before: Sequence[str] = (), environment: Mapping[str, str] | None = None
 ) -> Said:
     """Run a command as a process. No operator ever sees a traceback.
 
     Args:
         command: ``konsil-hospital`` or ``konsil-coordinator``.
         arguments: As typed.
-        before: What it is run under, such as ``faketime``.
+        before: What it is run under, such as ``faketime``; else it is forked from a server that has imported
+            everything, because importing torch takes seconds.
         environment: More of it.
     """
-    done = subprocess.run(
-        [*before, find_command(command), *map(str, arguments)],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=PATIENCE_S,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
-    )
-    text = done.stdout + done.stderr
-    assert "Traceback" not in text, text
-    return Said(done.returncode, text)
+    words = [str(argument) for argument in arguments]
+    said = _executed([*before, find_command(command), *words]) if before else _forked(command, words, environment or {})
+    assert "Traceback" not in said.text, said.text
+    return said
+
+
+def _executed(command: list[str]) -> Said:
+    options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    done = subprocess.run(command, **options, check=False, timeout=PATIENCE_S)  # type: ignore[call-overload]
+    return Said(done.returncode, done.stdout)
+
+
+def _forked(command: str, words: list[str], environment: Mapping[str, str]) -> Said:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.kill", "pytest"])
+    with tempfile.NamedTemporaryFile() as log:
+        process = context.Process(target=_live, args=(command, words, environment, log.name))
+        with patch.dict(os.environ, {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}):  # one thread can be forked
+            process.start()
+        process.join(PATIENCE_S)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+        return Said(process.exitcode or 0, log.read().decode())
+
+
+def _live(command: str, words: list[str], environment: Mapping[str, str], log: str) -> None:
+    """In the new process: be the command."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    os.environ.update(environment)
+    sys.argv = [command, *words]
+    {"konsil-hospital": client.cli.main, "konsil-coordinator": server.cli.main}[command]()
 
 
 def found(folder: Path, *names: str) -> Consortium:
