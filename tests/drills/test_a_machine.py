@@ -38,10 +38,12 @@ def mount() -> Iterator[Mount]:
         if "remount" not in " ".join(arguments):
             mounted.append(where)
 
-    yield mounting
-    restart_hospitals()
-    for where in reversed(mounted):
-        subprocess.run([UMOUNT, str(where)], check=True)
+    try:
+        yield mounting
+    finally:
+        restart_hospitals()
+        for where in reversed(mounted):  # lazily: one that is busy must not keep the rest mounted
+            subprocess.run([UMOUNT, "--lazy", str(where)], check=False)
 
 
 def fill(folder: Path) -> Path:
