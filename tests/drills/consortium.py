@@ -22,6 +22,7 @@ from server.settings import read_settings as read_coordinator
 from tests.client.test_enrol import Consortium, run
 
 PATIENCE_S = 60
+OPERATIONS = " ".join((Path(__file__).parents[2] / "docs" / "operations.md").read_text("utf-8").split())
 
 
 class Said(NamedTuple):
@@ -82,6 +83,14 @@ def _live(command: str, words: list[str], environment: Mapping[str, str], log: s
     os.environ.update(environment)
     sys.argv = [command, *words]
     {"konsil-hospital": client.cli.main, "konsil-coordinator": server.cli.main}[command]()
+
+
+def read(text: str, words: str) -> bool:
+    """Whether an operator reads these words, and docs/operations.md says that they are read.
+
+    Held against both, so that neither can change alone.
+    """
+    return words in text and f"`{words}`" in OPERATIONS
 
 
 def found(folder: Path, *names: str) -> Consortium:

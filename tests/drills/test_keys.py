@@ -24,7 +24,7 @@ from shared_models.identity import fingerprint
 from shared_models.privacy.ledger import read_ledger
 from shared_models.tasks import find_task
 from tests.client.test_enrol import Consortium, run
-from tests.drills.consortium import connects, found, say, serving
+from tests.drills.consortium import connects, found, read, say, serving
 
 
 @pytest.fixture
@@ -63,9 +63,9 @@ def test_an_expired_certificate_is_said_at_the_start_and_renewed_by_a_rotation(c
     assert start.code == 1
     error, hint = start.last_words
     assert "is valid from" in error
-    assert "UTC, not now" in error
+    assert read(error, "UTC, not now")
     assert "konsil-hospital rotate hospital.toml tls" in hint
-    assert "this hospital's TLS certificate expired on" in status.text
+    assert read(status.text, "this hospital's TLS certificate expired on")
     assert rotated.code == 0, rotated.text
     with serving(consortium):
         connects(consortium, "north")
@@ -86,8 +86,9 @@ def test_a_rotated_key_connects_and_the_old_one_no_more(consortium: Consortium, 
 
     with serving(consortium):
         connects(consortium, "north")
-        with pytest.raises(IdentityError, match="does not accept this hospital's node key, or not with this TLS"):
+        with pytest.raises(IdentityError) as refused:
             connects(consortium, "thief")
+    assert read(str(refused.value), "does not accept this hospital's node key")
 
 
 def test_a_revoked_hospital_is_refused_and_the_others_are_told(consortium: Consortium) -> None:
@@ -102,7 +103,7 @@ def test_a_revoked_hospital_is_refused_and_the_others_are_told(consortium: Conso
         with pytest.raises(IdentityError, match="does not accept this hospital's node key") as refused:
             connects(consortium, "north")
         connects(consortium, "south")
-    assert "was revoked: call the coordinator" in refused.value.hint
+    assert read(refused.value.hint, "was revoked: call the coordinator")
     assert not consortium.kit("north").exists()
     assert "revoked" in say("konsil-coordinator", "roster", "--settings", consortium.settings).text
     assert json.loads(run(hospital_app, "status", consortium.hospital("south"), "--json").output)["members"] == [
@@ -141,11 +142,11 @@ def test_a_lost_key_ends_the_ledger_and_nobody_gets_a_second_budget(consortium: 
     refused = say("konsil-hospital", "check-data", consortium.hospital("north-2"))
 
     assert lost.code == 1
-    assert "identity.key cannot be read" in lost.last_words[0]
+    assert read(lost.last_words[0], "identity.key cannot be read")
     assert again.code == 0, again.text
     assert refused.code == 1
     error, hint = refused.last_words
-    assert "a patient has one budget, however often the records are exported" in error
+    assert read(error, "a patient has one budget, however often the records are exported")
     assert "opt_out" in hint
     text = (
         consortium.hospital("north-2")
@@ -199,7 +200,7 @@ def test_a_consortium_moves_to_another_root_key_and_ledgers_go_on(consortium: Co
     options = ("--new-root", "--root-fingerprint", root)
     joined = say("konsil-hospital", "join", consortium.hospital("north"), moved.kit("north"), *options)
 
-    assert "another root key than the one this hospital pinned" in plain.last_words[0]
+    assert read(plain.last_words[0], "another root key than the one this hospital pinned")
     assert "join --new-root" in plain.last_words[1]
     assert "was not confirmed; nothing was changed" in wrong.last_words[0]
     assert joined.code == 0, joined.text
