@@ -20,9 +20,9 @@ from client.records.opt_out import read_opt_outs
 from client.settings import Settings
 from client.tls import client_context
 from shared_models.errors import FederationError
-from shared_models.health import Finding, ask, entropy, expiring, private, reach, room, versions
+from shared_models.health import Finding, ask, entropy, expiring, owned, private, reach, room, versions
 from shared_models.identity import load_key, public_bytes
-from shared_models.privacy.ledger import CLOCK_TOLERANCE, stream_ledger
+from shared_models.privacy.ledger import CLOCK_TOLERANCE, head_path, stream_ledger
 
 PACKAGES = ("konsil", "torch", "flwr", "opacus", "dp-accounting", "cryptography")
 LITTLE_BUDGET = 0.05  # of epsilon
@@ -68,10 +68,15 @@ def _disk(settings: Settings) -> Iterator[Finding]:
 def _permissions(settings: Settings) -> Iterator[Finding]:
     secrets = [settings.keys.identity, settings.keys.node, settings.tls.key]
     secrets += [folder / "local.key" for folder in (settings.state, settings.registry_folder)]
+    ours = [settings.state / name for name in (LEDGER, head_path(settings.state / LEDGER).name, "egress.jsonl")]
     yield private([*secrets, settings.state, settings.registry_folder])
+    yield owned(settings.state, [*secrets, *ours, settings.registry_folder])
 
 
 def _roster(settings: Settings) -> Iterator[Finding]:
+    if not settings.keys.root.exists():
+        yield Finding("roster", "fail", "this hospital has not joined yet", "konsil-hospital join hospital.toml KIT")
+        return
     signed = Membership(settings).signed()
     keys = (public_bytes(load_key(settings.keys.identity)).hex(), node_public_key(settings.keys.node))
     own_member(signed, settings.name, keys, time.time())
@@ -86,7 +91,7 @@ def _expiry(settings: Settings) -> Iterator[Finding]:
 def _coordinator(settings: Settings) -> Iterator[Finding]:
     found = reach("coordinator", settings.coordinator)
     yield found
-    if found.status == "ok":
+    if found.status == "ok" and settings.tls.certificate.exists():
         yield from _guarded(_tls, settings)
     if settings.control is not None:
         yield reach("control", settings.control)

@@ -10,9 +10,8 @@ from pathlib import Path
 from sqlalchemy.engine import make_url
 
 from server.audit import LOG
-from server.enrol import STAGED
+from server.enrol import STAGED, next_roster
 from server.expiry import CERTIFICATES
-from server.members import signed_roster
 from server.renew import WAITING
 from server.roles import WITHDRAWN
 from server.settings import Settings, read_settings
@@ -34,7 +33,7 @@ def backup(settings: Settings, settings_file: Path, target: Path) -> Manifest:
 
     Raises:
         BackupError: The folder exists, or the disk does not take it.
-        RosterError: The roster is refused.
+        RosterError: The roster is refused, or there is none.
     """
 
     def fill(folder: Path) -> dict[str, str | int]:
@@ -55,7 +54,7 @@ def backup(settings: Settings, settings_file: Path, target: Path) -> Manifest:
         return {"database": DATABASE if own_database(settings) else f"elsewhere: {shown}"}
 
     return write_backup(
-        target, fill, role="coordinator", name=signed_roster(settings).coordinator.name, outside=settings.state
+        target, fill, role="coordinator", name=next_roster(settings).coordinator.name, outside=settings.state
     )
 
 

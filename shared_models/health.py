@@ -113,6 +113,20 @@ def private(files: Iterable[Path]) -> Finding:
     return Finding("permissions", "ok", f"{seen} secrets are their owner's alone")
 
 
+def owned(folder: Path, files: Iterable[Path]) -> Finding:
+    """Whether files belong to the user that the daemon's folder belongs to: a command that root gave makes root's."""
+    if not folder.exists():
+        return Finding("owner", "ok", f"{folder} is made at the first start")
+    user = folder.stat().st_uid
+    for file in files:
+        if file.exists() and file.stat().st_uid != user:
+            text = f"{file} belongs to user {file.stat().st_uid}, and {folder} to {user}"
+            return Finding(
+                "owner", "fail", text, f"Run: chown --reference={folder} {file}; give commands as that user."
+            )
+    return Finding("owner", "ok", f"all belongs to user {user}")
+
+
 def expiring(expiries: Iterable[Expiry]) -> list[Finding]:
     """One finding per certificate and membership; see ``certificates.py``."""
     now = datetime.now(UTC)

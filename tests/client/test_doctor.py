@@ -1,6 +1,7 @@
 """What `konsil-hospital doctor` finds: on a healthy hospital nothing, and each thing that is wrong by its name."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -73,6 +74,14 @@ def _no_roster(settings: Settings) -> None:
     settings.roster.unlink()
 
 
+def _roots_file(settings: Settings) -> None:
+    os.chown(settings.keys.node, 12345, 12345)
+
+
+def _not_joined(settings: Settings) -> None:
+    settings.keys.root.unlink()
+
+
 def _other_authority(settings: Settings) -> None:
     settings.tls.certificate.write_bytes(b"nothing")
 
@@ -85,6 +94,13 @@ def _other_authority(settings: Settings) -> None:
         (_cut_ledger, "ledger", "ledger.sqlite"),
         (_no_roster, "roster", "cannot be read"),
         (_other_authority, "TLS", "cannot be used"),
+        (_not_joined, "roster", "has not joined yet"),
+        pytest.param(
+            _roots_file,
+            "owner",
+            "belongs to user 12345",
+            marks=pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away"),
+        ),
     ],
 )
 def test_what_is_wrong_is_named_and_the_rest_is_still_looked_at(

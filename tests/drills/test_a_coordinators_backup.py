@@ -5,7 +5,9 @@ import stat
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from auditor.cli import app as auditor_app
 from server.audit import AuditLog
 from server.backup import backup, restore
 from server.expiry import expiries
@@ -89,6 +91,26 @@ def test_a_database_elsewhere_is_not_in_the_backup_and_said_so(consortium: Conso
     assert "back it up with pg_dump" in said.text
     assert "secret" not in said.text
     assert not (consortium.folder / "backup" / "state" / "coordinator.sqlite").exists()
+
+
+def test_an_audit_log_is_ended_by_moving_it_away_and_a_new_one_begins(consortium: Consortium, tmp_path: Path) -> None:
+    """As the runbook has it: the old chain still holds under its own key, and the new one has another."""
+    settings, archive = read_settings(consortium.settings), tmp_path / "archive"
+    with AuditLog(settings.state) as audit:
+        audit.append("started", code="0" * 64)
+        old = audit.public_key
+    archive.mkdir()
+    export = say("konsil-coordinator", "audit", "export", "--out", archive / "log", "--settings", consortium.settings)
+    for path in settings.state.glob("audit.*"):
+        path.rename(archive / path.name)
+
+    with AuditLog(settings.state) as audit:
+        assert audit.export()[1].seq == 1
+        assert audit.public_key != old
+
+    assert export.code == 0, export.text
+    held = CliRunner().invoke(auditor_app, ["log", str(archive / "log"), "--key", str(archive / "audit.pub")])
+    assert held.exit_code == 0, held.output
 
 
 def test_a_damaged_backup_leaves_no_half_of_a_coordinator(consortium: Consortium) -> None:
