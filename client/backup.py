@@ -9,7 +9,7 @@ import json
 import shutil
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -36,6 +36,7 @@ from shared_models.receipts import SignedReceipt
 
 SETTINGS, STATE, REGISTRY = "hospital.toml", "state", "registry"
 MOST_TRIES = 5
+_NEW, _OLD = "restoring-", "before-"  # folders in the state folder
 _LEFT_OUT = frozenset({LEDGER, f"{LEDGER}-wal", f"{LEDGER}-shm", head_path(Path(LEDGER)).name, PROCESS, "outbox.zip"})
 _PROCEED = (
     "Restore a newer backup. If there is none, the budget of these patients is spent: see 'When the newest ledger is "
@@ -49,7 +50,7 @@ class Restored(NamedTuple):
     Attributes:
         manifest: Of the backup.
         entries: Of the ledger that is in use now.
-        aside: Where the state folder of before is now; None where there was none.
+        aside: Where what was in the state folder before is now; None where there was nothing.
         certain: Whether something here knew the newest entry; if not, only the coordinator can tell.
     """
 
@@ -97,8 +98,11 @@ def backup(settings: Settings, settings_file: Path, target: Path) -> Manifest:
 def restore(folder: Path, settings_file: Path) -> Restored:
     """Put a backup in place, unless that would forget a charge that this machine knows of.
 
-    The state folder of before is set aside, never removed. Keys are never overwritten. What only grows (positions, the
-    registry, the newest roster seen) keeps what is here where that knows more.
+    Guarantees:
+        * What was in the state folder is set aside in it, never removed. Keys are never overwritten. What only grows
+          (positions, the registry, the newest roster seen) keeps what is here where that knows more.
+        * Killed anywhere, it leaves a hospital that does not open, or one that is restored; never one that would begin
+          a new ledger. Doing it again finishes it. The state folder may be a mount of its own.
 
     Args:
         folder: The backup.
@@ -116,8 +120,10 @@ def restore(folder: Path, settings_file: Path) -> Restored:
         refuse_second(settings.state)
         _refuse_other_keys(folder, settings)
         certain = _refuse_rewind(folder, settings)
-        with _disk(settings.state), unused(settings.state / LEDGER) if settings.state.exists() else nullcontext():
-            aside = _put_back(folder, settings)
+        with _disk(settings.state):
+            settings.state.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with unused(settings.state / LEDGER):
+                aside = _put_back(folder, settings)
     except BaseException:
         if made:
             settings_file.unlink(missing_ok=True)
@@ -167,7 +173,13 @@ def _verified(settings: Settings, copy: Path) -> Chain:
 def _left_out(path: Path) -> bool:
     """What is copied apart, or is of a process: locks, and files that were being written."""
     name = path.name
-    return name in _LEFT_OUT or name.endswith((".lock", ".new", ".partial")) or name.startswith((".room-", "tmp"))
+    temporary = name.endswith((".new", ".partial")) or name.startswith((".room-", "tmp"))
+    return name in _LEFT_OUT or temporary or _apart(path)
+
+
+def _apart(path: Path) -> bool:
+    """What no restore touches: locks, and what restores have set aside."""
+    return path.name.endswith(".lock") or path.parts[0].startswith((_NEW, _OLD))
 
 
 def _single_files(settings: Settings) -> Iterator[tuple[str, Path]]:
@@ -255,23 +267,35 @@ def _known_here(settings: Settings) -> Iterator[tuple[str, str]]:
 
 
 def _put_back(folder: Path, settings: Settings) -> Path | None:
-    """The state folder as a whole, by renaming; then what has a place of its own."""
-    state = settings.state
-    new = state.with_name(f"{state.name}.restoring")
-    shutil.rmtree(new, ignore_errors=True)
+    """File by file, by renaming. The head file first: from then on no ledger opens but the one that comes last."""
+    state, stamp = settings.state, f"{datetime.now(UTC):%Y%m%dT%H%M%S.%f}"
+    new, aside = state / f"{_NEW}{stamp}", state / f"{_OLD}{stamp}"
     copy_folder(folder / STATE, new)
-    if state.exists():
-        _keep_what_knows_more(state, new)
+    _keep_what_knows_more(state, new)
     if (folder / REGISTRY).exists():
         merge_registry(folder / REGISTRY, settings.registry_folder)
     _put_files(folder, settings)
-    aside = None
-    if state.exists():
-        aside = state.with_name(f"{state.name}.before-{datetime.now(UTC):%Y%m%dT%H%M%S}")
-        state.rename(aside)
-    new.rename(state)
-    sync_folder(state.parent)
-    return aside
+    head, ledger = head_path(Path(LEDGER)), Path(LEDGER)
+    rest = sorted(path.relative_to(new) for path in new.rglob("*") if path.is_file())
+    for name in (head, *(name for name in rest if name not in {head, ledger}), ledger):
+        if name == ledger:
+            _move_aside(state, aside, [Path(f"{LEDGER}-wal"), Path(f"{LEDGER}-shm")])  # of another ledger than this
+        if (state / name).exists():
+            copy_file(state / name, aside / name)
+        (state / name).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        (new / name).replace(state / name)
+        sync_folder((state / name).parent)
+    here = [path.relative_to(state) for path in state.rglob("*") if path.is_file()]
+    _move_aside(state, aside, [name for name in here if name not in rest and not _apart(name)])
+    shutil.rmtree(new)
+    return aside if aside.exists() else None
+
+
+def _move_aside(state: Path, aside: Path, names: list[Path]) -> None:
+    for name in names:
+        if (state / name).exists():
+            (aside / name).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            (state / name).rename(aside / name)
 
 
 def _keep_what_knows_more(old: Path, new: Path) -> None:

@@ -64,7 +64,7 @@ def restore(
     done = put_back(folder, settings_file)
     typer.echo(f"restored the backup of {done.manifest.time}: {done.entries} ledger entries")
     if done.aside is not None:
-        typer.echo(f"the state folder of before is {done.aside}; remove it when all is well")
+        typer.echo(f"what was there before is in {done.aside}; remove it when all is well")
     if not done.certain:
         typer.echo(
             "Nothing on this machine knows whether anything was charged after the backup. The coordinator does: if it "

@@ -11,6 +11,7 @@ from client.budget import budget_terms
 from client.expiry import expiries
 from client.keyfiles import certificate_request, create_new, create_node_key, create_tls_key, node_public_key, tls_key
 from client.membership import Membership, accept, forget_root, genesis, own_member, read_pin
+from client.process import refuse_second
 from client.rotate import take_over, with_waiting_keys
 from client.settings import Settings, read_settings
 from shared_models.certificates import warnings
@@ -175,6 +176,7 @@ def join(settings: Settings, kit_file: Path, *, confirm: Callable[[str], bool], 
             under the old one is set aside.
 
     Raises:
+        AlreadyRunningError: The root key changes, and the daemon runs.
         RosterError: Something in the kit is forged, substituted, old, or not for this hospital.
         LedgerError: A new identity key cannot take over the ledger; with the same kit, it can be tried again.
     """
@@ -185,6 +187,7 @@ def join(settings: Settings, kit_file: Path, *, confirm: Callable[[str], bool], 
     _check_ours(waiting, kit, signed)
     content = written(signed)
     if moved:
+        refuse_second(settings.state)  # a daemon would go on with the old root
         forget_root(settings)
     files = {settings.tls.ca: kit.authority, settings.tls.certificate: kit.certificate}
     for path, text in files.items():

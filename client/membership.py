@@ -183,8 +183,10 @@ def forget_root(settings: Settings) -> None:
     """
     rosters, name = settings.state / ROSTERS, fingerprint(read_public(settings.keys.root)).replace(":", "")[:16]
     try:
-        if rosters.exists():
-            rosters.rename(rosters.with_name(f"{ROSTERS}-of-{name}"))
+        aside = rosters.with_name(f"{ROSTERS}-of-{name}")
+        aside.mkdir(exist_ok=True, mode=0o700)
+        for path in rosters.glob("*.json"):  # cut off here, it can be done again
+            path.replace(aside / path.name)
         (settings.state / PIN).unlink(missing_ok=True)
     except OSError as error:
         raise RosterError(f"{rosters} cannot be set aside: {error.strerror}", hint="Check the disk.") from None

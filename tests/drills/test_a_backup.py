@@ -1,6 +1,7 @@
 """A hospital's state is lost and comes back from a backup; no backup ever gives a patient's budget back."""
 
 import json
+import os
 import shutil
 import stat
 import threading
@@ -279,6 +280,38 @@ def test_a_registry_forgets_nobody_when_a_backup_comes_back(federation: Federati
     (settings.registry_folder / "local.key").unlink()
     with pytest.raises(PopulationError, match="has lost its key"):
         restore(folder, federation.settings_file(HOSPITAL))
+
+
+@pytest.mark.parametrize("calls", range(1, 12, 2))
+def test_a_restore_that_is_cut_off_opens_nothing_until_it_is_done_again(
+    federation: Federation, monkeypatch: pytest.MonkeyPatch, calls: int
+) -> None:
+    """At no moment does the hospital look as if it never had a ledger: that would be a new budget."""
+    settings, folder = federation.settings(HOSPITAL), federation.folder / "new"
+    entries = read_ledger(settings.state / LEDGER)
+    shutil.rmtree(settings.state)
+    left = iter([True] * calls)
+
+    def cut(path: Path, target: Path) -> Path:
+        if path.parent.name.startswith("restoring-") and not next(left, False):
+            raise KeyboardInterrupt
+        os.replace(path, target)  # noqa: PTH105 - what is cut off here is Path.replace
+        return target
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", cut)
+        with suppress(KeyboardInterrupt):
+            restore(folder, federation.settings_file(HOSPITAL))
+    try:
+        Books.open(settings).close()
+        opened = True
+    except LedgerError:
+        opened = False
+    if not opened:
+        restore(folder, federation.settings_file(HOSPITAL))
+
+    Books.open(settings).close()
+    assert read_ledger(settings.state / LEDGER) == entries
 
 
 def test_a_backup_of_another_hospital_is_refused(federation: Federation) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from client.books import Books
 from client.expiry import Reminder
 from client.settings import read_settings as read_hospital
 from server.cli import app as coordinator_app
+from server.coordinator import coordinating
 from server.expiry import expiries, reminding
 from server.pki import Authority
 from server.renew import _hosts, _public
@@ -43,6 +45,7 @@ def key_of(path: Path) -> str:
 def short_lived(keys: Keys, days: int) -> None:
     """Give the hospital and the coordinator certificates that end soon."""
     authority = Authority(keys.folder / "short", valid_for=timedelta(days=days))
+    keys.authority.certificate.write_bytes(authority.certificate.read_bytes())
     keys.coordinator_certificate(authority)
     keys.hospital_certificate("north", authority)
 
@@ -71,6 +74,22 @@ def test_everybody_is_told_thirty_days_ahead(
     assert read(status.text, "this hospital's TLS certificate expires on") == warned
     assert status.code == 0
     assert "expires" in status.text
+
+
+def test_daemon_and_coordinator_begin_with_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Not only where somebody asks: both say it in their own logs when they start."""
+    keys = Keys(tmp_path)
+    short_lived(keys, 29)
+
+    with caplog.at_level(logging.WARNING), keys.connected("north", lambda *_: pytest.fail("nobody asks")):
+        with coordinating(keys.coordinator()):
+            pass
+        deadline = time.monotonic() + 20
+        while "this hospital's TLS certificate" not in caplog.text and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+    assert "this hospital's TLS certificate expires on" in caplog.text
+    assert "the coordinator's certificate expires on" in caplog.text
 
 
 def test_a_moment_is_soon_or_over_at_its_very_edge() -> None:
