@@ -128,7 +128,10 @@ def restore(folder: Path, settings_file: Path) -> Restored:
         if made:
             settings_file.unlink(missing_ok=True)
         raise
-    return Restored(manifest, _verify(settings.state, folder), aside, certain)
+    chain = verify_entries(stream_ledger(settings.state / LEDGER))
+    if chain.hash != manifest.facts["ledger_head"]:
+        raise LedgerError("the restored ledger is not the backup's", hint="Have the disk looked at.")
+    return Restored(manifest, chain.seq, aside, certain)
 
 
 def restore_keys(folder: Path, settings_file: Path) -> list[Path]:
@@ -173,7 +176,7 @@ def _verified(settings: Settings, copy: Path) -> Chain:
 def _left_out(path: Path) -> bool:
     """What is copied apart, or is of a process: locks, and files that were being written."""
     name = path.name
-    temporary = name.endswith((".new", ".partial")) or name.startswith((".room-", "tmp"))
+    temporary = name.endswith((".new", ".partial")) or path.parts[0].startswith((".room-", "tmp"))
     return name in _LEFT_OUT or temporary or _apart(path)
 
 
@@ -326,14 +329,6 @@ def _put_files(folder: Path, settings: Settings) -> list[Path]:
     for source, here in written:
         copy_file(source, here)
     return [here for _, here in written]
-
-
-def _verify(state: Path, folder: Path) -> int:
-    """How many entries the ledger has that is in use now, once it has been read back."""
-    chain = verify_entries(stream_ledger(state / LEDGER))
-    if chain.hash != verify_entries(stream_ledger(folder / STATE / LEDGER)).hash:
-        raise LedgerError("the restored ledger is not the backup's", hint="Have the disk looked at.")
-    return chain.seq
 
 
 @contextmanager

@@ -29,7 +29,9 @@ LITTLE_BUDGET = 0.05  # of epsilon
 
 
 def examine(settings: Settings) -> list[Finding]:
-    """All checks, in the order in which to mend what they find. Takes seconds; the daemon may be running.
+    """All checks, in the order in which to mend what they find; the daemon may be running.
+
+    Takes seconds; with a ledger of 100,000 entries, of which all are verified, a minute or two.
 
     Guarantees:
         * Nothing is changed. A file is written beside the ledger and removed again, to prove that there is room; a

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from sqlalchemy import create_engine, text
-from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from server.enrol import STAGED, read_staged
@@ -88,18 +87,19 @@ def _tls(settings: Settings) -> Iterator[Finding]:
 
 
 def _database(settings: Settings) -> Iterator[Finding]:
-    url = make_url(settings.database_url)
-    if url.get_backend_name() == "sqlite" and not (settings.state / "coordinator.sqlite").exists():
+    if settings.database is None and not (settings.state / "coordinator.sqlite").exists():
         yield Finding("database", "ok", "made at the first start")
         return
     try:
-        engine = create_engine(url)
+        engine = create_engine(settings.database_url)
         with engine.connect() as connection:
             studies = connection.execute(text("SELECT count(*) FROM studies")).scalar_one()
         engine.dispose()
-    except (SQLAlchemyError, ImportError) as error:
-        shown = url.render_as_string(hide_password=True)
-        yield Finding("database", "fail", f"{shown}: {type(error).__name__}", "Check the database server, or the file.")
+    except (SQLAlchemyError, ImportError) as error:  # its text may hold the password
+        what = type(error).__name__
+        yield Finding(
+            "database", "fail", f"cannot be read: {what}", "Check the database server, or the file; and its URL."
+        )
         return
     yield Finding("database", "ok", f"{studies} studies")
 

@@ -40,6 +40,10 @@ def renew_certificate(settings: Settings, *, new_key: bool, hosts: Sequence[str]
     ca, key, certificate = settings.tls.ca, settings.tls.key, settings.tls.certificate
     names = list(hosts) or _hosts(certificate)
     left = certificate_end(ca) - datetime.now(UTC)
+    if left <= timedelta():
+        raise IdentityError(
+            "the authority's certificate has expired", hint="First: konsil-coordinator renew authority."
+        )
     own = ec.generate_private_key(ec.SECP256R1()) if new_key else _key(key)
     issued = _authority(settings, min(AUTHORITY_VALID_FOR, left)).certify(own.public_key(), "coordinator", hosts=names)
     if new_key:

@@ -141,9 +141,11 @@ def reach(check: str, address: str) -> Finding:
     """Whether anybody listens at ``host:port``; nothing is said there."""
     try:
         socket.create_connection(_split(address), TIMEOUT_S).close()
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         advice = "Is it up? Does the firewall let this machine dial out to it?"
-        return Finding(check, "fail", f"{address} cannot be reached: {error.strerror or error}", advice)
+        return Finding(
+            check, "fail", f"{address} cannot be reached: {getattr(error, 'strerror', None) or error}", advice
+        )
     return Finding(check, "ok", f"{address} answers")
 
 
@@ -197,9 +199,10 @@ def _until(connection: HTTPSConnection) -> datetime:
 
 
 def _clock(date: str | None) -> Finding:
-    if date is None:
+    try:
+        ahead = datetime.now(UTC) - parsedate_to_datetime(date or "")
+    except (ValueError, TypeError, OverflowError):  # none, or what no clock says
         return Finding("clock", "warn", "the other side does not say what time it is", "Compare the clocks by hand.")
-    ahead = datetime.now(UTC) - parsedate_to_datetime(date)
     text = f"this clock is {_words(ahead)} the coordinator's"
     if not abs(ahead.total_seconds()) < MOST_SKEW_S:
         return Finding("clock", "fail", text, "Set the clock that is wrong, by NTP: signatures last five minutes.")

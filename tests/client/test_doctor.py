@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from client.doctor import examine
 from client.settings import Settings
 from server.coordinator import SuperLink
 from server.examples import write_example
-from shared_models.health import Finding, healthy
+from shared_models.health import Finding, _clock, healthy
 from tests.link import Keys
 
 
@@ -129,3 +131,22 @@ def test_nothing_is_left_behind(keys: Keys) -> None:
     after = {path: path.read_bytes() for path in state.rglob("*") if path.is_file()}
     assert {path for path in after if path.name not in {"roster-pin.json", "1.json"}} == set(before)
     assert all(after[path] == content for path, content in before.items())
+
+
+@pytest.mark.parametrize(
+    ("seconds", "status"),
+    [(0, "ok"), (28, "ok"), (32, "warn"), (-32, "warn"), (297, "warn"), (302, "fail"), (-302, "fail")],
+)
+def test_clocks_that_differ_are_warned_of_before_signatures_are_refused(seconds: int, status: str) -> None:
+    """Flower takes a signature of up to five minutes; half a minute is more than NTP leaves."""
+    shown = format_datetime(datetime.now(UTC) - timedelta(seconds=seconds))
+
+    assert _clock(shown).status == status
+
+
+@pytest.mark.parametrize(
+    "date", [None, "", "yesterday", "Thu, 99 Nov 9999 99:99:99 GMT", "Thu, 26 Nov 2026 23:00:00 -0000"]
+)
+def test_a_date_that_is_none_is_no_time(date: str | None) -> None:
+    """Whatever a coordinator says: no traceback, and no clock that is right by chance."""
+    assert _clock(date).status == "warn"

@@ -134,6 +134,19 @@ def test_the_coordinators_own_certificate_is_renewed_by_one_command(
         connects(consortium, "north")
 
 
+def test_nothing_is_issued_by_an_authority_that_has_expired(consortium: Consortium) -> None:
+    """A certificate that outlives its authority is worth nothing; the authority itself can still be renewed."""
+    tls = coordinator(consortium).tls
+    tls.ca.write_bytes(Authority(consortium.folder / "old", valid_for=timedelta(minutes=30)).certificate.read_bytes())
+
+    said = say("konsil-coordinator", "renew", "certificate", "--settings", consortium.settings)
+    again = say("konsil-coordinator", "renew", "authority", "--settings", consortium.settings)
+
+    assert said.code == 1
+    assert "renew authority" in said.last_words[1]
+    assert again.code == 0, again.text
+
+
 def test_a_renewed_authority_is_taken_over_one_hospital_after_the_other(consortium: Consortium) -> None:
     """Who has joined the new kit connects, and who has not yet, too; the root key has signed which authority it is."""
     say("konsil-coordinator", "renew", "authority", "--settings", consortium.settings)
@@ -198,3 +211,16 @@ def test_the_coordinators_doctor_says_what_waits(consortium: Consortium) -> None
     found = {(f["check"], f["status"]): f["text"] for f in json.loads(sick.text)}
     assert "version 2 waits to be signed" in found["roster", "warn"]
     assert "tls.key is open to others" in found["permissions", "fail"]
+
+
+def test_the_doctor_keeps_the_databases_password(consortium: Consortium) -> None:
+    """What cannot be reached is named by its kind alone."""
+    url = "postgresql+psycopg://konsil:secret@127.0.0.1:9/konsil"
+    text = consortium.settings.read_text("utf-8")
+    consortium.settings.write_text(f'database = "{url}"\n{text}', encoding="utf-8")
+
+    said = say("konsil-coordinator", "doctor", "--settings", consortium.settings)
+
+    assert said.code == 1
+    assert "fail  database      cannot be read" in said.text
+    assert "secret" not in said.text

@@ -2,8 +2,10 @@
 
 import json
 import shutil
+import time
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -70,6 +72,33 @@ def test_an_expired_certificate_is_said_at_the_start_and_renewed_by_a_rotation(c
     with serving(consortium):
         connects(consortium, "north")
     assert read_ledger(hospital(consortium).state / LEDGER) == entries
+
+
+def test_a_membership_that_ran_out_is_renewed_in_the_same_way(consortium: Consortium) -> None:
+    """A member no more is told since when; the request is taken because its old key signed it."""
+
+    def end(roster: dict[str, Any]) -> None:
+        roster["version"] += 1
+        (north,) = [member for member in roster["members"] if member["name"] == "north"]
+        north.update(valid_from=north["valid_from"] - 7200, valid_until=int(time.time()) - 60)
+
+    ended = json.dumps(consortium.signed_with(end))
+    for roster in (consortium.centre / "roster.json", hospital(consortium).roster):
+        roster.write_text(ended, encoding="utf-8")
+
+    status = say("konsil-hospital", "status", consortium.hospital("north"))
+    with serving(consortium), pytest.raises(IdentityError, match="does not accept this hospital's node key"):
+        connects(consortium, "north")
+    run(hospital_app, "rotate", consortium.hospital("north"), "tls")
+    consortium.enrol("north")
+    consortium.sign()
+    consortium.join("north")
+
+    assert status.code == 1
+    assert "north is a member from" in status.last_words[0]
+    assert "konsil-hospital rotate hospital.toml tls" in status.last_words[1]
+    with serving(consortium):
+        connects(consortium, "north")
 
 
 @pytest.mark.parametrize("which", ["node", "tls"])
