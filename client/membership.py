@@ -115,7 +115,7 @@ def own_member(signed: SignedRoster, name: str, keys: tuple[str, str], now: floa
     if not member.valid(now):
         raise NotAMemberError(
             f"{name} is a member from {_day(member.valid_from)} to {_day(member.valid_until)}, not now",
-            hint="Renew it: konsil-hospital rotate hospital.toml tls, then as at enrolment; or mend this machine's clock.",
+            hint="Renew it (konsil-hospital rotate hospital.toml tls, then as at enrolment), or mend the clock here.",
         )
     return member
 

@@ -215,7 +215,7 @@ def test_the_coordinators_doctor_says_what_waits(consortium: Consortium) -> None
 
 def test_the_doctor_keeps_the_databases_password(consortium: Consortium) -> None:
     """What cannot be reached is named by its kind alone."""
-    url = "postgresql+psycopg://konsil:secret@127.0.0.1:9/konsil"
+    url = "postgresql+psycopg://konsil:hunter2@127.0.0.1:9/konsil"
     text = consortium.settings.read_text("utf-8")
     consortium.settings.write_text(f'database = "{url}"\n{text}', encoding="utf-8")
 
@@ -223,4 +223,4 @@ def test_the_doctor_keeps_the_databases_password(consortium: Consortium) -> None
 
     assert said.code == 1
     assert "fail  database      cannot be read" in said.text
-    assert "secret" not in said.text
+    assert "hunter2" not in said.text
