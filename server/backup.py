@@ -11,7 +11,7 @@ from sqlalchemy.engine import make_url
 
 from server.audit import LOG
 from server.enrol import STAGED, next_roster
-from server.expiry import CERTIFICATES
+from server.expiry import CERTIFICATES, ISSUED
 from server.renew import WAITING
 from server.roles import WITHDRAWN
 from server.settings import Settings, read_settings
@@ -136,5 +136,5 @@ def _single_files(settings: Settings) -> Iterator[tuple[str, Path]]:
         yield "page.token", settings.page.token_file
     yield "roster.json", settings.roster
     yield "root.pub", settings.root
-    for name in (STAGED, WITHDRAWN, CERTIFICATES, WAITING):
+    for name in (STAGED, WITHDRAWN, CERTIFICATES, ISSUED, WAITING):
         yield name, beside(name)

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.x509 import load_pem_x509_certificate
 from pydantic import ValidationError
 
-from server.expiry import CERTIFICATES
+from server.expiry import CERTIFICATES, ISSUED
 from server.members import signed_roster
 from server.pki import Authority
 from server.roles import STAFF
@@ -217,6 +217,9 @@ def issue(settings: Settings, name: str, role: str, folder: Path, *, valid_for: 
     if any((folder / taken).exists() for taken in (file.name, "tls.key", "tls.pem", "ca.pem")):
         raise ConfigError(f"{folder} holds a certificate already", hint="Nothing is overwritten: choose another.")
     _authority(settings, valid_for).issue(folder, name, role=role)
+    kept = settings.roster.with_name(ISSUED)  # to be warned of its end, and to be withdrawn without its holder
+    kept.mkdir(exist_ok=True)
+    (kept / f"{role}-{name}.pem").write_bytes((folder / "tls.pem").read_bytes())
     (folder / "ca.pem").write_bytes(settings.tls.ca.read_bytes())
     host = settings.control.host
     near = f"{'localhost' if host in ANY_ADDRESS else host}:{settings.control.port}"

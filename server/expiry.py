@@ -6,15 +6,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
+from cryptography.x509 import load_pem_x509_certificate
+
 from server.members import signed_roster
+from server.roles import WITHDRAWN, withdrawn_keys
 from server.settings import Settings
 from shared_models.certificates import Expiry, certificate_end, warnings
+from shared_models.enrolment import key_digest
 from shared_models.errors import FederationError
 
 log = logging.getLogger("konsil.coordinator")
 
 EVERY_S = 24 * 3600.0
-CERTIFICATES = "certificates"  # beside the roster: those that were issued to hospitals
+CERTIFICATES, ISSUED = "certificates", "issued"  # beside the roster: of hospitals; of people and programs
 
 
 def expiries(settings: Settings) -> list[Expiry]:
@@ -33,6 +38,20 @@ def _expiries(settings: Settings) -> Iterator[Expiry]:
         for member in signed_roster(settings).members:
             if not member.revoked:
                 yield _of_hospital(settings, member.name, datetime.fromtimestamp(member.valid_until, UTC))
+    yield from _of_people(settings)
+
+
+def _of_people(settings: Settings) -> Iterator[Expiry]:
+    """Operators, auditors and viewers; of whom a certificate was withdrawn nothing."""
+    withdrawn = set(withdrawn_keys(settings.roster.with_name(WITHDRAWN)))
+    for path in sorted(settings.roster.with_name(ISSUED).glob("*.pem")):
+        with suppress(FederationError):
+            role, _, name = path.stem.partition("-")
+            until = certificate_end(path)
+            key = load_pem_x509_certificate(path.read_bytes()).public_key()
+            if isinstance(key, EllipticCurvePublicKey) and key_digest(key) not in withdrawn:
+                renewal = f"konsil-coordinator issue {name} --role {role} again, into another folder."
+                yield Expiry(f"{role}:{name}", f"the certificate of {role} {name}", until, renewal)
 
 
 def _of_hospital(settings: Settings, name: str, until: datetime) -> Expiry:

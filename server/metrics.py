@@ -121,7 +121,7 @@ class CertificateMetrics(Collector):
         self._expiries = expiries
 
     def collect(self) -> Iterator[Metric]:
-        """One family; the label ``holder`` is coordinator, authority, or hospital:NAME."""
+        """One family; the label ``holder`` is coordinator, authority, hospital:NAME, or ROLE:NAME."""
         family = GaugeMetricFamily(
             "konsil_certificate_expiry_timestamp_seconds",
             "When a certificate or membership expires; Unix time.",

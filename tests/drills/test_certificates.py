@@ -115,6 +115,23 @@ def test_the_coordinator_knows_everybodys_last_day(consortium: Consortium) -> No
     ]
 
 
+def test_people_are_warned_of_too_until_they_are_withdrawn(consortium: Consortium) -> None:
+    """An operator whose certificate ended cannot submit, and nobody else would know why; the kept copy withdraws it."""
+    options = ("--role", "operator", "--settings", consortium.settings, "--folder", consortium.folder / "anna")
+    issued = say("konsil-coordinator", "issue", "anna", *options, "--days", 20)
+    shown = say("konsil-coordinator", "roster", "--settings", consortium.settings)
+    holders = [expiry.holder for expiry in expiries(coordinator(consortium))]
+    kept = consortium.centre / "issued" / "operator-anna.pem"
+    withdrawn = say("konsil-coordinator", "withdraw", kept, "--settings", consortium.settings)
+
+    assert issued.code == withdrawn.code == 0, issued.text + withdrawn.text
+    assert "warning: the certificate of operator anna expires on" in shown.text
+    assert "konsil-coordinator issue anna --role operator again" in shown.text
+    assert holders[-1] == "operator:anna"
+    assert "operator:anna" not in [expiry.holder for expiry in expiries(coordinator(consortium))]
+    assert "PRIVATE" not in kept.read_text("ascii")
+
+
 @pytest.mark.parametrize("options", [(), ("--new-key",), ("--host", "127.0.0.1", "--host", "elsewhere.example.org")])
 def test_the_coordinators_own_certificate_is_renewed_by_one_command(
     consortium: Consortium, options: tuple[str, ...]
