@@ -273,8 +273,14 @@ def _put_back(folder: Path, settings: Settings) -> Path | None:
     """File by file, by renaming. The head file first: from then on no ledger opens but the one that comes last."""
     state, stamp = settings.state, f"{datetime.now(UTC):%Y%m%dT%H%M%S.%f}"
     new, aside = state / f"{_NEW}{stamp}", state / f"{_OLD}{stamp}"
-    copy_folder(folder / STATE, new)
-    _keep_what_knows_more(state, new)
+    for left in state.glob(f"{_NEW}*"):  # by one that was cut off
+        shutil.rmtree(left)
+    try:
+        copy_folder(folder / STATE, new)
+        _keep_what_knows_more(state, new)
+    except OSError:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
     if (folder / REGISTRY).exists():
         merge_registry(folder / REGISTRY, settings.registry_folder)
     _put_files(folder, settings)

@@ -4,6 +4,7 @@ A database elsewhere is not in it: PostgreSQL has tools of its own. A coordinato
 hospitals do; they refuse what they have done before, so nothing is charged twice.
 """
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from shared_models.privacy.head import head_path
 SETTINGS, STATE = "coordinator.toml", "state"
 DATABASE = "coordinator.sqlite"
 MOST_TRIES = 5
+_NEW = "restoring"  # a folder in the state folder
 _AUDIT = frozenset({LOG, head_path(Path(LOG)).name})
 
 
@@ -71,14 +73,12 @@ def restore(folder: Path, settings_file: Path) -> Manifest:
             copy_file(folder / SETTINGS, settings_file)
         settings = read_settings(settings_file)
         _refuse_another_state(settings.state)
-        for name, path in (
-            *_single_files(settings),
-            (STATE, settings.state),
-        ):  # the state last: it says that all is there
-            if (folder / name).is_dir() and (name == STATE or not path.exists()):
+        for name, path in _single_files(settings):
+            if (folder / name).is_dir() and not path.exists():
                 copy_folder(folder / name, path)
             elif (folder / name).is_file() and not path.exists():
                 copy_file(folder / name, path)
+        _put_state(folder / STATE, settings.state)
     except OSError as error:
         raise BackupError(
             f"{error.filename or settings_file} cannot be written: {error.strerror}",
@@ -91,8 +91,22 @@ def restore(folder: Path, settings_file: Path) -> Manifest:
     return manifest
 
 
+def _put_state(source: Path, state: Path) -> None:
+    """All of it, or nothing that a coordinator would begin with; the folder may be a mount of its own."""
+    new = state / _NEW
+    shutil.rmtree(new, ignore_errors=True)
+    try:
+        copy_folder(source, new)
+    except OSError:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    for path in new.iterdir():
+        path.rename(state / path.name)
+    new.rmdir()
+
+
 def _refuse_another_state(state: Path) -> None:
-    if state.exists() and any(state.iterdir()):
+    if state.exists() and any(path.name != _NEW for path in state.iterdir()):
         raise BackupError(
             f"{state} holds a coordinator's state: restoring would rewind its studies and its audit log",
             hint="If it is lost or damaged, move it aside first (mv), and keep it: auditors may ask for it.",
@@ -121,7 +135,7 @@ def _left_out(path: Path) -> bool:
     """What is copied apart, or is of a process."""
     name = path.name
     apart = name in {DATABASE, f"{DATABASE}-wal", f"{DATABASE}-shm"} or name in _AUDIT
-    return apart or path.parts[0] == "spool" or name.endswith((".lock", ".new", ".partial"))
+    return apart or path.parts[0] in {"spool", _NEW} or name.endswith((".lock", ".new", ".partial"))
 
 
 def _single_files(settings: Settings) -> Iterator[tuple[str, Path]]:

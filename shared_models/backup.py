@@ -139,7 +139,7 @@ def check_backup(folder: Path, *, role: Role) -> Manifest:
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy a file into a backup or out of it, its owner's alone.
+    """Copy a file into a backup or out of it, its owner's alone: whole, or not at all; never over another.
 
     Raises:
         OSError: It cannot be read or written.
@@ -147,10 +147,14 @@ def copy_file(source: Path, target: Path) -> None:
     with source.open("rb") as stream:
         target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         create_file(target, b"", mode=0o600)
-        with target.open("wb") as copy:
-            shutil.copyfileobj(stream, copy)
-            copy.flush()
-            os.fsync(copy.fileno())
+        try:
+            with target.open("wb") as copy:
+                shutil.copyfileobj(stream, copy)
+                copy.flush()
+                os.fsync(copy.fileno())
+        except OSError:
+            target.unlink()  # half a key would pass for another one
+            raise
 
 
 def copy_folder(source: Path, target: Path, *, without: Callable[[Path], bool] = lambda _: False) -> None:

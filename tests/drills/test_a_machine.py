@@ -160,6 +160,60 @@ def test_a_backup_on_a_full_disk_leaves_nothing_and_says_so(keys: Keys, mount: M
     assert list(there.iterdir()) == []
 
 
+@pytest.mark.parametrize("role", ["hospital", "coordinator"])
+def test_a_restore_on_a_full_disk_changes_nothing_and_works_with_room(
+    keys: Keys, mount: Mount, tmp_path: Path, role: str
+) -> None:
+    """The same command does it then; the state folder is a mount of its own, as in a container."""
+    file = keys.hospital_file("north") if role == "hospital" else keys.folder / "coordinator" / "coordinator.toml"
+    state = file.parent / "state"
+    state.mkdir(exist_ok=True)
+    if role == "coordinator":
+        (state / "last-receipts.json").write_text("{}" + 8192 * " ", encoding="ascii")
+    options = (file,) if role == "hospital" else ("--settings", file)
+    made = (file, tmp_path / "backup") if role == "hospital" else (tmp_path / "backup", *options)
+    assert say(f"konsil-{role}", "backup", *made).code == 0
+    mount(state, "-t", "tmpfs", "-o", "size=8k,mode=700", "tmpfs")
+
+    full = say(f"konsil-{role}", "restore", tmp_path / "backup", *options)
+    left = {path.name for path in state.iterdir()}
+    mount(state, "-o", "remount,size=1m")
+    done = say(f"konsil-{role}", "restore", tmp_path / "backup", *options)
+
+    assert full.code == 1
+    assert "No space left on device" in full.last_words[0]
+    assert left <= {"ledger.sqlite.lock"}
+    assert done.code == 0, done.text
+    if role == "hospital":
+        Books.open(keys.hospital("north")).close()
+    else:
+        assert (state / "last-receipts.json").exists()
+
+
+def test_half_a_key_is_never_left_by_a_restore(keys: Keys, mount: Mount, tmp_path: Path) -> None:
+    """It would pass for another key, and keys are never overwritten."""
+    file, own = keys.hospital_file("north"), keys.hospital("north").keys
+    backed_up = own.node.read_bytes()
+    assert say("konsil-hospital", "backup", file, tmp_path / "backup").code == 0
+    small = tmp_path / "small"
+    small.mkdir()
+    mount(small, "-t", "tmpfs", "-o", "size=64k", "tmpfs")
+    moved = {"identity": str(own.identity), "node": str(small / "node.key"), "root": str(own.root)}
+    change(file, keys=moved)
+    ballast = fill(small)
+
+    full = say("konsil-hospital", "restore", tmp_path / "backup", file, "--keys-only")
+    left = (small / "node.key").exists()
+    ballast.unlink()
+    done = say("konsil-hospital", "restore", tmp_path / "backup", file, "--keys-only")
+
+    assert full.code == 1
+    assert "No space left on device" in full.last_words[0]
+    assert not left
+    assert done.code == 0, done.text
+    assert (small / "node.key").read_bytes() == backed_up
+
+
 def test_a_state_folder_that_is_read_only_stops_the_daemon_with_two_lines(keys: Keys, mount: Mount) -> None:
     """It cannot charge, so that it must not train; doctor says which folder."""
     state = keys.hospital("north").state
