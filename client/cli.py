@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from client import cli_conformance, cli_enrol, cli_evaluate, cli_use
+from client import cli_conformance, cli_enrol, cli_evaluate, cli_operate, cli_use
 from client.cli_use import Bases, RecordsFolder
 from shared_models import terminal
 
@@ -31,6 +31,7 @@ cli_enrol.add_to(app)
 cli_conformance.add_to(app)
 cli_evaluate.add_to(app)
 cli_use.add_to(app)
+cli_operate.add_to(app)
 
 ledger_app = typer.Typer(help="Show, verify or export this hospital's privacy ledger.", no_args_is_help=True)
 app.add_typer(ledger_app, name="ledger")
@@ -392,11 +393,10 @@ def _print(what: object) -> None:
 
 def _log(settings: "Settings") -> None:
     """Log to standard error and to a file in the state folder: counts, rounds and digests, never records."""
+    from client.log_file import LogFile
+
     settings.state.mkdir(parents=True, exist_ok=True, mode=0o700)
-    handlers: list[logging.Handler] = [
-        logging.StreamHandler(),
-        logging.FileHandler(settings.state / "hospital.log", encoding="utf-8"),
-    ]
+    handlers: list[logging.Handler] = [logging.StreamHandler(), LogFile(settings.state / "hospital.log", settings.logs)]
     text = f"%(asctime)s {settings.name} %(levelname)s %(message)s"
     logging.basicConfig(level=logging.WARNING, format=text, handlers=handlers, force=True)
     logging.getLogger("konsil").setLevel(logging.INFO)

@@ -27,6 +27,9 @@ def init(
     delta: Annotated[float, typer.Option(help="What epsilon holds at; at most 1 / (10 * public size).")],
     order: Annotated[int, typer.Option(min=2, help="Renyi order of the budget's filter.")],
     display_name: Annotated[str, typer.Option(help="For people.")] = "",
+    registry: Annotated[
+        Path | None, typer.Option(help="Registry of an enrolment before, or of another population of this hospital.")
+    ] = None,
 ) -> None:
     """Make this hospital's keys, settings and ledger here, and the request to be enrolled."""
     from client.enrol import init as make
@@ -40,6 +43,7 @@ def init(
         epsilon=epsilon,
         delta=delta,
         order=order,
+        registry=registry,
     )
     typer.echo(f"request      {path}")
     typer.echo(f"fingerprint  {request.fingerprint}")
@@ -50,6 +54,9 @@ def join(
     settings_file: SettingsFile,
     kit: Annotated[Path, typer.Argument(help="NAME.kit.json from the coordinator.")],
     root_fingerprint: Annotated[str | None, typer.Option(help="As read out; otherwise you are asked.")] = None,
+    new_root: Annotated[
+        bool, typer.Option("--new-root", help="The consortium moves to another root key; confirmed like the first.")
+    ] = False,
 ) -> None:
     """Check a kit and pin it: the consortium's root key, the signed roster, this hospital's TLS certificate."""
     from client.enrol import join as pin
@@ -60,7 +67,7 @@ def join(
             return root_fingerprint == found
         return typer.confirm(f"root key  {found}\nIs this what the coordinator read out?")
 
-    signed = pin(read_settings(settings_file), kit, confirm=confirm)
+    signed = pin(read_settings(settings_file), kit, confirm=confirm, new_root=new_root)
     typer.echo(f"joined {signed.consortium}: roster version {signed.version}, {len(signed.members)} hospitals")
 
 
@@ -90,8 +97,13 @@ def status(
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
         return
+    warnings, expires = facts.pop("warnings"), facts.pop("expires")
     for name, value in facts.items():
         typer.echo(f"{name.replace('_', ' '):<17} {', '.join(value) if isinstance(value, list) else value}")
+    for what, day in expires.items():
+        typer.echo(f"{'expires':<17} {day}  {what}")
+    for warning in warnings:
+        typer.echo(f"{'warning':<17} {warning}")
 
 
 def add_to(app: typer.Typer) -> None:

@@ -12,15 +12,12 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
 
 import httpx
-from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ec import SECP384R1, EllipticCurvePrivateKey
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
-from cryptography.x509 import Certificate, load_pem_x509_certificate, load_pem_x509_certificates
 
 # Flower phones home unless told not to, before it is imported.
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
@@ -65,8 +62,10 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from client.beside import Beside, Nobody, beside
 from client.deposit import Courier
 from client.egress import EgressLog
+from client.expiry import Reminder
 from client.process import Ending
 from client.settings import Settings
+from client.tls import client_context
 from shared_models.errors import ConnectionLostError, FederationError, IdentityError, ProtocolError
 from shared_models.messages import REPLIES, StudyEnd, not_admitted
 
@@ -112,7 +111,7 @@ class FleetConnection:
                 RuntimeVersionHttpInterceptor(component_name="SuperNode"),
                 NodeAuthHttpInterceptor(private_key, private_key.public_key()),
             ],
-            verify=_tls(settings),
+            verify=client_context(settings),
         )
         self._over = threading.Event()
         # A coordinator that sends us elsewhere is not followed: what leaves would leave to somebody else.
@@ -247,14 +246,15 @@ def _stay_connected(
     courier: Courier,
     page: Beside | Nobody,
 ) -> None:
-    retry_s = SHORTEST_RETRY_S
+    retry_s, reminder = SHORTEST_RETRY_S, Reminder(settings)
     while not until.is_set():
+        reminder.remind()
         try:
             with FleetConnection(settings, until) as connection:
                 log.info("connected to %s as %s", settings.coordinator, settings.name)
                 page.tell("connected")
                 retry_s = SHORTEST_RETRY_S
-                _answer_messages(connection, settings_file, handler, until, courier)
+                _answer_messages(connection, settings_file, handler, until, courier, reminder)
         except (ConnectionLostError, httpx.HTTPError) as error:
             pause_s = retry_s * random.uniform(0.5, 1.5)  # noqa: S311 - jitter, not a secret
             page.tell("away")
@@ -264,11 +264,17 @@ def _stay_connected(
 
 
 def _answer_messages(
-    connection: FleetConnection, settings_file: Path, handler: Handler, until: Ending, courier: Courier
+    connection: FleetConnection,
+    settings_file: Path,
+    handler: Handler,
+    until: Ending,
+    courier: Courier,
+    reminder: Reminder,
 ) -> None:
     context = Context(0, connection.node.node_id, {"settings": str(settings_file)}, RecordDict(), {})
     poll_s = SHORTEST_POLL_S
     while not until.is_set():
+        reminder.remind()
         asked = time.monotonic()
         try:
             message = connection.receive()
@@ -309,49 +315,13 @@ def _node_key(path: Path) -> EllipticCurvePrivateKey:
     return key
 
 
-def _tls(settings: Settings) -> ssl.SSLContext:
-    """TLS 1.3 with our certificate, trusting the consortium's authority and nobody else.
-
-    A coordinator that rejects a certificate just hangs up, so what can be wrong with ours is looked for here.
-    """
-    files = settings.tls
-    try:
-        authorities = load_pem_x509_certificates(files.ca.read_bytes())
-        certificate = load_pem_x509_certificate(files.certificate.read_bytes())
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.minimum_version = ssl.TLSVersion.TLSv1_3
-        context.load_verify_locations(files.ca)
-        context.load_cert_chain(files.certificate, files.key)
-    except (OSError, ValueError, ssl.SSLError) as error:
-        raise IdentityError(f"the TLS files cannot be used: {error}", hint="Check [tls] in the settings.") from None
-    if not certificate.not_valid_before_utc <= datetime.now(UTC) < certificate.not_valid_after_utc:
-        raise IdentityError(
-            f"certificate {files.certificate} is valid from {certificate.not_valid_before_utc:%Y-%m-%d %H:%M} "
-            f"to {certificate.not_valid_after_utc:%Y-%m-%d %H:%M} UTC, not now",
-            hint="Have it renewed by the consortium, or mend this machine's clock.",
-        )
-    if not any(_issued_by(authority, certificate) for authority in authorities):
-        raise IdentityError(
-            f"certificate {files.certificate} was not issued by the authority in {files.ca}",
-            hint="The coordinator would hang up. Have a certificate issued by the consortium's authority.",
-        )
-    return context
-
-
-def _issued_by(authority: Certificate, certificate: Certificate) -> bool:
-    try:
-        certificate.verify_directly_issued_by(authority)
-    except (ValueError, TypeError, InvalidSignature):
-        return False
-    return True
-
-
 def _rejected(error: httpx.HTTPStatusError) -> FederationError:
     if error.response.status_code >= 500:
         return ConnectionLostError(f"the coordinator answered {error.response.status_code}")
     return IdentityError(
         "the coordinator does not accept this hospital's node key, or not with this TLS certificate",
-        hint="Ask the coordinator to register the keys; and check that both clocks are right: signatures last minutes.",
+        hint="Are both clocks right (konsil-hospital doctor)? Signatures last minutes. Else this hospital is not "
+        "enrolled with these keys, or was revoked: call the coordinator.",
     )
 
 

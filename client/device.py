@@ -14,6 +14,9 @@ def choose_device(settings: Settings) -> torch.device:
     """
     there = torch.cuda.is_available()
     if settings.device == "cuda" and not there:
-        raise ConfigError("the settings demand cuda, which is not available", hint='Set device = "auto" or "cpu".')
+        raise ConfigError(
+            "the settings demand cuda, which is not available",
+            hint='Set device = "auto" or "cpu"; or have the driver looked at: nvidia-smi.',
+        )
     wanted = settings.device == "cuda" or (settings.device == "auto" and "cuda" in settings.policy.devices)
     return torch.device("cuda" if wanted and there else "cpu")

@@ -42,7 +42,7 @@ class EgressLog:
 
     def __init__(self, settings: "Settings") -> None:
         settings.state.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._file = EvidenceFile(settings.state / EGRESS, largest=LARGEST_LOG)
+        self._file = EvidenceFile(settings.state / EGRESS, largest=LARGEST_LOG, keep_s=settings.logs.audit_s)
         self._to, self._turn, self._written = settings.coordinator, threading.Lock(), time.monotonic()
         self._calls: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self._headers: Counter[str] = Counter()

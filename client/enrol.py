@@ -8,10 +8,13 @@ from typing import Any
 
 from client.books import LEDGER, Books, report
 from client.budget import budget_terms
+from client.expiry import expiries
 from client.keyfiles import certificate_request, create_new, create_node_key, create_tls_key, node_public_key, tls_key
-from client.membership import Membership, accept, genesis, own_member, read_pin
+from client.membership import Membership, accept, forget_root, genesis, own_member, read_pin
+from client.process import refuse_second
 from client.rotate import take_over, with_waiting_keys
 from client.settings import Settings, read_settings
+from shared_models.certificates import warnings
 from shared_models.durable import replace_file
 from shared_models.enrolment import (
     Kit,
@@ -37,7 +40,7 @@ coordinator = {coordinator}
 # control = "HOST:9093"     # the coordinator's control service, where evidence is left for auditors; see [policy]
 records = "records"        # manifest.toml and the file that it names
 state = "state"            # ledger and logs; must outlive the process
-roster = "roster.json"     # written by konsil-hospital join
+{registry}roster = "roster.json"     # written by konsil-hospital join
 device = "auto"
 threads = 1
 
@@ -93,6 +96,7 @@ def init(
     order: int,
     tasks: Sequence[str] = ("breast-cancer", "heart-disease"),
     networks: Sequence[str] = ("logistic-regression", "mlp"),
+    registry: Path | None = None,
 ) -> tuple[Path, Request]:
     """Make a hospital's folder: keys, settings, ledger, and the request to be admitted.
 
@@ -111,6 +115,7 @@ def init(
         order: Of the budget's filter.
         tasks: That the policy permits, until somebody changes it.
         networks: The same.
+        registry: That of the hospital's other populations, or of an enrolment before: whoever is in it has a budget.
 
     Returns:
         The request's file, and the request.
@@ -118,6 +123,11 @@ def init(
     Raises:
         ConfigError: There is a hospital in the folder already, or a value is out of range.
     """
+    if registry is not None and not (registry / "local.key").is_file():
+        raise ConfigError(
+            f"{registry} is no registry: there is no local.key in it",
+            hint="It is the folder `registry` beside the state folder of the population that was here before.",
+        )
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     settings_file = folder / SETTINGS
     text = _TEMPLATE.format(
@@ -127,6 +137,7 @@ def init(
         epsilon=epsilon,
         delta=delta,
         order=order,
+        registry="" if registry is None else f"registry = {json.dumps(str(registry.absolute()))}\n",
         tasks=json.dumps(list(tasks)),
         networks=json.dumps(list(networks)),
     )
@@ -156,7 +167,7 @@ def init(
     return path, signed
 
 
-def join(settings: Settings, kit_file: Path, *, confirm: Callable[[str], bool]) -> SignedRoster:
+def join(settings: Settings, kit_file: Path, *, confirm: Callable[[str], bool], new_root: bool = False) -> SignedRoster:
     """Verify a kit and pin what is in it: the root key the first time, a newer roster every time.
 
     Keys that ``rotate`` made, and that the roster names, are taken into use.
@@ -165,17 +176,23 @@ def join(settings: Settings, kit_file: Path, *, confirm: Callable[[str], bool]) 
         settings: The hospital's own.
         kit_file: From the coordinator.
         confirm: Told the root key's fingerprint the first time; whether it is the one read out on the telephone.
+        new_root: The consortium moves to another root key: it is confirmed as the first one was, and what was pinned
+            under the old one is set aside.
 
     Raises:
+        AlreadyRunningError: The root key changes, and the daemon runs.
         RosterError: Something in the kit is forged, substituted, old, or not for this hospital.
         LedgerError: A new identity key cannot take over the ledger; with the same kit, it can be tried again.
     """
     kit = read_kit(read_document(kit_file))
-    root = _confirmed_root(settings, kit, confirm)
-    signed = verify_roster(kit.roster, root, pinned=read_pin(settings.state))
+    root, moved = _confirmed_root(settings, kit, confirm, new_root=new_root)
+    signed = verify_roster(kit.roster, root, pinned=None if moved else read_pin(settings.state))
     waiting = with_waiting_keys(settings, signed.member(settings.name))
     _check_ours(waiting, kit, signed)
     content = written(signed)
+    if moved:
+        refuse_second(settings.state)  # a daemon would go on with the old root
+        forget_root(settings)
     files = {settings.tls.ca: kit.authority, settings.tls.certificate: kit.certificate}
     for path, text in files.items():
         replace_file(path, text.encode("ascii"))
@@ -198,6 +215,7 @@ def status(settings: Settings) -> dict[str, Any]:
     head, entries = "", 0
     for entry in stream_ledger(settings.state / LEDGER):
         head, entries = entry.hash, entries + 1
+    found = expiries(settings)
     return {
         "name": settings.name,
         "fingerprint": fingerprint(bytes.fromhex(member.identity)),
@@ -208,23 +226,30 @@ def status(settings: Settings) -> dict[str, Any]:
         "ledger_entries": entries,
         "ledger_head": head,
         "epsilon_left": report(settings)["epsilon_left"],
+        "expires": {expiry.what: expiry.until.strftime("%Y-%m-%d") for expiry in found},
+        "warnings": warnings(found),
     }
 
 
-def _confirmed_root(settings: Settings, kit: Kit, confirm: Callable[[str], bool]) -> bytes:
+def _confirmed_root(
+    settings: Settings, kit: Kit, confirm: Callable[[str], bool], *, new_root: bool
+) -> tuple[bytes, bool]:
+    """The root key of a kit, and whether it takes the place of another one."""
     root = bytes.fromhex(kit.root)
-    if settings.keys.root.exists():
-        if read_public(settings.keys.root) != root:
-            raise ForeignRosterError(
-                "the kit holds another root key than the one this hospital pinned",
-                hint="Somebody substituted it, or the consortium has a new one. Call the coordinator.",
-            )
-    elif not confirm(fingerprint(root)):
+    pinned = read_public(settings.keys.root) if settings.keys.root.exists() else None
+    if pinned == root:
+        return root, False
+    if pinned is not None and not new_root:
+        raise ForeignRosterError(
+            "the kit holds another root key than the one this hospital pinned",
+            hint="Somebody substituted it, or the consortium moves to a new one (then: join --new-root). Call first.",
+        )
+    if not confirm(fingerprint(root)):
         raise RequestError(
             "the root key's fingerprint was not confirmed; nothing was changed",
             hint="Call the coordinator, and compare every digit.",
         )
-    return root
+    return root, pinned is not None
 
 
 def _check_ours(settings: Settings, kit: Kit, signed: SignedRoster) -> None:

@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -27,14 +28,16 @@ class EvidenceFile:
           processes may write: each line waits for the one before.
         * A full file is set aside, and at most two are kept besides the one that grows: the very first, so that a
           flood cannot wash away how it began, and the newest. A peer can fill three times ``largest``, and no more.
+        * With ``keep_s`` every file that is set aside is kept, until its newest line is older than that.
 
     Args:
-        path: The file that grows; the others are called ``NAME.first`` and ``NAME.last``.
+        path: The file that grows; the others are called ``NAME.first`` and ``NAME.last``, or ``NAME.TIME``.
         largest: Bytes at which a file is set aside.
+        keep_s: For how long files that were set aside are kept, in seconds; None: for ever, and no more than two.
     """
 
-    def __init__(self, path: Path, *, largest: int = LARGEST_FILE) -> None:
-        self.path, self._largest = path, largest
+    def __init__(self, path: Path, *, largest: int = LARGEST_FILE, keep_s: float | None = None) -> None:
+        self.path, self._largest, self._keep_s = path, largest, keep_s
 
     def write(self, **fields: Any) -> None:
         """Append one line, with its time (UTC).
@@ -77,7 +80,14 @@ class EvidenceFile:
             os.close(folder)
 
     def _make_room(self, more: int) -> None:
-        if self.path.exists() and self.path.stat().st_size + more > self._largest:
+        if not self.path.exists() or self.path.stat().st_size + more <= self._largest:
+            return
+        if self._keep_s is not None:
+            self.path.replace(self.path.with_name(f"{self.path.name}.{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}"))
+            for part in evidence_files(self.path):
+                if part.exists() and part.stat().st_mtime < time.time() - self._keep_s:
+                    part.unlink()
+        else:
             first, last = evidence_files(self.path)[0], self.path.with_name(f"{self.path.name}.last")
             self.path.replace(last if first.exists() else first)
 
@@ -101,7 +111,8 @@ def read_evidence(path: Path) -> Iterator[dict[str, Any]]:
 
 def evidence_files(path: Path) -> list[Path]:
     """Where the lines of an evidence file lie, oldest first, whether each file exists or not."""
-    return [path.with_name(f"{path.name}.first"), path.with_name(f"{path.name}.last"), path]
+    bounded = [path.with_name(f"{path.name}.first"), path.with_name(f"{path.name}.last")]
+    return [*bounded, *sorted(path.parent.glob(f"{path.name}.[0-9]*Z")), path]
 
 
 def refusal(action: str, code: str, message_id: str, body: object) -> dict[str, Any]:

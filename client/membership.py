@@ -10,7 +10,7 @@ from client.keyfiles import node_public_key
 from client.settings import Settings
 from shared_models.durable import replace_file
 from shared_models.errors import GenesisError, NotAMemberError, RosterError
-from shared_models.identity import load_key, public_bytes, read_public
+from shared_models.identity import fingerprint, load_key, public_bytes, read_public
 from shared_models.privacy.ledger import stream_ledger
 from shared_models.roster import Member, Pin, SignedRoster, members_now, verify_roster
 from shared_models.secagg.key_agreement import Roster
@@ -115,7 +115,7 @@ def own_member(signed: SignedRoster, name: str, keys: tuple[str, str], now: floa
     if not member.valid(now):
         raise NotAMemberError(
             f"{name} is a member from {_day(member.valid_from)} to {_day(member.valid_until)}, not now",
-            hint="Ask the coordinator to renew it, or mend this machine's clock.",
+            hint="Renew it (konsil-hospital rotate hospital.toml tls, then as at enrolment), or mend the clock here.",
         )
     return member
 
@@ -173,6 +173,23 @@ def accepted(settings: Settings) -> list[SignedRoster]:
     root = read_public(settings.keys.root)
     kept = [verify_roster(_content(path), root) for path in (settings.state / ROSTERS).glob("*.json")]
     return sorted(kept, key=lambda roster: roster.version)
+
+
+def forget_root(settings: Settings) -> None:
+    """Set aside what was accepted under the pinned root key, so that another one can begin: its rosters, and the pin.
+
+    Raises:
+        RosterError: It cannot be done.
+    """
+    rosters, name = settings.state / ROSTERS, fingerprint(read_public(settings.keys.root)).replace(":", "")[:16]
+    try:
+        aside = rosters.with_name(f"{ROSTERS}-of-{name}")
+        aside.mkdir(exist_ok=True, mode=0o700)
+        for path in rosters.glob("*.json"):  # cut off here, it can be done again
+            path.replace(aside / path.name)
+        (settings.state / PIN).unlink(missing_ok=True)
+    except OSError as error:
+        raise RosterError(f"{rosters} cannot be set aside: {error.strerror}", hint="Check the disk.") from None
 
 
 def genesis(settings: Settings) -> str:

@@ -20,6 +20,7 @@ from client.records.manifest import read_manifest
 from client.records.patient_ids import MEMBER_BYTES
 from client.records.population import Source
 from client.settings import Settings
+from shared_models.backup import copy_folder
 from shared_models.durable import replace_file
 from shared_models.errors import PopulationError
 from shared_models.privacy.ledger import read_ledger
@@ -84,7 +85,7 @@ class Registry:
             if own is not None:
                 self._refuse_a_copy(own)
             for path in self._others():
-                self._refuse_shared(members, self._read(path))
+                self._refuse_shared(members, _read(path))
 
     def claim(self, members: frozenset[bytes], *, has_spent: bool) -> None:
         """``check``, then note these patients as used by this ledger; on the disk when it returns.
@@ -99,7 +100,7 @@ class Registry:
             own = self._own()
             now = Used(self._population, self._state, members | (own.members if own else frozenset()))
             if now != own:
-                self._write(now)
+                _write(self._path, now)
         self._claimed = now.members
 
     @property
@@ -112,7 +113,7 @@ class Registry:
         return sorted(path for path in files if path.suffix == SUFFIX and path != self._path)
 
     def _own(self) -> Used | None:
-        return self._read(self._path) if self._path.exists() else None
+        return _read(self._path) if self._path.exists() else None
 
     def _refuse_a_copy(self, own: Used) -> None:
         """A state folder may move. That the ledger is in both places means that it was copied, and would pay twice."""
@@ -131,25 +132,6 @@ class Registry:
                 hint="Use these records with that population's settings, or list the shared patients in opt_out.",
             )
 
-    def _read(self, path: Path) -> Used:
-        """One file, once its tag is right: written with this registry's key, and unchanged since."""
-        content = path.read_bytes()
-        body, tag = content[:-_TAG_BYTES], content[-_TAG_BYTES:]
-        if not hmac.compare_digest(tag, self._tag(body)):
-            raise PopulationError(f"{path} is damaged, or the registry's key is another one", hint=_RESTORE)
-        head, _, hashes = body.partition(b"\n")
-        fields = json.loads(head)
-        found = frozenset(hashes[at : at + MEMBER_BYTES] for at in range(0, len(hashes), MEMBER_BYTES))
-        return Used(fields["population"], Path(fields["state"]), found)
-
-    def _write(self, used: Used) -> None:
-        head = {"format": _FORMAT, "population": used.population, "state": str(used.state)}
-        body = b"\n".join([json.dumps(head).encode(), b"".join(sorted(used.members))])
-        replace_file(self._path, body, self._tag(body))
-
-    def _tag(self, body: bytes) -> bytes:
-        return hmac.digest(local_key(self._folder, "registry file"), body, "sha256")
-
     @contextmanager
     def _lock(self) -> Iterator[None]:
         """One writer at a time, of all populations: two that begin at once must not both miss each other."""
@@ -160,6 +142,59 @@ class Registry:
             yield
         finally:
             os.close(lock)
+
+
+def _read(path: Path) -> Used:
+    """One file, once its tag is right: written with its registry's key, and unchanged since."""
+    content = path.read_bytes()
+    body, tag = content[:-_TAG_BYTES], content[-_TAG_BYTES:]
+    if not hmac.compare_digest(tag, _tag(path.parent, body)):
+        raise PopulationError(f"{path} is damaged, or the registry's key is another one", hint=_RESTORE)
+    head, _, hashes = body.partition(b"\n")
+    fields = json.loads(head)
+    found = frozenset(hashes[at : at + MEMBER_BYTES] for at in range(0, len(hashes), MEMBER_BYTES))
+    return Used(fields["population"], Path(fields["state"]), found)
+
+
+def _write(path: Path, used: Used) -> None:
+    head = {"format": _FORMAT, "population": used.population, "state": str(used.state)}
+    body = b"\n".join([json.dumps(head).encode(), b"".join(sorted(used.members))])
+    replace_file(path, body, _tag(path.parent, body))
+
+
+def _tag(folder: Path, body: bytes) -> bytes:
+    return hmac.digest(local_key(folder, "registry file"), body, "sha256")
+
+
+def merge_registry(source: Path, folder: Path) -> None:
+    """Bring a backup's registry here: files that are missing, and patients that the files here have forgotten.
+
+    Guarantees:
+        * No patient is forgotten: what is here stays.
+
+    Raises:
+        PopulationError: The registry here has another key, or a file is damaged: nothing is guessed.
+    """
+    with _explained(folder):
+        if not (folder / "local.key").exists():
+            if folder.exists() and any(path.suffix == SUFFIX for path in folder.iterdir()):
+                raise PopulationError(f"the registry {folder} has lost its key", hint=_RESTORE)
+            copy_folder(source, folder)
+            return
+        if (folder / "local.key").read_bytes() != (source / "local.key").read_bytes():
+            raise PopulationError(
+                f"the registry {folder} has another key than the backup's",
+                hint="Two registries cannot be compared. Move the one away that nothing was charged with.",
+            )
+        for path in source.glob(f"*{SUFFIX}"):
+            _merge(path, folder / path.name)
+
+
+def _merge(source: Path, here: Path) -> None:
+    there = _read(source)
+    own = _read(here) if here.exists() else there
+    if not here.exists() or not there.members <= own.members:
+        _write(here, Used(own.population, own.state, own.members | there.members))
 
 
 def open_registry(settings: Settings, books: Books) -> Registry:

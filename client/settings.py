@@ -62,6 +62,26 @@ class PageSettings(Frozen):
     port: Annotated[int, Field(ge=1, le=65_535)]
 
 
+class Logs(Frozen):
+    """How much is kept of what the daemon writes down; the ledger, receipts and transcripts are never removed.
+
+    Attributes:
+        maximum_mb: At which ``hospital.log`` is set aside.
+        files: How many of those are kept.
+        audit_years: How long the egress log is kept, once a part of it is set aside: six years, as 45 CFR
+            164.316(b)(2)(i) has it, unless told otherwise.
+    """
+
+    maximum_mb: Annotated[int, Field(ge=1, le=10_000)] = 16
+    files: Annotated[int, Field(ge=1, le=1_000)] = 10
+    audit_years: Annotated[float, Field(ge=0.01, le=100, allow_inf_nan=False)] = 6.0
+
+    @property
+    def audit_s(self) -> float:
+        """The same in seconds, of years that are never too short."""
+        return self.audit_years * 366 * 24 * 3600
+
+
 class Settings(Frozen):
     """Everything that one hospital's processes need to know.
 
@@ -79,6 +99,7 @@ class Settings(Frozen):
         roster: The signed roster: who is in the consortium, and with which keys.
         device: ``auto`` takes CUDA when it is there, else the CPU.
         threads: Threads that torch may use.
+        logs: How much is kept of the logs.
         pretrained: This hospital's own copies of pretrained bases that plans start from, by their digest.
         page: The page for the steward's browser; absent: there is none.
     """
@@ -98,6 +119,7 @@ class Settings(Frozen):
     keys: Keys
     population: Population
     policy: Policy
+    logs: Logs = Logs()
     pretrained: Mapping[Digest, LocalPath] = {}
     page: PageSettings | None = None
 

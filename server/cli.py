@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from server import cli_control, cli_enrol, cli_report, logs
+from server import cli_control, cli_enrol, cli_operate, cli_report, logs
 from shared_models import terminal
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app = typer.Typer(
 cli_enrol.add_to(app)
 cli_control.add_to(app)
 cli_report.add_to(app)
+cli_operate.add_to(app)
 
 
 @app.command()

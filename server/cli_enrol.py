@@ -1,12 +1,20 @@
-"""Commands of ``konsil-coordinator`` for the roster: ``init, enrol, revoke, sign, kits, roster``."""
+"""Commands of ``konsil-coordinator`` for the roster: ``init, enrol, revoke, renew, sign, kits, roster``."""
 
 import time
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 SettingsFile = Annotated[Path, typer.Option("--settings", help="The coordinator's settings, coordinator.toml.")]
+
+
+class Renewed(Enum):
+    """A certificate of the coordinator's."""
+
+    CERTIFICATE = "certificate"
+    AUTHORITY = "authority"
 
 
 def init(
@@ -54,6 +62,29 @@ def revoke(
     typer.echo(f"staged: roster version {staged.version} without {hospital}; now sign it")
 
 
+def renew(
+    which: Annotated[Renewed, typer.Argument(help="The coordinator's own, or the authority's.")],
+    settings_file: SettingsFile,
+    new_key: Annotated[bool, typer.Option("--new-key", help="Make a new key too: the old one may be known.")] = False,
+    host: Annotated[
+        list[str] | None, typer.Option(help="Name or address that the certificate is for; as before by default.")
+    ] = None,
+) -> None:
+    """Issue a certificate anew: the coordinator's own at once, the authority's with the next signed roster."""
+    from server.renew import renew_authority, renew_certificate
+    from server.settings import read_settings
+
+    settings = read_settings(settings_file)
+    if which is Renewed.CERTIFICATE:
+        until = renew_certificate(settings, new_key=new_key, hosts=host or ())
+        typer.echo(f"{settings.tls.certificate}: valid until {until:%Y-%m-%d}; restart the coordinator")
+        return
+    staged = renew_authority(settings, new_key=new_key)
+    typer.echo(f"staged: roster version {staged.version} with the new authority; now sign it, and hand out the kits")
+    if new_key:
+        typer.echo("Every certificate will be issued anew; hospitals connect again once they have joined their kit.")
+
+
 def sign(
     staged: Annotated[Path, typer.Argument(help="roster.next.json.")],
     root_key: Annotated[Path, typer.Option(help="The consortium's root key.")],
@@ -74,26 +105,36 @@ def sign(
 def kits(settings_file: SettingsFile) -> None:
     """Write a kit for every member of the signed roster; kits hold no secret."""
     from server.enrol import write_kits
+    from server.renew import take_over_authority
     from server.settings import read_settings
 
-    for path in write_kits(read_settings(settings_file)):
+    settings = read_settings(settings_file)
+    if take_over_authority(settings):
+        typer.echo(f"{settings.tls.ca}: the new authority is in use; restart the coordinator")
+    for path in write_kits(settings):
         typer.echo(f"kit       {path}")
 
 
 def roster(settings_file: SettingsFile) -> None:
-    """Show the signed roster."""
+    """Show the signed roster, and what runs out within 30 days."""
+    from server.expiry import expiries
     from server.members import signed_roster
     from server.settings import read_settings
+    from shared_models.certificates import warnings
     from shared_models.identity import fingerprint
 
-    signed, now = signed_roster(read_settings(settings_file)), time.time()
+    settings, now = read_settings(settings_file), time.time()
+    signed = signed_roster(settings)
     typer.echo(f"{signed.consortium}, version {signed.version}, root key {signed.root_fingerprint}")
     for member in signed.members:
         state = "revoked" if member.revoked else "valid" if member.valid(now) else "not valid now"
-        typer.echo(f"{member.name:<20} {state:<14} {fingerprint(bytes.fromhex(member.identity))}")
+        until = time.strftime("%Y-%m-%d", time.gmtime(member.valid_until))
+        typer.echo(f"{member.name:<20} {state:<14} until {until}  {fingerprint(bytes.fromhex(member.identity))}")
+    for warning in warnings(expiries(settings)):
+        typer.echo(f"warning: {warning}")
 
 
 def add_to(app: typer.Typer) -> None:
     """Register the commands."""
-    for command in (init, enrol, revoke, sign, kits, roster):
+    for command in (init, enrol, revoke, renew, sign, kits, roster):
         app.command()(command)

@@ -56,6 +56,7 @@ from flwr.superlink.grid import HttpGrid
 from flwr.superlink.main import create_app
 from flwr.superlink.servicer.runtime import runtime_handlers
 
+from server.expiry import reminding
 from server.halt import Halt
 from server.members import registered
 from server.receipts import LastReceipts
@@ -507,7 +508,7 @@ def coordinating(settings: Settings) -> Iterator[Studies]:
             check_fits(plan, members())
 
         studies = Studies(store, settings.state / "studies", run, check=check)
-        with link.run() as grid, _shown(settings, studies), studies:
+        with link.run() as grid, _shown(settings, studies), reminding(settings), studies:
             yield studies
 
 

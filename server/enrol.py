@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.x509 import load_pem_x509_certificate
 from pydantic import ValidationError
 
+from server.expiry import CERTIFICATES, ISSUED
 from server.members import signed_roster
 from server.pki import Authority
 from server.roles import STAFF
@@ -44,7 +45,6 @@ from shared_models.roster import Coordinator, Member, SignedRoster, UnsignedRost
 from shared_models.versions import refuse_version
 
 SIGNED, STAGED = "roster.json", "roster.next.json"
-CERTIFICATES = "certificates"
 ANY_ADDRESS = frozenset({"0.0.0.0", "::", "[::]"})  # noqa: S104 - compared with, not listened on
 AUTHORITY_VALID_FOR = timedelta(days=3650)
 MEMBER_VALID_FOR = timedelta(days=730)
@@ -112,7 +112,7 @@ def enrol(settings: Settings, request_file: Path, *, confirm: Callable[[Request]
             f"the fingerprint of {request.name} was not confirmed; nothing was changed",
             hint="Call the hospital, and compare every digit.",
         )
-    staged = _next(settings)
+    staged = next_roster(settings)
     known = staged.member(request.name)
     if known is not None:
         if known.revoked:
@@ -130,7 +130,7 @@ def enrol(settings: Settings, request_file: Path, *, confirm: Callable[[Request]
     folder.mkdir(exist_ok=True)
     (folder / f"{request.name}.pem").write_bytes(certificate)
     others = tuple(m for m in staged.members if m.name != request.name)
-    return _stage(settings, staged.model_copy(update={"members": (*others, member)}))
+    return stage(settings, staged.model_copy(update={"members": (*others, member)}))
 
 
 def revoke(settings: Settings, name: str) -> UnsignedRoster:
@@ -139,11 +139,11 @@ def revoke(settings: Settings, name: str) -> UnsignedRoster:
     Raises:
         RequestError: There is no such hospital.
     """
-    staged = _next(settings)
+    staged = next_roster(settings)
     if staged.member(name) is None:
         raise RequestError(f"{name} is not on the roster", hint="See konsil-coordinator roster.")
     members = [m.model_copy(update={"revoked": True}) if m.name == name else m for m in staged.members]
-    return _stage(settings, staged.model_copy(update={"members": tuple(members)}))
+    return stage(settings, staged.model_copy(update={"members": tuple(members)}))
 
 
 def sign(staged_file: Path, root: Ed25519PrivateKey) -> tuple[Path, SignedRoster]:
@@ -217,6 +217,9 @@ def issue(settings: Settings, name: str, role: str, folder: Path, *, valid_for: 
     if any((folder / taken).exists() for taken in (file.name, "tls.key", "tls.pem", "ca.pem")):
         raise ConfigError(f"{folder} holds a certificate already", hint="Nothing is overwritten: choose another.")
     _authority(settings, valid_for).issue(folder, name, role=role)
+    kept = settings.roster.with_name(ISSUED)  # to be warned of its end, and to be withdrawn without its holder
+    kept.mkdir(exist_ok=True)
+    (kept / f"{role}-{name}.pem").write_bytes((folder / "tls.pem").read_bytes())
     (folder / "ca.pem").write_bytes(settings.tls.ca.read_bytes())
     host = settings.control.host
     near = f"{'localhost' if host in ANY_ADDRESS else host}:{settings.control.port}"
@@ -244,7 +247,7 @@ def read_staged(path: Path) -> UnsignedRoster:
 _SHARED = {"name", "display_name", "identity", "node_key", "public_size", "ledger_genesis"}
 
 
-def _next(settings: Settings) -> UnsignedRoster:
+def next_roster(settings: Settings) -> UnsignedRoster:
     """The roster to change: what is staged and not signed yet, else the signed one with the next version."""
     staged = settings.roster.with_name(STAGED)
     signed = signed_roster(settings) if settings.roster.exists() else None
@@ -258,7 +261,8 @@ def _next(settings: Settings) -> UnsignedRoster:
     return UnsignedRoster.model_validate_json(json.dumps({**fields, "version": signed.version + 1}))
 
 
-def _stage(settings: Settings, roster: UnsignedRoster) -> UnsignedRoster:
+def stage(settings: Settings, roster: UnsignedRoster) -> UnsignedRoster:
+    """Write the roster that is to be signed next."""
     settings.roster.with_name(STAGED).write_bytes(written(roster))
     return roster
 

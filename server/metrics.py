@@ -1,6 +1,6 @@
 """Studies as Prometheus metrics, computed from the journals whenever they are scraped: a restart loses no count."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
@@ -11,6 +11,7 @@ from server.follow import Follow
 from server.standing import Standing
 from server.store import State
 from server.studies import StudyStatus
+from shared_models.certificates import Expiry
 
 
 class StudyMetrics(Collector):
@@ -109,9 +110,32 @@ class _Families:
         return [family for family in vars(self).values() if isinstance(family, Metric)]
 
 
-def exposition(follow: Follow, accept: str) -> tuple[bytes, str]:
+class CertificateMetrics(Collector):
+    """Collects when certificates and memberships run out.
+
+    Args:
+        expiries: Asked at every scrape, so that a renewal shows at once.
+    """
+
+    def __init__(self, expiries: Callable[[], Iterable[Expiry]]) -> None:
+        self._expiries = expiries
+
+    def collect(self) -> Iterator[Metric]:
+        """One family; the label ``holder`` is coordinator, authority, hospital:NAME, or ROLE:NAME."""
+        family = GaugeMetricFamily(
+            "konsil_certificate_expiry_timestamp_seconds",
+            "When a certificate or membership expires; Unix time.",
+            labels=["holder"],
+        )
+        for expiry in self._expiries():
+            family.add_metric([expiry.holder], expiry.until.timestamp())
+        yield family
+
+
+def exposition(follow: Follow, expiries: Callable[[], Iterable[Expiry]], accept: str) -> tuple[bytes, str]:
     """The metrics as a scraper wants them, and their content type."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(StudyMetrics(follow))
+    registry.register(CertificateMetrics(expiries))
     encode, content_type = choose_encoder(accept)
     return encode(registry), content_type

@@ -12,9 +12,10 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
@@ -24,11 +25,13 @@ from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, Redirect
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from server import logs
+from server.expiry import expiries as find_expiries
 from server.follow import Follow
 from server.metrics import exposition
 from server.settings import Settings
 from server.standing import Standing, clock, first_metrics
 from server.studies import Studies, StudyStatus
+from shared_models.certificates import Expiry
 from shared_models.curves import Chart, Points, chart
 from shared_models.errors import ConfigError, FederationError, UnknownStudyError
 from shared_models.listening import address, brief_server, is_loopback, listen, names_loopback, read_token
@@ -151,12 +154,15 @@ def _problem(status: int, text: str) -> JSONResponse:
     return JSONResponse({"error": text}, status_code=status)
 
 
-def make_app(studies: Studies, viewers: Viewers, *, cookie: str, secure: bool) -> FastAPI:
+def make_app(
+    studies: Studies, viewers: Viewers, expiries: Callable[[], Iterable[Expiry]], *, cookie: str, secure: bool
+) -> FastAPI:
     """The page's application, without its guard.
 
     Args:
         studies: What is shown.
         viewers: Whose sessions to open.
+        expiries: What runs out, for the metrics.
         cookie: Name of the sessions' cookie.
         secure: Whether the cookie may only travel over TLS.
     """
@@ -182,7 +188,7 @@ def make_app(studies: Studies, viewers: Viewers, *, cookie: str, secure: bool) -
 
     @app.get("/metrics")
     def metrics(request: Request) -> Response:
-        text, content_type = exposition(follow, request.headers.get("accept", ""))
+        text, content_type = exposition(follow, expiries, request.headers.get("accept", ""))
         return Response(text, headers={"content-type": content_type})
 
     def listed() -> dict[str, Any]:
@@ -389,7 +395,7 @@ def serving(settings: Settings, studies: Studies) -> Iterator[None]:
         raise ConfigError(f"the page would be open to everybody who reaches {page.host}", hint=_MAKE_TOKEN)
     viewers = Viewers(None if page.token_file is None else read_token(page.token_file, hint=_MAKE_TOKEN))
     cookie = "konsil" if loopback else "__Host-konsil"  # the prefix keeps other hosts from setting it
-    app = make_app(studies, viewers, cookie=cookie, secure=not loopback)
+    app = make_app(studies, viewers, partial(find_expiries, settings), cookie=cookie, secure=not loopback)
     tls = None if loopback else (settings.tls.certificate, settings.tls.key)
     guard = Guard(app, viewers, cookie=cookie, loopback=loopback)
     server = brief_server(guard, tls=tls, hint="Check [tls] in the settings.")

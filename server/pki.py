@@ -26,7 +26,7 @@ from shared_models.durable import create_file
 from shared_models.errors import IdentityError
 from shared_models.identity import create_key, public_bytes
 
-VALID_FOR = timedelta(days=30)
+VALID_FOR = timedelta(days=90)
 ROLE_URI = "konsil:role/"
 
 
@@ -46,14 +46,18 @@ class Authority:
         self._valid_for = valid_for
         self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "Konsil trial authority")])
         self.certificate = folder / "ca.pem"
+        self.certificate.write_bytes(self.self_signed())
+
+    def self_signed(self) -> bytes:
+        """The authority's own certificate, made anew, in PEM."""
         builder = self._builder(self._name, self._key.public_key())
         builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         builder = builder.add_extension(_usage(signs_certificates=True), critical=True)
-        self.certificate.write_bytes(builder.sign(self._key, hashes.SHA256()).public_bytes(Encoding.PEM))
+        return builder.sign(self._key, hashes.SHA256()).public_bytes(Encoding.PEM)
 
     def save_key(self, path: Path) -> None:
         """Keep the authority's key, readable by its owner alone."""
-        write_private(path, _pem(self._key))
+        write_private(path, pem(self._key))
 
     @classmethod
     def load(cls, certificate: Path, key: Path, *, valid_for: timedelta) -> "Authority":
@@ -96,7 +100,7 @@ class Authority:
         folder.mkdir(parents=True, exist_ok=True)
         key = ec.generate_private_key(ec.SECP256R1())
         (folder / "tls.pem").write_bytes(self.certify(key.public_key(), name, hosts=hosts, role=role))
-        write_private(folder / "tls.key", _pem(key))
+        write_private(folder / "tls.key", pem(key))
 
     def _builder(self, subject: x509.Name, key: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
         start = datetime.now(UTC) - timedelta(hours=1)
@@ -130,7 +134,8 @@ def publish_tls_key(certificate: Path, public: Path) -> None:
     public.write_text(digest + "\n", encoding="ascii")
 
 
-def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+def pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    """A private key as its file holds it; not encrypted."""
     return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
 

@@ -111,7 +111,7 @@ class Doorman:
             settings.roster, lambda: {member.name: member for member in signed_roster(settings).members}
         )
         withdrawn = settings.roster.with_name(WITHDRAWN)
-        self._withdrawn = _Reread[frozenset[str]](withdrawn, lambda: frozenset(_digests(withdrawn)))
+        self._withdrawn = _Reread[frozenset[str]](withdrawn, lambda: frozenset(withdrawn_keys(withdrawn)))
 
     def identify(self, certificate: bytes) -> Caller:
         """Who a certificate (PEM) makes its holder.
@@ -193,7 +193,7 @@ def withdraw(settings: Settings, certificate: Path) -> str:
         raise ConfigError(f"{certificate} is no certificate: {error}", hint="Give the PEM file.") from None
     key = found.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
     path = settings.roster.with_name(WITHDRAWN)
-    digests = {*_digests(path), hashlib.sha256(key).hexdigest()}
+    digests = {*withdrawn_keys(path), hashlib.sha256(key).hexdigest()}
     replace_file(path, "".join(f"{digest}\n" for digest in sorted(digests)).encode())
     return found.subject.rfc4514_string()
 
@@ -224,7 +224,8 @@ def _role(certificate: x509.Certificate) -> Role:
     return Role(found[0])
 
 
-def _digests(path: Path) -> Iterator[str]:
+def withdrawn_keys(path: Path) -> Iterator[str]:
+    """Digests of the keys whose certificates were withdrawn."""
     if path.exists():
         yield from path.read_text("ascii").split()
 

@@ -175,6 +175,18 @@ class ForeignReceiptError(ProtocolError):
     code = "foreign-receipt"
 
 
+class BackupError(FederationError):
+    """A backup that cannot be made, is damaged, or is of somebody else."""
+
+    code = "backup"
+
+
+class RewindError(BackupError):
+    """A backup that ends before what this machine knows was charged: restoring it would be a refund."""
+
+    code = "rewind"
+
+
 class EvidenceError(FederationError):
     """An evidence bundle, or evidence of several parties side by side, that does not hold."""
 

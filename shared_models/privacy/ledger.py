@@ -59,6 +59,7 @@ __all__ = [
     "read_ledger",
     "snapshot",
     "stream_ledger",
+    "unused",
     "verified",
     "verify_entries",
     "verify_head",
@@ -401,6 +402,20 @@ def read_hospital(path: Path) -> str:
     return str(row[0])
 
 
+@contextmanager
+def unused(path: Path) -> Iterator[None]:
+    """Hold a ledger's lock: nobody has it open for appending meanwhile; for whoever puts another in its place.
+
+    Raises:
+        LedgerError: Somebody has.
+    """
+    lock = _lock(path)
+    try:
+        yield
+    finally:
+        os.close(lock)
+
+
 def _rows(database: sqlite3.Connection) -> Iterator[Entry]:
     for row in database.execute(f"SELECT {_COLUMNS} FROM entries ORDER BY seq"):  # noqa: S608 - a constant
         entry = _read_row(row)
@@ -523,6 +538,8 @@ def _explained(path: Path) -> Iterator[None]:
 def _hint(problem: str) -> str:
     if "locked" in problem:
         return "Another process has it open for writing. A hospital runs one process; stop the other and restart."
+    if "disk I/O error" in problem:  # SQLite's word where it cannot make the file that readers share, too
+        return "The disk is full, read-only or failing. Make room (df), then restart. What was charged stays charged."
     if "full" in problem or "No space" in problem:
         return "Make room on the disk, then restart the hospital. What was charged stays charged."
     if "malformed" in problem or "not a database" in problem:

@@ -22,6 +22,7 @@ from flwr.supercore.constant import NOOP_FEDERATION_ID, TaskType
 from flwr.supercore.fab import Fab
 
 import client.daemon
+import client.tls
 import server.coordinator
 from client import app as client_app
 from client.daemon import FleetConnection, serve
@@ -67,7 +68,7 @@ def test_a_foreign_certificate_does_not_get_past_the_coordinator(keys: Keys, mon
     from server.pki import Authority
 
     keys.hospital_certificate("north", Authority(keys.folder / "foreign"))
-    monkeypatch.setattr(client.daemon, "_issued_by", lambda *_: True)
+    monkeypatch.setattr(client.tls, "issued_by", lambda *_: True)
 
     with SuperLink(keys.coordinator()) as link, pytest.raises(ConnectionLostError):
         FleetConnection(keys.hospital("north")).__enter__()

@@ -48,6 +48,7 @@ class Consortium:
     """Folders of a coordinator and hospitals."""
 
     folder: Path
+    address: str = ADDRESS
 
     def __post_init__(self) -> None:
         self.centre = self.folder / "centre"
@@ -68,7 +69,7 @@ class Consortium:
     def init(self, name: str) -> Result:
         """The hospital makes its folder."""
         figures = ("--public-size", 100, "--epsilon", 2, "--delta", 0.0005, "--order", 8)
-        return run(hospital_app, "init", self.folder / name, "--name", name, "--coordinator", ADDRESS, *figures)
+        return run(hospital_app, "init", self.folder / name, "--name", name, "--coordinator", self.address, *figures)
 
     def enrol(self, name: str) -> Result:
         """The coordinator enrols it, having heard the right fingerprint."""

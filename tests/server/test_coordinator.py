@@ -18,7 +18,8 @@ from flwr.proto.fleet_pb2 import ActivateNodeRequest, RegisterNodeFleetRequest
 from flwr.proto.message_pb2 import PullObjectRequest, PullObjectResponse
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
-from client.daemon import FleetConnection, _tls
+from client.daemon import FleetConnection
+from client.tls import client_context
 from server.coordinator import FLEET_CALLS, LONG_POLL_S, SuperLink, _Doorbell
 from server.gather import Gather
 from server.pki import publish_tls_key
@@ -50,7 +51,7 @@ def answering(message: Message, _context: Context) -> Message:
 
 def post(keys: Keys, path: str, body: bytes = b"", **headers: str) -> int:
     """One request with a hospital's TLS certificate but no node signature; the status that comes back."""
-    context = _tls(keys.hospital("north"))
+    context = client_context(keys.hospital("north"))
     with httpx.Client(verify=context) as client:
         url = f"https://127.0.0.1:{keys.port}{path}"
         return client.post(url, content=body, headers={**PROTOBUF, **headers}).status_code
@@ -83,7 +84,7 @@ def test_whatever_is_no_fleet_call_of_a_node_is_refused(keys: Keys, path: str, b
 @pytest.mark.usefixtures("link")
 def test_nothing_can_be_read_with_get(keys: Keys, path: str) -> None:
     """Only POST, and only to the Fleet calls."""
-    with httpx.Client(verify=_tls(keys.hospital("north"))) as client:
+    with httpx.Client(verify=client_context(keys.hospital("north"))) as client:
         assert client.get(f"https://127.0.0.1:{keys.port}{path}").status_code == 403
 
 
@@ -249,7 +250,7 @@ def test_a_node_is_named_once(keys: Keys) -> None:
     headers = [("flwr-public-key", key) for key in public]
     url = f"https://127.0.0.1:{keys.port}/v1/fleet/send-node-heartbeat"
 
-    with httpx.Client(verify=_tls(keys.hospital("north"))) as client:
+    with httpx.Client(verify=client_context(keys.hospital("north"))) as client:
         codes = [
             client.post(url, headers=[*PROTOBUF.items(), *named]).status_code
             for named in (headers[1:], headers, headers[:1])

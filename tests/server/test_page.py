@@ -9,12 +9,14 @@ import ssl
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
+from datetime import timedelta
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from cryptography.x509 import load_pem_x509_certificate
 from fastapi import Request
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -22,6 +24,7 @@ from server.coordinator import coordinating
 from server.demo import free_port
 from server.evidence import RECEIPTS
 from server.page import SESSION_S, Viewers, serving
+from server.pki import Authority
 from server.settings import PageSettings
 from shared_models.errors import ConfigError, FederationError, IdentityError
 from shared_models.listening import read_token
@@ -134,6 +137,25 @@ def test_the_events_come_in_pieces_and_none_is_lost(
 
     assert events == [json.loads(line) for line in journal]
     assert client.get("/api/studies/breast-cancer/events?after=7").status_code == 400
+
+
+def test_prometheus_sees_when_certificates_run_out(opened: Open, tmp_path: Path, token_file: Path) -> None:
+    """Unix time by holder, as the files are at the moment: a renewal shows at the next scrape."""
+    keys = Keys(tmp_path / "keys")
+    with opened(host="0.0.0.0", token_file=token_file, keys=keys) as client:  # noqa: S104 - meant
+        client.headers["authorization"] = f"Bearer {TOKEN}"
+        for authority in (keys.authority, Authority(tmp_path / "again", valid_for=timedelta(days=7))):
+            keys.coordinator_certificate(authority)
+            samples = {
+                sample.labels["holder"]: sample.value
+                for family in text_string_to_metric_families(client.get("/metrics").text)
+                for sample in family.samples
+                if sample.name == "konsil_certificate_expiry_timestamp_seconds"
+            }
+
+            until = load_pem_x509_certificate(keys.coordinator().tls.certificate.read_bytes()).not_valid_after_utc
+            assert samples["coordinator"] == until.timestamp()
+            assert "authority" in samples
 
 
 def test_what_is_not_there_is_said_so(client: httpx.Client) -> None:

@@ -1,0 +1,63 @@
+"""Certificates and memberships run out: when, who has to renew them, and since when everybody should know."""
+
+from collections.abc import Iterable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+from cryptography.x509 import load_pem_x509_certificate
+
+from shared_models.errors import IdentityError
+
+AHEAD = timedelta(days=30)
+
+
+class Expiry(NamedTuple):
+    """The end of a certificate or a membership.
+
+    Attributes:
+        holder: Whose; in metrics, the label ``holder``.
+        what: What runs out, for people.
+        until: The first moment at which it is worth nothing.
+        renewal: What to do about it, on one line.
+    """
+
+    holder: str
+    what: str
+    until: datetime
+    renewal: str
+
+    def over(self, now: datetime) -> bool:
+        """Whether it has run out."""
+        return not now < self.until
+
+    def soon(self, now: datetime) -> bool:
+        """Whether it runs out within 30 days, or has."""
+        return not now < self.until - AHEAD
+
+    def text(self, now: datetime) -> str:
+        """What there is to say, on one line."""
+        if self.over(now):
+            return f"{self.what} expired on {self.until:%Y-%m-%d %H:%M} UTC"
+        days = (self.until - now).days
+        return f"{self.what} expires on {self.until:%Y-%m-%d}, in {days} day{'' if days == 1 else 's'}"
+
+
+def certificate_end(path: Path) -> datetime:
+    """When a certificate file expires.
+
+    Raises:
+        IdentityError: It is missing or holds something else.
+    """
+    try:
+        return load_pem_x509_certificate(path.read_bytes()).not_valid_after_utc
+    except (OSError, ValueError) as error:
+        raise IdentityError(
+            f"certificate {path} cannot be read: {error}", hint="Check [tls] in the settings."
+        ) from None
+
+
+def warnings(expiries: Iterable[Expiry]) -> list[str]:
+    """A line for each that runs out within 30 days, or has: for ``status`` and logs."""
+    now = datetime.now(UTC)
+    return [f"{expiry.text(now)}. {expiry.renewal}" for expiry in expiries if expiry.soon(now)]

@@ -1,0 +1,216 @@
+"""What a machine must have for a daemon to run for years, looked at from the outside; the same at both sides."""
+
+import errno
+import os
+import shutil
+import socket
+import ssl
+import stat
+import sys
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
+from http.client import HTTPException, HTTPSConnection
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from shared_models.certificates import Expiry
+
+Status = Literal["ok", "warn", "fail"]
+
+LITTLE_ROOM_MB, NO_ROOM_MB = 1024, 64
+MOST_SKEW_S, SOME_SKEW_S = 300.0, 30.0  # Flower's node authentication takes no signature that is five minutes old
+TIMEOUT_S = 5.0
+
+
+class Finding(NamedTuple):
+    """What one check found.
+
+    Attributes:
+        check: Which, in one word or two.
+        status: ``fail``: the daemon does not, or soon will not, work. ``warn``: somebody should act.
+        text: What was found, on one line, without a record's content and without a secret.
+        advice: What to do about it; empty if nothing.
+    """
+
+    check: str
+    status: Status
+    text: str
+    advice: str = ""
+
+
+def healthy(findings: Iterable[Finding]) -> bool:
+    """Whether nothing failed."""
+    return all(finding.status != "fail" for finding in findings)
+
+
+def lines(findings: Iterable[Finding]) -> list[str]:
+    """One line per finding, for a terminal."""
+    return [f"{f.status:<5} {f.check:<13} {f.text}{f' -> {f.advice}' if f.advice else ''}" for f in findings]
+
+
+def versions(packages: Sequence[str]) -> Finding:
+    """The installed versions; those of Konsil and Python first."""
+    found, missing = [f"Python {sys.version.split()[0]}"], []
+    for package in packages:
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            missing.append(package)
+    if missing:
+        return Finding("versions", "fail", f"not installed: {', '.join(missing)}", "Install this release again.")
+    return Finding("versions", "ok", ", ".join(found))
+
+
+def entropy() -> Finding:
+    """Whether the kernel's generator, which keys and noise come from, has been seeded."""
+    try:
+        os.getrandom(32, os.GRND_NONBLOCK)
+    except BlockingIOError:
+        return Finding("entropy", "fail", "the kernel's generator is not seeded yet", "Wait; or add a source of it.")
+    return Finding("entropy", "ok", "the kernel's generator is seeded")
+
+
+def room(folder: Path) -> Finding:
+    """Whether a folder can be written, and how much its disk takes."""
+    there = folder
+    while not there.exists():  # it is made at first use
+        there = there.parent
+    probe = there / f".room-{os.getpid()}"
+    try:
+        probe.write_bytes(b"\0" * 4096)
+    except OSError as error:
+        return Finding(
+            "disk", "fail", f"{there} cannot be written: {error.strerror}", "Make room, or mount it writable."
+        )
+    finally:
+        probe.unlink(missing_ok=True)
+    free_mb = shutil.disk_usage(there).free // 2**20
+    text = f"{free_mb} MB free at {there}"
+    if free_mb < NO_ROOM_MB:
+        return Finding("disk", "fail", text, "Make room: on a full disk the daemon stops.")
+    if free_mb < LITTLE_ROOM_MB:
+        return Finding("disk", "warn", text, f"Make room: {LITTLE_ROOM_MB} MB or more.")
+    return Finding("disk", "ok", text)
+
+
+def private(files: Iterable[Path]) -> Finding:
+    """Whether secrets are their owner's alone, and readable to this process; what is not there is passed by."""
+    seen = 0
+    for file in files:
+        try:
+            mode = file.stat().st_mode
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            return Finding("permissions", "fail", f"{file}: {error.strerror}", "Run this as the daemon's user.")
+        if stat.S_IMODE(mode) & 0o077:
+            return Finding("permissions", "fail", f"{file} is open to others", f"Run: chmod go= {file}")
+        if not os.access(file, os.R_OK):
+            return Finding("permissions", "fail", f"{file} cannot be read", "Run this as the daemon's user.")
+        seen += 1
+    return Finding("permissions", "ok", f"{seen} secrets are their owner's alone")
+
+
+def owned(folder: Path, files: Iterable[Path]) -> Finding:
+    """Whether files belong to the user that the daemon's folder belongs to: a command that root gave makes root's."""
+    if not folder.exists():
+        return Finding("owner", "ok", f"{folder} is made at the first start")
+    user = folder.stat().st_uid
+    for file in files:
+        if file.exists() and file.stat().st_uid != user:
+            text = f"{file} belongs to user {file.stat().st_uid}, and {folder} to {user}"
+            return Finding(
+                "owner", "fail", text, f"Run: chown --reference={folder} {file}; give commands as that user."
+            )
+    return Finding("owner", "ok", f"all belongs to user {user}")
+
+
+def expiring(expiries: Iterable[Expiry]) -> list[Finding]:
+    """One finding per certificate and membership; see ``certificates.py``."""
+    now = datetime.now(UTC)
+    found = []
+    for expiry in expiries:
+        status: Status = "fail" if expiry.over(now) else "warn" if expiry.soon(now) else "ok"
+        found.append(Finding("expiry", status, expiry.text(now), "" if status == "ok" else expiry.renewal))
+    return found
+
+
+def reach(check: str, address: str) -> Finding:
+    """Whether anybody listens at ``host:port``; nothing is said there."""
+    try:
+        socket.create_connection(_split(address), TIMEOUT_S).close()
+    except (OSError, UnicodeError) as error:
+        advice = "Is it up? Does the firewall let this machine dial out to it?"
+        return Finding(
+            check, "fail", f"{address} cannot be reached: {getattr(error, 'strerror', None) or error}", advice
+        )
+    return Finding(check, "ok", f"{address} answers")
+
+
+def listening(check: str, host: str, port: int) -> Finding:
+    """Whether a port is served, or free to be."""
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            return Finding(check, "ok", f"{host}:{port} is served")
+        return Finding(check, "fail", f"{host}:{port}: {error.strerror}", "Choose an address of this machine.")
+    return Finding(check, "ok", f"{host}:{port} is free")
+
+
+def ask(address: str, context: ssl.SSLContext) -> list[Finding]:
+    """Ask an HTTPS server for anything, as a client of the consortium: is it trusted, and of one time with us?
+
+    Any answer will do, and a refusal is one. Its ``Date`` is held against this machine's clock.
+
+    Args:
+        address: ``host:port``, where somebody listens.
+        context: This side's certificate, and the authority that it trusts.
+    """
+    host, port = _split(address)
+    connection = HTTPSConnection(host, port, timeout=TIMEOUT_S, context=context)
+    try:
+        connection.connect()
+        until = _until(connection)
+        connection.request("GET", "/")
+        date = connection.getresponse().headers["Date"]
+    except ssl.SSLCertVerificationError as error:
+        advice = "Expired, of another host or authority; or this machine's clock is wrong. Call its operators."
+        return [Finding("TLS", "fail", f"its certificate is not trusted: {error.verify_message}", advice)]
+    except (OSError, HTTPException) as error:
+        advice = "It refuses this certificate; or something in between ends the connection. Call its operators."
+        return [Finding("TLS", "fail", f"the connection was ended: {type(error).__name__}", advice)]
+    finally:
+        connection.close()
+    trusted = f"TLS 1.3, both sides proven; its certificate is valid until {until:%Y-%m-%d}"
+    return [Finding("TLS", "ok", trusted), _clock(date)]
+
+
+def _split(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def _until(connection: HTTPSConnection) -> datetime:
+    certificate = connection.sock.getpeercert() or {}
+    return datetime.fromtimestamp(ssl.cert_time_to_seconds(str(certificate["notAfter"])), UTC)
+
+
+def _clock(date: str | None) -> Finding:
+    try:
+        ahead = datetime.now(UTC) - parsedate_to_datetime(date or "")
+    except (ValueError, TypeError, OverflowError):  # none, or what no clock says
+        return Finding("clock", "warn", "the other side does not say what time it is", "Compare the clocks by hand.")
+    text = f"this clock is {_words(ahead)} the coordinator's"
+    if not abs(ahead.total_seconds()) < MOST_SKEW_S:
+        return Finding("clock", "fail", text, "Set the clock that is wrong, by NTP: signatures last five minutes.")
+    if not abs(ahead.total_seconds()) < SOME_SKEW_S:
+        return Finding("clock", "warn", text, "Keep both clocks by NTP.")
+    return Finding("clock", "ok", f"this clock and the coordinator's agree to {abs(ahead.total_seconds()):.0f} s")
+
+
+def _words(ahead: timedelta) -> str:
+    seconds = ahead.total_seconds()
+    return f"{abs(seconds):.0f} s {'ahead of' if seconds > 0 else 'behind'}"
