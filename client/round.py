@@ -333,6 +333,7 @@ class Hospital:
                 expected_batch=mechanism.expected_batch,
                 random=random,
                 device=self.device,
+                precision=getattr(torch, self.settings.precision),
                 null=null,
                 allow_test_random=self._allow_test_random,
             )

@@ -360,6 +360,33 @@ def test_no_input_moves_the_sum_by_more_than_the_clip(
     assert all(each.norm() <= clip for each in alone)
 
 
+@pytest.mark.parametrize("clip", [math.inf, 1.0, 1e-3])
+@pytest.mark.parametrize(
+    ("network", "inputs"),
+    [
+        (Cnn(name="cnn", channels=(4, 8)), ImageInput(channels=1, height=28, width=28)),
+        (Transformer(name="transformer", width=8, heads=2, layers=2), TokensInput(vocabulary=11, length=7)),
+        (Lstm(name="lstm", hidden=5), SERIES),
+    ],
+)
+def test_sixteen_bits_change_gradients_a_little_and_the_clip_not_at_all(
+    network: Network, inputs: Input, clip: float
+) -> None:
+    """Under autocast each gradient is off by its rounding, and nobody's share is longer than C."""
+    task = task_of(inputs, 2)
+    model, records = build_network(network, task, seed=0), made_up_records(task, torch.Generator().manual_seed(0))
+    everyone = np.arange(records.patient_count)
+
+    with BookKeeping(model, records, task, device="cpu", micro_batch=256) as full:
+        wanted = full.clipped_sum(everyone, clip=clip)
+    with BookKeeping(model, records, task, device="cpu", micro_batch=256, precision=torch.bfloat16) as half:
+        total = half.clipped_sum(everyone, clip=clip)
+        alone = [half.clipped_sum(np.array([patient]), clip=clip) for patient in everyone]
+
+    assert 0 < (total - wanted).norm() <= 0.05 * wanted.norm()  # 2**-8 a product, over some ten layers
+    assert all(each.norm() <= clip for each in alone)
+
+
 @pytest.mark.parametrize("size", [1.0, 1e10, 1e18])
 def test_positions_that_cancel_are_never_found_too_short(size: float) -> None:
     """Huge positions of opposite sign leave a sum that is all rounding: its norm may be over-, never under-stated."""
@@ -425,7 +452,7 @@ def test_a_long_vector_is_never_added_with_more_than_the_clip(size: float, clip:
     total = torch.zeros(30_000, dtype=torch.float64)
     share.add_to(total, factors)
     wanted = factors @ gradients.double()
-    assert (total - wanted).norm() <= 1e-6 * wanted.norm()  # eight additions in float32: 8 * 2**-24
+    assert (total - wanted).norm() <= 1e-6 * wanted.norm()  # nine additions in float32: 9 * 2**-24
 
 
 def test_broken_patients_change_nobody_elses_share() -> None:
