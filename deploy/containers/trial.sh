@@ -80,10 +80,12 @@ up() {
 }
 
 audit() {
+    by_hand coordinator "
+        mkdir -p /srv/konsil/evidence
+        cp state/studies/breast-cancer/receipts.jsonl state/studies/breast-cancer/sums.jsonl /srv/konsil/evidence/"
     for hospital in $HOSPITALS; do
         as "$hospital" ledger export hospital.toml "/srv/konsil/evidence/$hospital.evidence"
     done
-    by_hand coordinator "cp state/studies/breast-cancer/receipts.jsonl state/studies/breast-cancer/sums.jsonl /srv/konsil/evidence/"
     as auditor verify /srv/konsil/evidence --root /srv/konsil/root.pub
 }
 

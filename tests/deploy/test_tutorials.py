@@ -1,0 +1,114 @@
+"""The tutorials: every command in them is run, as it is printed, in both languages the same."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.deploy.tools import ROOT
+
+DOCS = ROOT / "docs"
+ROLES = ("hospital", "coordinator", "auditor", "data-scientist")
+
+# What a block's language means. Readers see shell in all three.
+RUN, FAILS, LONG = "sh", "shell", "bash"  # is run; is run, and has to fail; is run by `make soak` only
+
+
+def blocks(path: Path) -> list[tuple[str, str]]:
+    """The fenced blocks of a document with commands in them: language and text."""
+    found = re.findall(r"^```(\w+)\n(.*?)^```", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return [(kind, text) for kind, text in found if kind in {RUN, FAILS, LONG, "console"}]
+
+
+def follow(folder: Path, *roles: str, long: bool = False, timeout_s: float = 200) -> str:
+    """Do what tutorials say, one after the other in one folder, and say yes to every question.
+
+    Returns:
+        What was printed.
+    """
+    script = ["set -euo pipefail"]
+    for role in roles:
+        for number, (kind, text) in enumerate(blocks(DOCS / "tutorials" / f"{role}.md")):
+            if kind == RUN or (kind == LONG and long):
+                script.append(text)
+            elif kind == FAILS:
+                file = folder / f".{role}-{number}.sh"
+                file.write_text(text, encoding="utf-8")
+                script.append(f"bash -euo pipefail {file} && {{ echo 'did not fail'; exit 1; }} || true")
+    path = folder / ".tutorial.sh"
+    path.write_text("\n".join(script), encoding="utf-8")
+    search = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    with subprocess.Popen(["yes"], stdout=subprocess.PIPE) as asked:
+        done = subprocess.run(
+            ["bash", str(path)],
+            cwd=folder,
+            env={**os.environ, "PATH": search, "OMP_NUM_THREADS": "1"},
+            stdin=asked.stdout,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+            timeout=timeout_s,
+        )
+        asked.kill()
+    assert done.returncode == 0, done.stdout[-3000:]
+    return done.stdout
+
+
+def test_a_hospital_can_do_what_its_tutorial_says(tmp_path: Path) -> None:
+    """Keys, budget, kit, records, opt-out; and the opt-out's patient is on the list and in the records."""
+    said = follow(tmp_path, "hospital")
+
+    assert "joined heart: roster version 1" in said
+    assert re.search(r"opt.out.*\b1\b", said), said
+    assert "minimum_noise_multiplier" in said
+
+
+def test_a_coordinator_can_do_what_its_tutorial_says(tmp_path: Path) -> None:
+    """Founded, three hospitals enrolled with a root key that lies elsewhere, joined, an operator's certificate."""
+    said = follow(tmp_path, "coordinator")
+
+    assert said.count("joined heart: roster version 1, 3 hospitals") == 3
+    assert not (tmp_path / "centre" / "root").exists()
+    assert (tmp_path / "anna" / "operator.toml").exists()
+
+
+def test_a_study_is_planned_and_audited_as_the_tutorials_say(tmp_path: Path) -> None:
+    """Refused, mended, run; then verified, and refused again where evidence is withheld or changed."""
+    said = follow(tmp_path, "data-scientist", "auditor")
+
+    assert said.count("refused Proposal: study first-trial would cost epsilon 1.598, more than the 1") == 3
+    assert "\n12.2\n" in said
+    assert "verified 3 hospitals, 36 entries, 6 attempts; everything holds and agrees" in said
+    assert "hospital-3 took part, and its evidence is not here [bundle-missing]" in said
+    assert {"report.html", "papers", "trial.json"} <= {path.name for path in tmp_path.iterdir()}
+
+
+@pytest.mark.soak
+def test_a_coordinator_can_do_all_that_its_tutorial_says(tmp_path: Path) -> None:
+    """Four daemons over TLS on this machine, a study, its model and its evidence. Needs the ports 9092 and 9093."""
+    said = follow(tmp_path, "coordinator", long=True, timeout_s=280)
+
+    assert "finished" in said
+    assert (tmp_path / "model.safetensors").stat().st_size > 100
+    assert (tmp_path / "evidence.tar").stat().st_size > 100
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_both_languages_have_the_same_commands(role: str) -> None:
+    """A tutorial's commands are the same, to the letter and in the same order, in English and in Chinese."""
+    english, chinese = blocks(DOCS / "tutorials" / f"{role}.md"), blocks(DOCS / "zh" / "tutorials" / f"{role}.md")
+
+    assert chinese == english
+    assert len(english) > 3
+
+
+def test_the_readme_has_the_same_commands_in_both_languages() -> None:
+    """Every block of commands of the Chinese README is one of the English README, in the same order."""
+    english, chinese = blocks(ROOT / "README.md"), blocks(DOCS / "zh" / "README.md")
+
+    assert [block for block in english if block in chinese] == chinese
+    assert len(chinese) >= 5
