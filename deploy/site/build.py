@@ -45,13 +45,20 @@ def build(target: Path) -> int:
         pages = Path(folder) / "pages"
         lay_out(pages)
         shutil.rmtree(target, ignore_errors=True)
-        settings = ["-c", str(Path(__file__).parent), "-d", f"{folder}/doctrees"]
-        return sphinx(["-b", "html", "-q", "-W", "--keep-going", *settings, str(pages), str(target)])
+        return render(pages, target, doctrees=Path(folder) / "doctrees")
+
+
+def render(pages: Path, target: Path, *, doctrees: Path) -> int:
+    """Have Sphinx make HTML of pages; every warning is an error, a link that leads nowhere too."""
+    settings = ["-c", str(Path(__file__).parent), "-d", str(doctrees)]
+    return sphinx(["-b", "html", "-q", "-W", "--keep-going", *settings, str(pages), str(target)])
 
 
 def lay_out(pages: Path) -> None:
     """Write every page, and copy what is no page."""
-    texts = {page: moved((ROOT / name).read_text(encoding="utf-8"), name, page) for name, page in FROM_ELSEWHERE.items()}
+    texts = {
+        page: moved((ROOT / name).read_text(encoding="utf-8"), name, page) for name, page in FROM_ELSEWHERE.items()
+    }
     for path in sorted(DOCS.rglob("*")):
         name = path.relative_to(DOCS).as_posix()
         if path.suffix == ".md":
@@ -60,7 +67,11 @@ def lay_out(pages: Path) -> None:
             (pages / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, pages / name)
     texts |= {f"{name}.md": text for name, text in reference.pages().items()}
-    shown = {target for text in texts.values() for target in re.findall(r"\]\((?:\.\./)*source/(\S+?)\.md\)", text)}
+    shown = sorted(
+        {target for text in texts.values() for target in re.findall(r"\]\((?:\.\./)*source/(\S+?)\.md\)", text)}
+    )
+    if gone := [name for name in shown if not (ROOT / name).exists()]:
+        sys.exit(f"error: documents link to what is not there: {', '.join(gone)}")
     texts |= {f"source/{name}.md": _shown(ROOT / name) for name in shown}
     texts["index.md"] += _navigation(texts.keys())
     for name, text in texts.items():

@@ -9,6 +9,7 @@ smartquotes = False  # --option stays --option
 nitpicky = True
 suppress_warnings = ["misc.highlighting_failure"]  # outputs and excerpts are not always whole programs
 html_theme = "furo"
+html_theme_options = {"light_css_variables": {"color-code-background": "#f4f6f8"}}
 html_copy_source = False
 html_show_sphinx = False
 html_show_copyright = False

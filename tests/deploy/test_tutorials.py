@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.deploy.tools import ROOT
+from tests.deploy.tools import ROOT, tool
 
 DOCS = ROOT / "docs"
 ROLES = ("hospital", "coordinator", "auditor", "data-scientist")
@@ -41,9 +41,9 @@ def follow(folder: Path, *roles: str, long: bool = False, timeout_s: float = 200
     path = folder / ".tutorial.sh"
     path.write_text("\n".join(script), encoding="utf-8")
     search = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    with subprocess.Popen(["yes"], stdout=subprocess.PIPE) as asked:
+    with subprocess.Popen([tool("yes", where="coreutils")], stdout=subprocess.PIPE) as asked:
         done = subprocess.run(
-            ["bash", str(path)],
+            [tool("bash", where="bash"), str(path)],
             cwd=folder,
             env={**os.environ, "PATH": search, "OMP_NUM_THREADS": "1"},
             stdin=asked.stdout,
