@@ -12,7 +12,7 @@ cd "$(dirname "$0")"
 HOSPITALS="hospital-1 hospital-2 hospital-3"
 
 compose() {
-    ${COMPOSE:-docker compose} --file compose.yaml "$@"
+    ${COMPOSE:-docker compose} --file compose.yaml --profile audit "$@"
 }
 
 # A command of one party, in a container of its own with the party's volume.
@@ -81,8 +81,8 @@ up() {
 
 audit() {
     by_hand coordinator "
-        mkdir -p /srv/konsil/evidence
-        cp state/studies/breast-cancer/receipts.jsonl state/studies/breast-cancer/sums.jsonl /srv/konsil/evidence/"
+        mkdir -p /srv/konsil/evidence/study
+        cp state/studies/breast-cancer/receipts.jsonl state/studies/breast-cancer/sums.jsonl /srv/konsil/evidence/study/"
     for hospital in $HOSPITALS; do
         as "$hospital" ledger export hospital.toml "/srv/konsil/evidence/$hospital.evidence"
     done
@@ -92,6 +92,6 @@ audit() {
 case ${1:-} in
     up) up ;;
     audit) audit ;;
-    down) compose --profile audit down --volumes ;;
+    down) compose down --volumes ;;
     *) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit 2 ;;
 esac

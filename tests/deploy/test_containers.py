@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from server.pki import Authority
 from server.settings import Settings
 from shared_models.config import Frozen
 from tests.deploy.tools import DEPLOY, ROOT, said, tool
@@ -123,3 +124,25 @@ def test_shellcheck_has_nothing_to_say() -> None:
     shellcheck = tool("shellcheck", where="Debian: apt install shellcheck")
 
     assert said(shellcheck, CONTAINERS / "trial.sh") == ""
+
+
+def test_nginx_accepts_what_the_document_says_of_proxies(tmp_path: Path) -> None:
+    """Both examples of docs/deploy.md, parsed by nginx, with certificates where it looks for them."""
+    nginx = tool("nginx", where="Debian: apt install nginx-light libnginx-mod-stream")
+    modules = Path("/usr/share/nginx/modules-available")
+    loads = [path.read_text(encoding="utf-8") for path in modules.glob("mod-stream.conf")]
+    if not loads:
+        pytest.skip("nginx has no stream module (Debian: apt install libnginx-mod-stream)")
+    document = (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8")
+    passed_on, terminated = re.findall(r"```nginx\n(.*?)```", document, re.DOTALL)
+    authority = Authority(tmp_path / "authority")
+    authority.issue(tmp_path, "konsil", hosts=["localhost"])
+    for old, new in {"konsil.pem": "tls.pem", "konsil.key": "tls.key", "konsil-ca.pem": "authority/ca.pem"}.items():
+        terminated = terminated.replace(f"/etc/nginx/{old}", str(tmp_path / new))
+    path = tmp_path / "nginx.conf"
+    path.write_text(f"{''.join(loads)}\nevents {{}}\n{passed_on}\nhttp {{\n{terminated}}}\n", encoding="utf-8")
+
+    text = said(nginx, "-t", "-c", path, "-g", f"pid {tmp_path}/pid; error_log stderr;")
+
+    assert "ssl" not in passed_on
+    assert "test is successful" in text

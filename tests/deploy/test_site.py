@@ -13,6 +13,7 @@ import pytest
 
 from client.settings import Settings as HospitalSettings
 from server.settings import Settings as CoordinatorSettings
+from shared_models.config import Frozen
 from shared_models.plan import StudyPlan
 from tests.deploy.tools import DEPLOY, ROOT
 
@@ -98,11 +99,12 @@ def test_the_reference_has_every_command_and_every_key(site: Path) -> None:
         for path, _ in reference.commands((name,), reference.typer.main.get_command(app))
         if f"<h2>{' '.join(path)}<" not in pages[name]
     ]
-    for page, model in {
-        "hospital-toml": HospitalSettings,
-        "coordinator-toml": CoordinatorSettings,
-        "plan-toml": StudyPlan,
-    }.items():
+    models: list[tuple[str, type[Frozen]]] = [
+        ("hospital-toml", HospitalSettings),
+        ("coordinator-toml", CoordinatorSettings),
+        ("plan-toml", StudyPlan),
+    ]
+    for page, model in models:
         missing += [key for key in model.model_fields if f'<span class="pre">{key}</span>' not in pages[page]]
 
     assert missing == []

@@ -80,7 +80,7 @@ def test_a_study_is_planned_and_audited_as_the_tutorials_say(tmp_path: Path) -> 
     """Refused, mended, run; then verified, and refused again where evidence is withheld or changed."""
     said = follow(tmp_path, "data-scientist", "auditor")
 
-    assert said.count("refused Proposal: study first-trial would cost epsilon 1.598, more than the 1") == 3
+    assert said.count("refused Proposal: study first-trial would cost epsilon 1.63, more than the 1") == 3
     assert "\n12.2\n" in said
     assert "verified 3 hospitals, 36 entries, 6 attempts; everything holds and agrees" in said
     assert "hospital-3 took part, and its evidence is not here [bundle-missing]" in said
