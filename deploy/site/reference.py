@@ -61,7 +61,7 @@ def _command(path: tuple[str, ...], command: Any) -> str:
     usage = " ".join((name, *command.collect_usage_pieces(context)))
     rows = [_parameter(parameter, context) for parameter in command.params]
     table = _table(("argument or option", "meaning", "default"), rows)
-    return f"## {name}\n\n{_cell(command.help or '')}\n\n```text\n{usage}\n```\n\n{table}"
+    return f"## {name}\n\n{_plain(command.help or '')}\n\n```text\n{usage}\n```\n\n{table}"
 
 
 def _parameter(parameter: Any, context: click.Context) -> tuple[str, str, str]:
@@ -70,7 +70,7 @@ def _parameter(parameter: Any, context: click.Context) -> tuple[str, str, str]:
     names = " / ".join((*parameter.opts, *parameter.secondary_opts))
     shown = f"{names} {metavar}".strip() if is_option else metavar
     default = "required" if parameter.required else _value(parameter.default or None)
-    return f"`{shown}`", _cell(parameter.help or ""), default
+    return f"`{shown}`", _plain(parameter.help or ""), default
 
 
 # settings files
@@ -89,11 +89,12 @@ def _tables(table: str, schema: dict[str, Any], known: dict[str, Any]) -> Iterat
         references = list(dict.fromkeys(_references(field)))
         inside += [(f"{table}.{key}".strip("."), known[reference]) for reference in references]
         kind = "a table, below" if references else _kind(field)
-        default = "required" if key in schema.get("required", ()) else _value(field.get("default"))
-        rows.append((f"`{key}`", kind, default if not references or default == "required" else "", meanings.get(key)))
+        optional = "" if references else _value(field.get("default"))
+        default = "required" if key in schema.get("required", ()) else optional
+        rows.append((f"`{key}`", kind, default, _plain(meanings.get(key, ""))))
     name = schema["properties"].get("name", {}).get("const") or schema["properties"].get("rule", {}).get("const")
     heading = f"[{table}]" + (f" with {name}" if name else "") if table else "At the top"
-    yield f"## {heading}\n\n{_cell(summary)}\n\n{_table(('key', 'range', 'default', 'meaning'), rows)}"
+    yield f"## {heading}\n\n{_plain(summary)}\n\n{_table(('key', 'range', 'default', 'meaning'), rows)}"
     for below, found in inside:
         yield from _tables(below, found, known)
 
@@ -144,14 +145,14 @@ def _value(value: Any) -> str:
     return "" if value is None else f"`{json.dumps(value, default=str, ensure_ascii=False)}`"
 
 
-def _cell(text: str) -> str:
+def _plain(text: str) -> str:
     """Text that Markdown leaves as it is: reST's literals become code, and brackets no links."""
     text = re.sub(r"\s+", " ", text).strip().replace("``", "`")
     return re.sub(r"(?<!`)\[([\w-]+)\](?!`)", r"`[\1]`", text)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str | None]]) -> str:
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     if not rows:
         return ""
-    lines = [head, ["---"] * len(head), *([_cell(cell or "").replace("|", "\\|") for cell in row] for row in rows)]
+    lines = [head, ["---"] * len(head), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -128,7 +128,7 @@ def calls(path: Path) -> Iterator[list[str]]:
         for line in text.replace("\\\n", " ").splitlines():
             found = re.search(r"(konsil-(?:hospital|coordinator|audit)\b.*)", line)
             if found and "cat " not in line:
-                words = re.split(r"\s(?:[|&>#]|\[)", found[1])[0].rstrip(")")
+                words = re.split(r";|\s(?:\d?>|[|&#\[])", found[1])[0].rstrip(")")
                 yield shlex.split(re.sub(r"[«»…]", "", words))
 
 
