@@ -2,6 +2,7 @@
 
 import json
 import re
+import tomllib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -13,7 +14,7 @@ import yaml
 
 from server.page import OPEN
 from server.settings import Settings, read_settings
-from tests.deploy.tools import DEPLOY, said, tool
+from tests.deploy.tools import DEPLOY, ROOT, said, tool
 
 CHART = DEPLOY / "helm" / "konsil-coordinator"
 EXAMPLE = CHART / "ci" / "example-values.yaml"
@@ -129,6 +130,17 @@ def test_every_key_of_the_settings_template_is_a_key_of_the_settings() -> None:
 def _kinds(table: str) -> Iterator[Any]:
     annotation: Any = Settings.model_fields[table].annotation
     yield from (kind for kind in (annotation, *getattr(annotation, "__args__", ())) if hasattr(kind, "model_fields"))
+
+
+def test_the_chart_is_of_the_projects_version_and_its_values_are_documented() -> None:
+    """A chart of another release would render settings that the image does not know."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    chart = values(CHART / "Chart.yaml")
+    document = (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8")
+    plain = {"terminationGracePeriodSeconds", "nodeSelector", "tolerations", "affinity"}  # Kubernetes' own words
+
+    assert chart["version"] == chart["appVersion"] == project["version"]
+    assert [key for key in values(CHART / "values.yaml") if key not in plain and f"`{key}" not in document] == []
 
 
 # what Helm renders

@@ -84,6 +84,13 @@ def test_every_alert_is_tested_and_every_text_says_what_happened() -> None:
     assert all(set(rule["annotations"]) == {"summary", "description"} for rule in rules())
 
 
+def test_the_document_says_what_to_do_about_every_alert() -> None:
+    """Whoever is woken by an alert looks it up."""
+    document = (DEPLOY.parent / "docs" / "deploy.md").read_text(encoding="utf-8")
+
+    assert [rule["alert"] for rule in rules() if f"`{rule['alert']}`" not in document] == []
+
+
 def test_promtool_accepts_the_rules() -> None:
     """Prometheus's own check."""
     promtool = tool("promtool", where=PROMTOOL)
