@@ -32,7 +32,7 @@ from shared_models.plan import StudyPlan
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("server", "client", "shared_models", "auditor")
 TOP_FOLDERS = {".ci", *PACKAGES, "bench", "deploy", "docs", "tests"}
-DOCUMENTS = [*(ROOT / name for name in ("README.md", "CHANGELOG.md", "DECISIONS.md")), *(ROOT / "docs").glob("*.md")]
+DOCUMENTS = [*(ROOT / name for name in ("README.md", "CHANGELOG.md", "DECISIONS.md")), *(ROOT / "docs").rglob("*.md")]
 HEAVY = ("torch", "flwr", "opacus", "grpc")
 
 
@@ -126,7 +126,7 @@ def test_the_readme_lists_nothing_that_is_not_there() -> None:
 # documents
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_relative_links_resolve(document: Path) -> None:
     """Links and pictures in Markdown point at files that are there."""
     text = document.read_text(encoding="utf-8")
@@ -137,7 +137,7 @@ def test_relative_links_resolve(document: Path) -> None:
     assert [target for target in local if not (document.parent / target).exists()] == []
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_document_names_a_folder_of_one_machine(document: Path) -> None:
     """What is written here holds on every machine."""
     assert re.findall(r"(?<![\w.])/(?:tmp|home|root|work|Users)/\S*", document.read_text(encoding="utf-8")) == []

@@ -1,0 +1,1 @@
+"""Tests of deploy/: containers, chart, monitoring, site."""
