@@ -14,7 +14,7 @@ from tests.deploy.tools import DEPLOY, said, tool
 
 MONITORING = DEPLOY / "monitoring"
 PROMTOOL = "Debian: apt install prometheus"
-ELSEWHERE = {"up": {"job"}, "konsil_certificate_expiry_timestamp_seconds": {"holder"}}
+ELSEWHERE = {"up": {"job"}}
 SUFFIXES = {"gauge": [""], "counter": ["_total"], "summary": ["_count", "_sum"]}
 
 
