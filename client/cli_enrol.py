@@ -27,6 +27,8 @@ def init(
     delta: Annotated[float, typer.Option(help="What epsilon holds at; at most 1 / (10 * public size).")],
     order: Annotated[int, typer.Option(min=2, help="Renyi order of the budget's filter.")],
     display_name: Annotated[str, typer.Option(help="For people.")] = "",
+    records: Annotated[str, typer.Option(help="Folder of the records, in FOLDER or absolute.")] = "records",
+    state: Annotated[str, typer.Option(help="Folder of ledger and logs, in FOLDER or absolute.")] = "state",
 ) -> None:
     """Make this hospital's keys, settings and ledger here, and the request to be enrolled."""
     from client.enrol import init as make
@@ -40,6 +42,8 @@ def init(
         epsilon=epsilon,
         delta=delta,
         order=order,
+        records=records,
+        state=state,
     )
     typer.echo(f"request      {path}")
     typer.echo(f"fingerprint  {request.fingerprint}")

@@ -68,6 +68,7 @@ from client.process import Ending
 from client.settings import Settings
 from shared_models.errors import ConnectionLostError, FederationError, IdentityError, ProtocolError
 from shared_models.messages import REPLIES, StudyEnd, not_admitted
+from shared_models.service import tell
 
 log = logging.getLogger("konsil.hospital")
 # Flower logs every call on a handler of its own.
@@ -243,12 +244,14 @@ def _stay_connected(settings: Settings, settings_file: Path, handler: Handler, u
         try:
             with FleetConnection(settings, until) as connection:
                 log.info("connected to %s as %s", settings.coordinator, settings.name)
+                tell(STATUS=f"connected to {settings.coordinator} as {settings.name}: waiting for studies")
                 retry_s = SHORTEST_RETRY_S
                 _answer_messages(connection, settings_file, handler, until, courier)
         except (ConnectionLostError, httpx.HTTPError) as error:
             pause_s = retry_s * random.uniform(0.5, 1.5)  # noqa: S311 - jitter, not a secret
             log.warning("no coordinator at %s (%s); trying again in %.1f s", settings.coordinator, error, pause_s)
-            until.wait(pause_s)
+            tell(STATUS=f"no coordinator at {settings.coordinator}; trying again")
+            until.rest(pause_s)
             retry_s = min(2 * retry_s, LONGEST_RETRY_S)
 
 
@@ -258,6 +261,7 @@ def _answer_messages(
     context = Context(0, connection.node.node_id, {"settings": str(settings_file)}, RecordDict(), {})
     poll_s = SHORTEST_POLL_S
     while not until.is_set():
+        until.pulse.beat()
         asked = time.monotonic()
         try:
             message = connection.receive()

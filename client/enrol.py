@@ -35,8 +35,8 @@ _TEMPLATE = """\
 name = {name}
 coordinator = {coordinator}
 # control = "HOST:9093"     # the coordinator's control service, where evidence is left for auditors; see [policy]
-records = "records"        # manifest.toml and the file that it names
-state = "state"            # ledger and logs; must outlive the process
+records = {records}        # manifest.toml and the file that it names
+state = {state}            # ledger and logs; must outlive the process
 roster = "roster.json"     # written by konsil-hospital join
 device = "auto"
 threads = 1
@@ -89,6 +89,8 @@ def init(
     order: int,
     tasks: Sequence[str] = ("breast-cancer", "heart-disease"),
     networks: Sequence[str] = ("logistic-regression", "mlp"),
+    records: str = "records",
+    state: str = "state",
 ) -> tuple[Path, Request]:
     """Make a hospital's folder: keys, settings, ledger, and the request to be admitted.
 
@@ -107,6 +109,8 @@ def init(
         order: Of the budget's filter.
         tasks: That the policy permits, until somebody changes it.
         networks: The same.
+        records: Folder of the records; relative to this one, or absolute.
+        state: Folder of ledger and logs; the same.
 
     Returns:
         The request's file, and the request.
@@ -125,6 +129,8 @@ def init(
         order=order,
         tasks=json.dumps(list(tasks)),
         networks=json.dumps(list(networks)),
+        records=json.dumps(records),
+        state=json.dumps(state),
     )
     create_new(settings_file, text.encode(), mode=0o600)
     try:

@@ -1,0 +1,1 @@
+"""Tests of deploy/: units, bundles, and an installation in a fresh system."""
