@@ -8,7 +8,7 @@ PYTEST := pytest
 WORKERS := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 DONE := $(VENV)/.done
 
-.PHONY: help setup demo test soak chaos check proto bench clean
+.PHONY: help setup demo test soak chaos check proto bench bundle clean
 
 help:  ## What there is to make
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -47,6 +47,9 @@ proto: $(DONE)  ## Generate the control service's Python from shared_models/cont
 
 bench: $(DONE)  ## The benchmarks; each prints ratios measured in one run (make bench ARGS=bench/round_latency.py)
 	@for script in $(or $(ARGS),$(wildcard bench/*.py)); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+bundle: $(DONE)  ## What a role installs without a network (make bundle ROLE=hospital-cpu, docs/install.md)
+	$(BIN)/python deploy/bundle/build.py $(or $(ROLE),all) $(ARGS)
 
 clean:  ## Remove the environment and everything that was built
 	rm -rf $(VENV) build dist *.egg-info .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache konsil-demo konsil-simulation

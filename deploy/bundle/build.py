@@ -6,6 +6,7 @@ take its Python 3.11. The versions are those of ``deploy/constraints.txt``.
 
 import argparse
 import hashlib
+import json
 import os
 import platform
 import re
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import tarfile
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from email.parser import HeaderParser
 from pathlib import Path
 from zipfile import ZipFile
@@ -30,7 +31,7 @@ ROLES = {  # who installs offline cannot add an extra later, so a bundle has all
 }
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 SBOM = "sbom.cdx.json"
-ELSEWHERE = {"debian-12": "3.11", "ubuntu-24.04": "3.12"}  # what systems other than this one bring
+ELSEWHERE = {"debian-12": ("3.11", 36), "ubuntu-24.04": ("3.12", 39)}  # their Python, and N of their glibc 2.N
 
 
 def main() -> None:
@@ -69,7 +70,7 @@ def build(role: str, out: Path, release: str | None, options: Sequence[str] = ()
     wheels.mkdir(parents=True)
     pip("wheel", *options, "--constraint", CONSTRAINTS, "--wheel-dir", wheels, f"{source}[{ROLES[role]}]", epoch=True)
     pip("download", *options, "--constraint", CONSTRAINTS, "--no-deps", "--dest", bundle / "tools", "pip")
-    check_torch(role, wheels)
+    check_torch(role, [path.name for path in wheels.iterdir()])
     (bundle / "requirements.txt").write_text(requirements(wheels), encoding="ascii")
     shutil.copy(ROOT / "deploy" / "bundle" / "install.sh", bundle)
     shutil.copy(ROOT / "LICENSE", bundle)
@@ -115,9 +116,9 @@ def pip(*arguments: str | Path, epoch: bool = False) -> None:
     subprocess.run([sys.executable, "-m", "pip", *map(str, arguments)], check=True, env=environment)
 
 
-def check_torch(role: str, wheels: Path) -> None:
+def check_torch(role: str, names: Iterable[str]) -> None:
     """A CPU's bundle must not hold gigabytes of CUDA, and a GPU's must not lack them."""
-    cuda = any(path.name.startswith("nvidia_") for path in wheels.iterdir())
+    cuda = any(name.startswith("nvidia_") for name in names)
     if cuda and role != "hospital-cuda":
         sys.exit(
             "error: pip took the CUDA build of torch\n"
@@ -150,7 +151,7 @@ def write_sbom(bundle: Path, source: Path, out: Path) -> None:
         subprocess.run([tool / "bin" / "pip", "install", "--quiet", "--constraint", CONSTRAINTS, named], check=True)
     shutil.rmtree(trial, ignore_errors=True)
     installer = bundle / "install.sh"
-    subprocess.run(["sh", installer, "install", "--root", trial, "--python", sys.executable], check=True)
+    subprocess.run(["/bin/sh", installer, "install", "--root", trial, "--python", sys.executable], check=True)
     options = ("--output-reproducible", "--pyproject", source / "pyproject.toml", "--output-file", bundle / SBOM)
     installed = trial / "opt" / "konsil" / "current" / "bin" / "python"
     subprocess.run([tool / "bin" / "cyclonedx-py", "environment", *options, installed], check=True)
@@ -179,12 +180,12 @@ def pack(bundle: Path) -> None:
 
 
 def resolve(role: str, system: str, options: Sequence[str] = ()) -> str:
-    """Whether every wheel for another system is there: nothing is downloaded that needs not be, nothing is installed.
+    """Whether every wheel for another system is there; nothing is installed.
 
     Returns:
         One line that says how many there are.
     """
-    python, report = ELSEWHERE[system], ROOT / "build" / f"resolved-{role}-{system}.json"
+    (python, glibc), report = ELSEWHERE[system], ROOT / "build" / f"resolved-{role}-{system}.json"
     report.parent.mkdir(exist_ok=True)
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     wanted, waiting = [*extras["dependencies"]], ROLES[role].split(",")
@@ -194,13 +195,15 @@ def resolve(role: str, system: str, options: Sequence[str] = ()) -> str:
             waiting += others[1].split(",") if others else []
             wanted += [] if others else [requirement]
     machine = platform.machine()
-    platforms = [f"--platform=manylinux_{glibc}_{machine}" for glibc in ("2_35", "2_34", "2_28", "2_27", "2_17")]
+    platforms = [f"--platform=manylinux_2_{minor}_{machine}" for minor in range(glibc, 4, -1)]
     pip(
         *("install", "--dry-run", "--ignore-installed", f"--target={report.with_suffix('')}", f"--report={report}"),
         *("--only-binary=:all:", f"--python-version={python}", f"--constraint={CONSTRAINTS}", *options),
         *(*platforms, f"--platform=manylinux2014_{machine}", f"--platform=linux_{machine}", *wanted),
     )
-    return f"{role} on {system} (Python {python}): resolved; see {report.relative_to(ROOT)}"
+    found = [item["download_info"]["url"].rpartition("/")[2] for item in json.loads(report.read_bytes())["install"]]
+    check_torch(role, found)
+    return f"{role} on {system}, Python {python}: {len(found)} wheels, and Konsil's own"
 
 
 def sha256(path: Path) -> str:

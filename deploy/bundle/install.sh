@@ -223,7 +223,7 @@ case $command in
         ;;
     status)
         for folder in "$opt"/*/; do
-            [ -e "$folder/complete" ] || continue
+            if [ ! -e "$folder/complete" ] || [ -L "${folder%/}" ]; then continue; fi
             mark=' '
             [ "$(said "$folder" VERSION)" != "$(current)" ] || mark='*'
             echo "$mark $(said "$folder" VERSION) $(said "$folder" ROLE)"

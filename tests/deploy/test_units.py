@@ -38,7 +38,7 @@ def test_systemd_finds_nothing_wrong(name: str, with_examples: bool, tmp_path: P
     if with_examples:
         shutil.copytree(UNITS / "examples", tmp_path / f"{name}.service.d")
 
-    command = ["systemd-analyze", "verify", unit]
+    command = ["systemd-analyze", "verify", str(unit)]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
 
     assert (found.returncode, found.stdout + found.stderr) == (0, "")
