@@ -74,7 +74,9 @@ find_python() {
 check_machine() {
     [ "$(uname -m)" = "$(said "$here" MACHINE)" ] ||
         fail "this bundle is for $(said "$here" MACHINE), and this machine is $(uname -m)" "Take the bundle for it."
-    version=$(said "$here" VERSION) before=$(current) || before=''
+    version=$(said "$here" VERSION)
+    case $version in '' | *[!0-9A-Za-z.]*) fail "$version is no version" "Make the bundle anew." ;; esac
+    before=$(current) || before=''
     [ -n "$before" ] || return 0
     [ "$(service "$opt/current")" = "$(service "$here")" ] ||
         fail "this machine has the role $(said "$opt/current" ROLE), and the bundle is for $(said "$here" ROLE)" \
@@ -101,7 +103,11 @@ make_folders() {
 
 make_environment() { # the folder of a release is its virtual environment
     target=$opt/$version
-    [ ! -e "$target/complete" ] || return 0
+    if [ -e "$target/complete" ]; then
+        cmp -s "$here/SHA256SUMS" "$target/SHA256SUMS" && return 0
+        fail "another build of $version is installed, $(said "$target" ROLE)" \
+            "konsil-install uninstall, which keeps ledgers and settings, then install this one."
+    fi
     rm -rf "$target"
     mkdir -p "$opt"
     "$python" -I -m venv --without-pip "$target"
@@ -161,7 +167,8 @@ switch_to() { # a release that is complete; what runs is ended at a safe point, 
     esac
     ln -sfn "$opt/current/install.sh" "$bin/konsil-install"
     ! managed || systemctl daemon-reload
-    [ $running = no ] || systemctl start "$unit"
+    [ $running = no ] || systemctl start "$unit" || fail "$unit $1 does not start" \
+        "journalctl -u $unit says why. To go back: konsil-install rollback"
     echo "Konsil $1, $(said "$opt/current" ROLE), is installed in $opt/$1"
 }
 

@@ -184,7 +184,7 @@ def _child(parent: int) -> int:
 
 @contextmanager
 def _cgroup(name: str) -> Iterator[Path]:
-    """A group of processes of its own, which a machine's systemd takes for the whole tree; gives its list of members."""
+    """A group of processes of its own, which a machine's systemd takes for the whole tree; gives the list of it."""
     with tempfile.TemporaryDirectory() as mounted:
         subprocess.run(["/bin/mount", "-t", "cgroup2", "cgroup2", mounted], check=True)
         group = Path(mounted) / name

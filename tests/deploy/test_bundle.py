@@ -127,7 +127,8 @@ def test_upgrade_rollback_and_uninstall_keep_what_is_the_hospitals(bundle: Bundl
     said = [_said(root)]
     assert _install(new, root).returncode == 0
     said.append(_said(root))
-    refused = [_lines(_install(folder, root)) for folder in (old, bundle("2.0", role="coordinator"))]
+    others = (old, bundle("2.0", role="coordinator"), bundle("1.10.0", role="hospital-cuda"))
+    refused = [_lines(_install(folder, root)) for folder in others]
     shutil.rmtree(old)
     shutil.rmtree(new)
     installed = root / "usr/local/bin/konsil-install"
@@ -144,6 +145,7 @@ def test_upgrade_rollback_and_uninstall_keep_what_is_the_hospitals(bundle: Bundl
     assert "release 1.10.0 is installed, and the bundle has 1.9.0" in refused[0][0]
     assert "rollback" in refused[0][1]
     assert "this machine has the role hospital-cpu, and the bundle is for coordinator" in refused[1][0]
+    assert "another build of 1.10.0 is installed, hospital-cpu" in refused[2][0]
     assert listed.splitlines() == ["  1.10.0 hospital-cpu", "* 1.9.0 hospital-cpu"]
     assert str(root / "var/lib/konsil") in gone
     assert ledger.read_bytes() == b"what patients' budgets have paid for"
