@@ -102,8 +102,8 @@ class FleetConnection:
         ConnectionLostError: The coordinator cannot be reached; try again later.
     """
 
-    def __init__(self, settings: Settings, until: threading.Event | None = None) -> None:
-        self._until = until or threading.Event()
+    def __init__(self, settings: Settings, until: Ending | None = None) -> None:
+        self._until = until or Ending()
         private_key = _node_key(settings.keys.node)
         self._public_key = public_key_to_bytes(private_key.public_key())
         self._client = FleetHttpClient(
@@ -214,13 +214,16 @@ class FleetConnection:
             pause_s, deadline = SHORTEST_RETRY_S, time.monotonic() + RETRY_FOR_S
             while True:
                 try:
-                    return call(request)
+                    answer = call(request)
                 except httpx.TransportError as error:
                     if self._until.is_set() or time.monotonic() > deadline:
                         raise
                     log.debug("the network failed in a transfer (%s); trying again", type(error).__name__)
                     self._until.wait(pause_s * random.uniform(0.5, 1.5))  # noqa: S311 - jitter, not a secret
                     pause_s = min(2 * pause_s, LONGEST_TRANSFER_RETRY_S)
+                else:
+                    self._until.pulse.beat()  # a large model on a slow line takes long, and is no hang
+                    return answer
 
         return patient
 

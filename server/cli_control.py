@@ -81,7 +81,7 @@ def start(settings_file: SettingsFile) -> None:
         typer.echo(serving)
         tell(READY=1, STATUS=serving)
         over.wait()
-        typer.echo("ending after the rounds at hand; studies go on at the next start")
+        typer.echo("ending after the rounds at hand, told again at once; studies go on at the next start")
         tell(STOPPING=1, STATUS="ending after the rounds at hand")
         studies.finish_rounds(patience_s=ROUNDS_MAY_TAKE_S, hurry=hurry)
 

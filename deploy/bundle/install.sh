@@ -47,7 +47,9 @@ as_account() { # as the user whose files these are
 }
 
 check_bundle() {
-    [ -f "$here/SHA256SUMS" ] || fail "$here is no bundle: SHA256SUMS is missing" "Unpack the bundle again."
+    if [ ! -f "$here/SHA256SUMS" ] || [ ! -d "$here/wheels" ]; then
+        fail "$here is no bundle" "Run the install.sh in a bundle's unpacked folder."
+    fi
     (cd "$here" && sha256sum --check --strict --quiet SHA256SUMS) >&2 ||
         fail "files of the bundle are damaged, missing or changed" \
             "Nothing was installed. Copy the bundle again, and compare the SHA-256 of its archive with the one you were told."
