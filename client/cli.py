@@ -46,8 +46,9 @@ def start(settings_file: SettingsFile) -> None:
 
     Dials out only; opens no port. A coordinator that isn't there is tried again, with back-off, until it is.
     """
-    from client.process import Ending, announced, refuse_second
+    from client.process import Ending, announced, keep_texts_of_crashes_out, refuse_second
     from client.settings import read_settings
+    from shared_models.service import Watchdog, tell
 
     settings = read_settings(settings_file)
     refuse_second(settings.state)
@@ -55,12 +56,14 @@ def start(settings_file: SettingsFile) -> None:
     from client.daemon import serve
 
     _log(settings)
+    keep_texts_of_crashes_out()
     _use(settings)
     until = Ending()
     signal.signal(signal.SIGTERM, until.on_signal)
     try:
         flower_app.hospital_at(str(settings_file))  # a ledger or a key that is wrong stops us before we connect
-        with announced(settings.state):
+        with announced(settings.state), Watchdog(until.pulse.went_on):
+            tell(READY=1, STATUS=f"looking for the coordinator at {settings.coordinator}")
             serve(settings, settings_file, flower_app.app, until=until)
     finally:
         flower_app.close_hospitals()

@@ -30,6 +30,8 @@ def init(
     registry: Annotated[
         Path | None, typer.Option(help="Registry of an enrolment before, or of another population of this hospital.")
     ] = None,
+    records: Annotated[str, typer.Option(help="Folder of the records, in FOLDER or absolute.")] = "records",
+    state: Annotated[str, typer.Option(help="Folder of ledger and logs, in FOLDER or absolute.")] = "state",
 ) -> None:
     """Make this hospital's keys, settings and ledger here, and the request to be enrolled."""
     from client.enrol import init as make
@@ -44,6 +46,8 @@ def init(
         delta=delta,
         order=order,
         registry=registry,
+        records=records,
+        state=state,
     )
     typer.echo(f"request      {path}")
     typer.echo(f"fingerprint  {request.fingerprint}")

@@ -68,6 +68,7 @@ from client.settings import Settings
 from client.tls import client_context
 from shared_models.errors import ConnectionLostError, FederationError, IdentityError, ProtocolError
 from shared_models.messages import REPLIES, StudyEnd, not_admitted
+from shared_models.service import tell
 
 log = logging.getLogger("konsil.hospital")
 # Flower logs every call on a handler of its own.
@@ -101,8 +102,8 @@ class FleetConnection:
         ConnectionLostError: The coordinator cannot be reached; try again later.
     """
 
-    def __init__(self, settings: Settings, until: threading.Event | None = None) -> None:
-        self._until = until or threading.Event()
+    def __init__(self, settings: Settings, until: Ending | None = None) -> None:
+        self._until = until or Ending()
         private_key = _node_key(settings.keys.node)
         self._public_key = public_key_to_bytes(private_key.public_key())
         self._client = FleetHttpClient(
@@ -213,13 +214,16 @@ class FleetConnection:
             pause_s, deadline = SHORTEST_RETRY_S, time.monotonic() + RETRY_FOR_S
             while True:
                 try:
-                    return call(request)
+                    answer = call(request)
                 except httpx.TransportError as error:
                     if self._until.is_set() or time.monotonic() > deadline:
                         raise
                     log.debug("the network failed in a transfer (%s); trying again", type(error).__name__)
                     self._until.wait(pause_s * random.uniform(0.5, 1.5))  # noqa: S311 - jitter, not a secret
                     pause_s = min(2 * pause_s, LONGEST_TRANSFER_RETRY_S)
+                else:
+                    self._until.pulse.beat()  # a large model on a slow line takes long, and is no hang
+                    return answer
 
         return patient
 
@@ -253,13 +257,15 @@ def _stay_connected(
             with FleetConnection(settings, until) as connection:
                 log.info("connected to %s as %s", settings.coordinator, settings.name)
                 page.tell("connected")
+                tell(STATUS=f"connected to {settings.coordinator} as {settings.name}: waiting for studies")
                 retry_s = SHORTEST_RETRY_S
                 _answer_messages(connection, settings_file, handler, until, courier, reminder)
         except (ConnectionLostError, httpx.HTTPError) as error:
             pause_s = retry_s * random.uniform(0.5, 1.5)  # noqa: S311 - jitter, not a secret
             page.tell("away")
             log.warning("no coordinator at %s (%s); trying again in %.1f s", settings.coordinator, error, pause_s)
-            until.wait(pause_s)
+            tell(STATUS=f"no coordinator at {settings.coordinator}; trying again")
+            until.rest(pause_s)
             retry_s = min(2 * retry_s, LONGEST_RETRY_S)
 
 
@@ -275,6 +281,7 @@ def _answer_messages(
     poll_s = SHORTEST_POLL_S
     while not until.is_set():
         reminder.remind()
+        until.pulse.beat()
         asked = time.monotonic()
         try:
             message = connection.receive()

@@ -38,8 +38,8 @@ _TEMPLATE = """\
 name = {name}
 coordinator = {coordinator}
 # control = "HOST:9093"     # the coordinator's control service, where evidence is left for auditors; see [policy]
-records = "records"        # manifest.toml and the file that it names
-state = "state"            # ledger and logs; must outlive the process
+records = {records}        # manifest.toml and the file that it names
+state = {state}            # ledger and logs; must outlive the process
 {registry}roster = "roster.json"     # written by konsil-hospital join
 device = "auto"
 threads = 1
@@ -97,6 +97,8 @@ def init(
     tasks: Sequence[str] = ("breast-cancer", "heart-disease"),
     networks: Sequence[str] = ("logistic-regression", "mlp"),
     registry: Path | None = None,
+    records: str = "records",
+    state: str = "state",
 ) -> tuple[Path, Request]:
     """Make a hospital's folder: keys, settings, ledger, and the request to be admitted.
 
@@ -116,6 +118,8 @@ def init(
         tasks: That the policy permits, until somebody changes it.
         networks: The same.
         registry: That of the hospital's other populations, or of an enrolment before: whoever is in it has a budget.
+        records: Folder of the records; relative to this one, or absolute.
+        state: Folder of ledger and logs; the same.
 
     Returns:
         The request's file, and the request.
@@ -140,6 +144,8 @@ def init(
         registry="" if registry is None else f"registry = {json.dumps(str(registry.absolute()))}\n",
         tasks=json.dumps(list(tasks)),
         networks=json.dumps(list(networks)),
+        records=json.dumps(records),
+        state=json.dumps(state),
     )
     create_new(settings_file, text.encode(), mode=0o600)
     try:

@@ -4,18 +4,25 @@ Linux only: a process is its number and the moment it began, so that a number th
 """
 
 import json
+import logging
 import os
 import select
 import signal
+import sys
 import threading
+import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import NamedTuple
 
 from shared_models.durable import replace_file
 from shared_models.errors import AlreadyRunningError, LedgerError
+from shared_models.service import Pulse, tell
+
+log = logging.getLogger("konsil.hospital")
 
 PROCESS = "daemon.json"
 
@@ -32,26 +39,48 @@ class Process(NamedTuple):
 
 
 class Ending(threading.Event):
-    """Set when the daemon shall end. By SIGTERM at once where it is idle, else after the answer is sent."""
+    """Set when the daemon shall end. By SIGTERM at once where it is idle, else after the answer is sent.
+
+    Made in the main thread, whose signs of life it has: ``pulse``.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self._answering = False
+        self.pulse = Pulse()
 
     @contextmanager
     def answering(self) -> Iterator[None]:
         """While a message is answered, SIGTERM waits."""
         self._answering = True
         try:
-            yield
+            with self.pulse.working():
+                yield
         finally:
             self._answering = False
 
     def on_signal(self, _number: int, _frame: FrameType | None) -> None:
         """The handler of SIGTERM: in the main thread, which may be waiting for the coordinator."""
         self.set()
+        tell(STOPPING=1, STATUS="ending after the message at hand" if self._answering else "ending")
         if not self._answering:
             raise SystemExit(0)
+
+    def rest(self, seconds: float) -> None:
+        """Wait, alive, or until told to end."""
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0 and not self.wait(min(left, 1.0)):
+            self.pulse.beat()
+
+
+def keep_texts_of_crashes_out() -> None:
+    """What nobody has caught is logged by its kind and place: an exception's text can hold a patient's values."""
+
+    def log_place(kind: type[BaseException], trace: TracebackType | None) -> None:
+        log.critical("a fault of this program: %s\n%s", kind.__name__, "".join(traceback.format_tb(trace)))
+
+    sys.excepthook = lambda kind, _, trace: log_place(kind, trace)
+    threading.excepthook = lambda args: log_place(args.exc_type, args.exc_traceback)
 
 
 def refuse_second(state: Path) -> None:

@@ -46,11 +46,14 @@ _CALLING = {
 # newer than TLS 1.2 fails in its handshake. TLS 1.3 has suites of its own. gRPC has no other way to say so.
 TLS_1_2_SUITES = "ECDHE-RSA-AES256-GCM-SHA384"
 
+ROUNDS_MAY_TAKE_S = 600.0  # before an attempt is given up at the end; below the unit's TimeoutStopSec
+
 
 def start(settings_file: SettingsFile) -> None:
     """Serve hospitals and the control service, and run every study that is submitted, until told to end.
 
-    SIGTERM or Ctrl-C ends it; the studies go on when it is started again, also after it was killed.
+    SIGTERM or Ctrl-C ends it after the rounds at hand, ten minutes later at most; a second one at once. The studies go
+    on when it is started again, also after it was killed.
     """
     os.environ.setdefault("GRPC_SSL_CIPHER_SUITES", TLS_1_2_SUITES)  # before gRPC is loaded
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # every scan of the port would be a line
@@ -59,20 +62,28 @@ def start(settings_file: SettingsFile) -> None:
     from server.control_server import ControlServer, described
     from server.coordinator import coordinating
     from server.settings import read_settings
+    from shared_models.service import Watchdog, tell
 
-    over = threading.Event()
+    over, hurry = threading.Event(), threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: over.set())
+        signal.signal(number, lambda *_: (hurry if over.is_set() else over).set())
     settings = read_settings(settings_file)
     logs.to_terminal("coordinator", settings.log_format)
+    watchdog = Watchdog()
     with (
-        coordinating(settings) as studies,
+        coordinating(settings, watchdog) as studies,
         AuditLog(settings.state) as audit,
         ControlServer(settings, studies, audit) as server,
+        watchdog,
     ):
-        typer.echo(f"hospitals on {settings.host}:{settings.port}; {described(server, audit)}")
+        watchdog.watch(server.answers)
+        serving = f"hospitals on {settings.host}:{settings.port}; {described(server, audit)}"
+        typer.echo(serving)
+        tell(READY=1, STATUS=serving)
         over.wait()
-        typer.echo("ending; studies go on at the next start")
+        typer.echo("ending after the rounds at hand, told again at once; studies go on at the next start")
+        tell(STOPPING=1, STATUS="ending after the rounds at hand")
+        studies.finish_rounds(patience_s=ROUNDS_MAY_TAKE_S, hurry=hurry)
 
 
 def issue(

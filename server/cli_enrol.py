@@ -22,11 +22,12 @@ def init(
     address: Annotated[str, typer.Option(help="host:port by which hospitals reach it.")],
     consortium: Annotated[str, typer.Option(help="a-z, 0-9, -.")] = "consortium",
     name: Annotated[str, typer.Option(help="a-z, 0-9, -.")] = "coordinator",
+    state: Annotated[str, typer.Option(help="Folder of studies, in FOLDER or absolute.")] = "state",
 ) -> None:
     """Make the consortium's root key, the TLS authority, the coordinator's settings and an empty roster."""
     from server.enrol import init as make
 
-    found = make(folder, consortium=consortium, name=name, address=address)
+    found = make(folder, consortium=consortium, name=name, address=address, state=state)
     typer.echo(f"root key  {found}")
     typer.echo("Read this fingerprint out to every hospital. root/root.key may move to a machine without a network.")
 

@@ -21,6 +21,7 @@ from server.settings import Settings
 from server.studies import Studies
 from shared_models.errors import ConfigError, IdentityError
 from shared_models.identity import fingerprint
+from shared_models.service import turns
 from shared_models.software import software_digest
 
 log = logging.getLogger("konsil.control")
@@ -60,6 +61,10 @@ class ControlServer:
     def __exit__(self, *_: object) -> None:
         self._loop.call_soon_threadsafe(self._over.set)
         self._thread.join(timeout=10)
+
+    def answers(self) -> bool:
+        """Whether its event loop comes round."""
+        return turns(self._loop)
 
     def _run(self) -> None:
         limits = self._settings.control

@@ -72,6 +72,7 @@ from shared_models.errors import AlreadyRunningError, ConfigError, IdentityError
 from shared_models.listening import load_tls
 from shared_models.plan import StudyPlan, parse_plan
 from shared_models.roster import Member
+from shared_models.service import Watchdog, turns
 
 log = logging.getLogger("konsil.coordinator")
 # Flower logs every call on a handler of its own; what matters is in the journal.
@@ -148,6 +149,10 @@ class _Doorbell:
         """Let every waiting pull through, and hold none any more."""
         self._closed = True
         self.ring(self.public_keys)
+
+    def turns(self) -> bool:
+        """Whether the server's event loop comes round."""
+        return self._loop is not None and turns(self._loop)
 
     def _bell(self, public_key: bytes) -> asyncio.Event:
         return self._bells.setdefault(public_key, asyncio.Event())
@@ -385,6 +390,10 @@ class SuperLink:
         self._socket.close()
         self._objects.close()
 
+    def answers(self) -> bool:
+        """Whether its event loop comes round."""
+        return self._doorbell.turns()
+
     def online(self) -> set[str]:
         """Names of the hospitals whose lease is alive."""
         infos = self.state.get_node_info(node_ids=list(self.node_ids.values()), statuses=[NodeStatus.ONLINE])
@@ -483,8 +492,12 @@ def _valid_certificate(path: Path) -> Path:
 
 
 @contextmanager
-def coordinating(settings: Settings) -> Iterator[Studies]:
+def coordinating(settings: Settings, watchdog: Watchdog | None = None) -> Iterator[Studies]:
     """A coordinator while it runs: hospitals are served, and every study that is not over goes on.
+
+    Args:
+        settings: The coordinator's.
+        watchdog: Told to look after the server that hospitals reach.
 
     Raises:
         AlreadyRunningError: Another coordinator has this state folder.
@@ -497,6 +510,8 @@ def coordinating(settings: Settings) -> Iterator[Studies]:
     offer_bases(settings.pretrained)
     with _only_one(settings.state), closing(Store(settings.database_url)) as store, SuperLink(settings) as link:
         receipts = LastReceipts(settings.state / "last-receipts.json")
+        if watchdog is not None:
+            watchdog.watch(link.answers)
 
         def members() -> dict[str, Registered]:
             return {m.name: Registered(bytes.fromhex(m.identity), m.public_size) for m in link.refresh()}

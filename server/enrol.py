@@ -50,7 +50,7 @@ AUTHORITY_VALID_FOR = timedelta(days=3650)
 MEMBER_VALID_FOR = timedelta(days=730)
 
 
-def init(folder: Path, *, consortium: str, name: str, address: str) -> str:
+def init(folder: Path, *, consortium: str, name: str, address: str, state: str = "state") -> str:
     """Make a coordinator's folder: root key, TLS authority, server certificate, settings, and an empty staged roster.
 
     Args:
@@ -58,6 +58,7 @@ def init(folder: Path, *, consortium: str, name: str, address: str) -> str:
         consortium: Its name.
         name: The coordinator's name.
         address: ``host:port`` by which hospitals reach it; the certificate is for this host.
+        state: Folder of studies; relative to this one, or absolute.
 
     Returns:
         The root key's fingerprint.
@@ -87,7 +88,7 @@ def init(folder: Path, *, consortium: str, name: str, address: str) -> str:
         root_fingerprint=fingerprint(public_bytes(root)),
     )
     (folder / STAGED).write_bytes(written(empty))
-    settings_file.write_text(tomli_w.dumps(_settings(int(port))), encoding="utf-8")
+    settings_file.write_text(tomli_w.dumps(_settings(int(port), state)), encoding="utf-8")
     read_settings(settings_file)
     return empty.root_fingerprint
 
@@ -273,11 +274,11 @@ def _authority(settings: Settings, valid_for: timedelta = MEMBER_VALID_FOR) -> A
     return Authority.load(settings.tls.ca, settings.tls.authority_key, valid_for=valid_for)
 
 
-def _settings(port: int) -> dict[str, object]:
+def _settings(port: int, state: str) -> dict[str, object]:
     return {
         "host": "0.0.0.0",  # noqa: S104 - hospitals dial in; who they are, TLS and the roster decide
         "port": port,
-        "state": "state",
+        "state": state,
         "roster": SIGNED,
         "root": "root.pub",
         "tls": {

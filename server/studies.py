@@ -5,6 +5,7 @@ The control service, the page and ``konsil-coordinator run`` see studies through
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,6 +86,23 @@ class Studies:
             if one.thread is not None:
                 one.thread.join(timeout=10)
         self._supervisor.join(timeout=1)
+
+    def finish_rounds(self, *, patience_s: float, hurry: threading.Event) -> None:
+        """Begin nothing any more, and let every study end after the round at hand: what hospitals paid is not lost.
+
+        Args:
+            patience_s: After which an attempt that goes on is given up when this is left.
+            hurry: Ends the waiting.
+        """
+        self._over.set()
+        with self._lock:
+            running = list(self._running.values())
+        for one in running:
+            one.halt.pause()
+        until = time.monotonic() + patience_s
+        for one in running:
+            while one.thread is not None and one.thread.is_alive() and time.monotonic() < until and not hurry.is_set():
+                one.thread.join(timeout=LOOK_EVERY_S)
 
     def submit(self, plan: Mapping[str, Any], *, by: str, folder: Path | None = None) -> StudyStatus:
         """Enter a study and begin it. The same plan again changes nothing.

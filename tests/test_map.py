@@ -101,8 +101,8 @@ def listed() -> list[str]:
 
 
 def test_the_readme_lists_every_source_file_once() -> None:
-    """One line per source file: of the packages, of their data, and of the benchmarks; tests have one per folder."""
-    files = [path for path in sources(*PACKAGES, "bench") if path.name != "__init__.py"]
+    """One line per source file: of the packages, their data, benchmarks and deploy; tests have one per folder."""
+    files = [path for path in sources(*PACKAGES, "bench", "deploy") if path.name != "__init__.py"]
     files += (ROOT / "server" / "plans").glob("*.toml")
     files += (ROOT / "tests").glob("[a-z]*.py")
     folders = {path.parent for path in sources("tests")} - {ROOT / "tests"}

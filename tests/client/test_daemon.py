@@ -278,6 +278,17 @@ def test_a_transfer_that_breaks_goes_on_where_it_was(keys: Keys, direction: str)
     assert relay.passed[direction] < 2 * vector.nbytes + 5 * (1 << 20)
 
 
+def test_every_part_of_a_transfer_is_a_sign_of_life(keys: Keys) -> None:
+    """A large model on a slow line takes longer than a watchdog waits; a call that does not return is none."""
+    until = Ending()
+    call = FleetConnection(keys.hospital("north"), until)._again(lambda request: request)
+
+    alive = [until.pulse.went_on(), until.pulse.went_on()]
+    call("object")
+
+    assert [*alive, until.pulse.went_on()] == [True, False, True]
+
+
 # Real processes
 
 

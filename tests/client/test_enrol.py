@@ -17,6 +17,7 @@ from client.enrol import join
 from client.settings import read_settings
 from server.cli import app as coordinator_app
 from server.pki import Authority
+from server.settings import read_settings as read_coordinator
 from shared_models.enrolment import read_request
 from shared_models.errors import (
     ConfigError,
@@ -252,6 +253,25 @@ def test_the_root_key_is_pinned_once(consortium: Consortium) -> None:
 
     with pytest.raises(ForeignRosterError, match="another root key"):
         join(read_settings(consortium.hospital("north")), consortium.kit("north"), confirm=lambda _: True)
+
+
+def test_settings_states_and_records_may_lie_in_different_places(tmp_path: Path) -> None:
+    """As in /etc and /var/lib: keys and settings stay together, and the registry lies beside the states."""
+    home, elsewhere = tmp_path / "etc", tmp_path / "var"
+    elsewhere.mkdir()
+    figures = ("--public-size", 100, "--epsilon", 2, "--delta", 0.0005, "--order", 8)
+    places = ("--state", elsewhere / "state", "--records", tmp_path / "export")
+
+    run(hospital_app, "init", home, "--name", "north", "--coordinator", ADDRESS, *figures, *places)
+    run(coordinator_app, "init", tmp_path / "centre", "--address", ADDRESS, "--state", elsewhere / "centre")
+
+    settings = read_settings(home / "hospital.toml")
+    assert (elsewhere / "state" / "ledger.sqlite").exists()
+    assert not (home / "state").exists()
+    assert settings.records == tmp_path / "export"
+    assert settings.registry_folder == elsewhere / "registry"
+    assert settings.keys.identity == home / "keys" / "identity.key"
+    assert read_coordinator(tmp_path / "centre" / "coordinator.toml").state == elsewhere / "centre"
 
 
 def test_a_later_kit_is_newer_and_an_older_one_refused(consortium: Consortium) -> None:

@@ -1,1 +1,1 @@
-"""Tests of deploy/: containers, chart, monitoring, site."""
+"""Tests of deploy/: units, bundles, an installation in a fresh system, containers, chart, monitoring, site."""

@@ -277,3 +277,57 @@ def test_what_can_never_run_is_refused_before_it_is_entered(quick: Federation) -
         for order in (studies.show, studies.pause, studies.resume, studies.stop, studies.model, studies.events):
             with pytest.raises(UnknownStudyError):
                 order("nobody")
+
+
+def test_a_coordinator_that_ends_lets_the_round_at_hand_come_to_its_end(quick: Federation) -> None:
+    """Hospitals have paid for it: it is not thrown away, and no spare charge is used. The study goes on later."""
+    deliver, training = quick.wire.deliver, threading.Event()
+
+    def deliver_slowly(name: str, message: Message) -> Message | None:
+        if message.metadata.message_type == "train.round" and _rounds(studies, study) == [1]:
+            training.set()
+            time.sleep(0.1)
+        return deliver(name, message)
+
+    with coordinating(quick) as studies:
+        quick.wire.deliver = deliver_slowly  # type: ignore[method-assign]
+        study = _submit(studies, quick)
+        assert training.wait(PATIENCE_S)
+
+        studies.finish_rounds(patience_s=PATIENCE_S, hurry=threading.Event())
+
+        assert _rounds(studies, study) == [1, 2]
+    with coordinating(quick) as studies:
+        status = _until(studies, study, lambda status: status.row.state.over)
+        assert status.row.state is State.FINISHED
+        assert _rounds(studies, study) == [1, 2, 3, 4]
+        assert not [event for event in studies.events(study)[0] if event["event"] in {"aborted", "attempt-failed"}]
+
+
+def test_a_coordinator_that_ends_waits_for_no_study_that_waits_itself(quick: Federation) -> None:
+    """For hospitals or stewards, whose days are not its own; the study waits on when it is back."""
+    quick.wire.offline |= set(quick.names)
+    with coordinating(quick) as studies:
+        study = _submit(studies, quick)
+        _until(studies, study, lambda status: bool(status.row.reason))
+
+        began = time.monotonic()
+        studies.finish_rounds(patience_s=1000, hurry=threading.Event())
+
+        assert time.monotonic() - began < 100
+        assert studies.show(study).row.state is State.PENDING
+
+
+def test_a_coordinator_that_is_told_to_hurry_does_not_wait(quick: Federation) -> None:
+    """A second SIGTERM; or patience that has run out."""
+    with coordinating(quick) as studies:
+        study = _submit(studies, quick, minimum_hospitals=6)
+        _until(studies, study, lambda status: status.row.state is State.RUNNING)
+        hurry = threading.Event()
+        hurry.set()
+
+        began = time.monotonic()
+        studies.finish_rounds(patience_s=1000, hurry=hurry)
+        studies.finish_rounds(patience_s=0, hurry=threading.Event())
+
+        assert time.monotonic() - began < 100
