@@ -17,7 +17,7 @@ COPY auditor auditor
 COPY client client
 COPY server server
 RUN python3 -m venv /opt/konsil \
-    && /opt/konsil/bin/pip install --no-cache-dir --constraint deploy/constraints.txt '.[hospital,images,signals,sql]'
+    && /opt/konsil/bin/pip install --no-cache-dir --constraint deploy/constraints.txt '.[hospital,images,signals,sql,serve]'
 
 FROM ${BASE}
 # No shell to log in with; the numbers are what volumes and Kubernetes name. /var/lib/konsil is this party's own,
