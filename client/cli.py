@@ -382,7 +382,7 @@ def train_alone(
 def pretrained(
     path: Annotated[Path, typer.Argument(help="Folder of a text encoder, or a model file of this project.")],
 ) -> None:
-    """Print the digest by which a plan names a pretrained base, as a line for the settings' table of pretrained bases."""
+    """Print the digest by which a plan names a pretrained base, as a line for the settings' table `pretrained`."""
     from shared_models.pretrained import digest_of
 
     typer.echo(f'{digest_of(path)} = "{path.absolute()}"')

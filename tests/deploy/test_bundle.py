@@ -227,7 +227,7 @@ def test_roles_name_extras_that_there_are() -> None:
     named = {extra for role in build.ROLES.values() for extra in role.split(",")}
 
     assert named <= set(extras)
-    assert named >= set(extras) - {"attack", "bench", "peers", "dev"}
+    assert named >= set(extras) - {"attack", "bench", "peers", "docs", "dev"}
 
 
 def test_the_source_of_a_bundle_is_the_project_and_its_version(tmp_path: Path) -> None:

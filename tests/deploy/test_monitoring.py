@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from server.metrics import _Families
+from server.metrics import CertificateMetrics, _Families
 from server.store import State
 from tests.deploy.tools import DEPLOY, said, tool
 
@@ -22,7 +22,7 @@ def exported() -> dict[str, set[str]]:
     """Names of the series that the coordinator's page has, and the labels of each."""
     return ELSEWHERE | {
         f"{family.name}{suffix}": set(family._labelnames)  # type: ignore[attr-defined]
-        for family in _Families().all()
+        for family in [*_Families().all(), *CertificateMetrics(list).collect()]
         for suffix in SUFFIXES[family.type]
     }
 

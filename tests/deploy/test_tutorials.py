@@ -127,7 +127,7 @@ def calls(path: Path) -> Iterator[list[str]]:
     for _, text in blocks(path):
         for line in text.replace("\\\n", " ").splitlines():
             found = re.search(r"(konsil-(?:hospital|coordinator|audit)\b.*)", line)
-            if found and "cat " not in line:
+            if found and not re.search(r"\bcat |systemctl |/etc/systemd/", line):  # a unit is no command
                 words = re.split(r";|\s(?:\d?>|[|&#\[])", found[1])[0].rstrip(")")
                 yield shlex.split(re.sub(r"[«»…]", "", words))
 
