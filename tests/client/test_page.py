@@ -133,6 +133,7 @@ def test_the_session_s_cookie_is_for_this_page_alone(
 ) -> None:
     """No script can read it, no other site sends it, it ends; the password is in no answer and in no log."""
     caplog.set_level(logging.DEBUG)
+    caplog.set_level(logging.DEBUG, "konsil")
     with at_the_page(kept_waiting, logged_in=False) as steward:
         entered = steward.log_in()
         wrong = steward.log_in("another secret guess")
@@ -441,6 +442,7 @@ def test_no_patient_no_secret_and_no_exception_s_text_is_on_any_page(
 ) -> None:
     """Neither when all is well, nor when a cell is wrong, nor when a line of the opt-out list is; nor in the log."""
     caplog.set_level(logging.DEBUG)
+    caplog.set_level(logging.DEBUG, "konsil")
     settings, ids = waiting.settings(HOSPITAL), patients(waiting)
     assert settings.opt_out is not None
     settings.opt_out.write_text("\n".join(ids[:3]), encoding="utf-8")

@@ -114,6 +114,7 @@ def test_the_command_reads_it_from_standard_input_and_says_nothing_of_it(
 ) -> None:
     """Never from an argument, which every user of the machine could see."""
     caplog.set_level(logging.DEBUG)
+    caplog.set_level(logging.DEBUG, "konsil")
     settings = federation.settings("hospital-1")
 
     said = CliRunner().invoke(app, ["page-password", str(federation.settings_file("hospital-1"))], input=f"{WORDS}\n")

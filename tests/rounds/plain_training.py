@@ -53,6 +53,7 @@ def _without_privacy(
     expected_batch: float,
     random: SecureRandom,
     device: torch.device,
+    precision: torch.dtype,
     null: NDArray[np.float64],
     allow_test_random: bool,
 ) -> TrainingReport:
@@ -71,6 +72,7 @@ def _without_privacy(
         expected_batch=expected_batch,
         random=random,
         device=device,
+        precision=precision,
         null=null,
     )
 

@@ -82,7 +82,7 @@ def test_a_study_under_way_waits_for_the_steward_and_goes_on_where_it_was(
     left = json.loads(command("budget", asked.settings_file(ASKED), "--json").output)["epsilon_left"]
     old = asked.ledger(ASKED)[-1].software_digest
     installed.upgrade(asked, ASKED)
-    caplog.set_level(logging.DEBUG)
+    caplog.set_level(logging.DEBUG, "konsil")
 
     assert _refused(coordinator.propose(ASKED), "pending")
 
@@ -192,7 +192,7 @@ def test_an_approval_that_names_no_software_asks_again(asked: Federation, caplog
     old = sign_approval(load_key(asked.settings(ASKED).keys.identity), **fields)
     assert b"software" not in old.payload()
     consents.approve(old)
-    caplog.set_level(logging.DEBUG)
+    caplog.set_level(logging.DEBUG, "konsil")
 
     assert _refused(Coordinator(asked).propose(ASKED), "pending")
 

@@ -131,6 +131,7 @@ def test_no_id_and_no_value_of_a_patient_is_written_anywhere(
     monkeypatch.setenv("TMPDIR", str(scratch))
     monkeypatch.setattr(tempfile, "tempdir", None)
     caplog.set_level(logging.DEBUG)
+    caplog.set_level(logging.DEBUG, "konsil")
     written: list[Path] = []
 
     with writes(written):
@@ -188,6 +189,7 @@ def test_records_that_are_refused_leave_no_trace_either(
 ) -> None:
     """An error about a cell is the likeliest way for a cell into a log."""
     caplog.set_level(logging.DEBUG)
+    caplog.set_level(logging.DEBUG, "konsil")
     words = needles(marked)
     data = marked.settings("hospital-1").records / "data.csv"
     data.write_text(spoil(data.read_text(encoding="utf-8")), encoding="utf-8")

@@ -45,6 +45,7 @@ def test_pictures_that_go_bad_in_a_round_cost_it_nothing(
 
     federation.wire.on_request = spoil
     caplog.set_level(logging.DEBUG)
+    caplog.set_level(logging.DEBUG, "konsil")
 
     with writes(written):
         federation.run()

@@ -214,7 +214,7 @@ def test_a_node_of_another_key_is_not_admitted(keys: Keys, link: SuperLink) -> N
     with pytest.raises(IdentityError, match="does not accept this hospital's node key") as caught:
         FleetConnection(keys.hospital("stranger")).__enter__()
 
-    assert "register" in caught.value.hint
+    assert "not enrolled with these keys" in caught.value.hint
 
 
 def test_a_node_key_counts_with_its_own_certificate_only(keys: Keys, link: SuperLink) -> None:

@@ -364,6 +364,7 @@ def test_with_a_token_file_nothing_is_shown_without_the_token(opened: Open, toke
 def test_the_form_opens_a_session_that_ends(opened: Open, token_file: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The cookie is no token, no script can read it, no other site sends it; the token itself is in no log."""
     caplog.set_level(logging.DEBUG)
+    caplog.set_level(logging.DEBUG, "konsil")
     with opened(token_file=token_file) as client:
         wrong = client.post("/login", data={"token": "guess" * 20})
         entered = client.post("/login", data={"token": TOKEN})
