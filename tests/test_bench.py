@@ -38,6 +38,7 @@ MEASURED_AT_LEAST_ONCE = {
     "ledger": "--entries",
     "medicine": "--seeds",
     "peers": "--runs",
+    "private_study": "--runs",
     "round_latency": "--rounds",
     "round_overhead": "--rounds",
     "scale": "--rounds",
