@@ -4,7 +4,7 @@ What a check finds is a ``Finding``; texts name files, figures and dates, never 
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import datetime
 
 from client.anchor import ROLLED_BACK
@@ -19,8 +19,7 @@ from client.records.manifest import read_manifest
 from client.records.opt_out import read_opt_outs
 from client.settings import Settings
 from client.tls import client_context
-from shared_models.errors import FederationError
-from shared_models.health import Finding, ask, entropy, expiring, owned, private, reach, room, versions
+from shared_models.health import Finding, ask, entropy, expiring, look, owned, private, reach, room, versions
 from shared_models.identity import load_key, public_bytes
 from shared_models.privacy.ledger import CLOCK_TOLERANCE, head_path, stream_ledger
 
@@ -38,21 +37,7 @@ def examine(settings: Settings) -> list[Finding]:
           newer roster is pinned, as by every command that reads it.
         * No record is read: manifest and file names only. ``check-data`` reads all of them.
     """
-    return [finding for check in _CHECKS for finding in _guarded(check, settings)]
-
-
-def _guarded(check: Callable[[Settings], Iterator[Finding]], settings: Settings) -> Iterator[Finding]:
-    """What is wrong with one thing keeps nobody from looking at the next."""
-    try:
-        yield from check(settings)
-    except FederationError as error:
-        yield Finding(_name(check), "fail", str(error), error.hint)
-    except OSError as error:
-        yield Finding(_name(check), "fail", f"{error.filename or 'a file'}: {error.strerror}", "Check file and disk.")
-
-
-def _name(check: Callable[[Settings], Iterator[Finding]]) -> str:
-    return check.__name__.strip("_").replace("tls", "TLS")
+    return look(_CHECKS, settings)
 
 
 def _versions(_: Settings) -> Iterator[Finding]:
@@ -94,7 +79,7 @@ def _coordinator(settings: Settings) -> Iterator[Finding]:
     found = reach("coordinator", settings.coordinator)
     yield found
     if found.status == "ok" and settings.tls.certificate.exists():
-        yield from _guarded(_tls, settings)
+        yield from look([_tls], settings)
     if settings.control is not None:
         yield reach("control", settings.control)
 

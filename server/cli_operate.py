@@ -1,6 +1,5 @@
 """Commands of ``konsil-coordinator`` for running it for years: ``doctor``, ``backup``, ``restore``."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -19,13 +18,10 @@ def doctor(
     """
     from server.doctor import examine
     from server.settings import read_settings
-    from shared_models.health import healthy, lines
+    from shared_models.health import healthy, in_words
 
     found = examine(read_settings(settings_file))
-    if as_json:
-        typer.echo(json.dumps([finding._asdict() for finding in found], indent=2))
-    else:
-        typer.echo("\n".join(lines(found)))
+    typer.echo(in_words(found, as_json=as_json))
     if not healthy(found):
         raise typer.Exit(1)
 

@@ -2,7 +2,7 @@
 
 import ssl
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
@@ -13,26 +13,14 @@ from server.enrol import STAGED, read_staged
 from server.expiry import expiries
 from server.members import signed_roster
 from server.settings import Settings
-from shared_models.errors import FederationError
-from shared_models.health import Finding, entropy, expiring, listening, private, room, versions
+from shared_models.health import Finding, entropy, expiring, listening, look, private, room, versions
 
 PACKAGES = ("konsil", "torch", "flwr", "grpcio", "sqlalchemy", "cryptography")
 
 
 def examine(settings: Settings) -> list[Finding]:
     """All checks, in the order in which to mend what they find; the coordinator may be running."""
-    return [finding for check in _CHECKS for finding in _guarded(check, settings)]
-
-
-def _guarded(check: Callable[[Settings], Iterator[Finding]], settings: Settings) -> Iterator[Finding]:
-    """What is wrong with one thing keeps nobody from looking at the next."""
-    name = check.__name__.strip("_").replace("tls", "TLS")
-    try:
-        yield from check(settings)
-    except FederationError as error:
-        yield Finding(name, "fail", str(error), error.hint)
-    except OSError as error:
-        yield Finding(name, "fail", f"{error.filename or 'a file'}: {error.strerror}", "Check file and disk.")
+    return look(_CHECKS, settings)
 
 
 def _versions(_: Settings) -> Iterator[Finding]:

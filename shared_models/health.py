@@ -1,23 +1,26 @@
 """What a machine must have for a daemon to run for years, looked at from the outside; the same at both sides."""
 
 import errno
+import json
 import os
 import shutil
 import socket
 import ssl
 import stat
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from http.client import HTTPException, HTTPSConnection
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 from shared_models.certificates import Expiry
+from shared_models.errors import FederationError
 
 Status = Literal["ok", "warn", "fail"]
+Of = TypeVar("Of")  # settings of a hospital or a coordinator
 
 LITTLE_ROOM_MB, NO_ROOM_MB = 1024, 64
 MOST_SKEW_S, SOME_SKEW_S = 300.0, 30.0  # Flower's node authentication takes no signature that is five minutes old
@@ -40,14 +43,34 @@ class Finding(NamedTuple):
     advice: str = ""
 
 
+def look(checks: Sequence[Callable[[Of], Iterator[Finding]]], settings: Of) -> list[Finding]:
+    """What all checks find; what is wrong with one thing keeps nobody from looking at the next.
+
+    A check is named by its function.
+    """
+    return [finding for check in checks for finding in _guarded(check, settings)]
+
+
+def _guarded(check: Callable[[Of], Iterator[Finding]], settings: Of) -> Iterator[Finding]:
+    name = check.__name__.strip("_").replace("tls", "TLS")
+    try:
+        yield from check(settings)
+    except FederationError as error:
+        yield Finding(name, "fail", str(error), error.hint)
+    except OSError as error:
+        yield Finding(name, "fail", f"{error.filename or 'a file'}: {error.strerror}", "Check file and disk.")
+
+
 def healthy(findings: Iterable[Finding]) -> bool:
     """Whether nothing failed."""
     return all(finding.status != "fail" for finding in findings)
 
 
-def lines(findings: Iterable[Finding]) -> list[str]:
-    """One line per finding, for a terminal."""
-    return [f"{f.status:<5} {f.check:<13} {f.text}{f' -> {f.advice}' if f.advice else ''}" for f in findings]
+def in_words(findings: Iterable[Finding], *, as_json: bool) -> str:
+    """One line per finding, or a list of JSON objects."""
+    if as_json:
+        return json.dumps([finding._asdict() for finding in findings], indent=2)
+    return "\n".join(f"{f.status:<5} {f.check:<13} {f.text}{f' -> {f.advice}' if f.advice else ''}" for f in findings)
 
 
 def versions(packages: Sequence[str]) -> Finding:
