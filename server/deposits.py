@@ -7,6 +7,7 @@ the evidence holds is the auditor's question, and the auditor does not believe t
 import hashlib
 import os
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -24,6 +25,7 @@ KEPT_BUNDLES = 3
 KEPT_CONFLICTS = 100  # of one hospital: enough to prove it, and no way to fill a disk
 LARGEST_CHECKPOINTS = 16 * 2**20  # of one hospital: some 30,000
 PART = "bundle.part"
+STALLED_S = 60.0
 
 
 @dataclass
@@ -54,7 +56,7 @@ class Deposits:
         self._folder, self._largest = folder, largest
         self._turn = threading.Lock()
         self._hospitals: dict[str, _Hospital] = {}
-        self._bundling: set[str] = set()
+        self._bundling: dict[str, Incoming] = {}
         for left in folder.glob(f"*/{PART}"):  # by a process that was killed
             left.unlink(missing_ok=True)
 
@@ -106,16 +108,21 @@ class Deposits:
     def receive(self, hospital: str) -> "Incoming":
         """A bundle that comes in parts, to be closed; one at a time of each hospital.
 
+        One of which nothing has come for ``STALLED_S`` was broken off, and nobody noticed: the next takes its place.
+
         Raises:
             DepositUnderWayError: One is coming already.
             DepositError: The disk does not take it.
         """
         with self._turn:
-            if hospital in self._bundling:
-                raise DepositUnderWayError(f"a bundle of {hospital} is coming already", hint="Wait for its end.")
+            before = self._bundling.get(hospital)
+            if before is not None:
+                if time.monotonic() - before.newest < STALLED_S:
+                    raise DepositUnderWayError(f"a bundle of {hospital} is coming already", hint="Wait for its end.")
+                before.close()
             with _explained(hospital):
-                incoming = Incoming(hospital, self._own(hospital), lambda: self._bundling.discard(hospital))
-            self._bundling.add(hospital)
+                incoming = Incoming(hospital, self._own(hospital), lambda: self._bundling.pop(hospital, None))
+            self._bundling[hospital] = incoming
         return incoming
 
     def files(self) -> Iterator[tuple[str, Path]]:
@@ -212,9 +219,13 @@ class Incoming:
         hospital: Who sends it, by its certificate.
         folder: Its own.
         ended: Is told when it is closed.
+
+    Attributes:
+        newest: When something came last, on the monotonic clock.
     """
 
-    def __init__(self, hospital: str, folder: Path, ended: Callable[[], None]) -> None:
+    def __init__(self, hospital: str, folder: Path, ended: Callable[[], object]) -> None:
+        self.newest = time.monotonic()
         self._hospital, self._folder, self._ended = hospital, folder, ended
         self._turn, self._digest = threading.Lock(), hashlib.sha256()
         self._file = (folder / PART).open("wb")
@@ -223,9 +234,11 @@ class Incoming:
         """Take the next part.
 
         Raises:
-            DepositError: The disk does not take it.
+            DepositError: The disk does not take it, or another bundle has taken its place.
         """
         with self._turn, _explained(self._hospital):
+            self._refuse_late()
+            self.newest = time.monotonic()
             self._digest.update(data)
             self._file.write(data)
 
@@ -239,10 +252,12 @@ class Incoming:
             Its SHA-256, and whether it is new.
 
         Raises:
-            DepositError: It is another hospital's, or another key's; the disk does not take it.
+            DepositError: It is another hospital's, or another key's; the disk does not take it; or another bundle has
+                taken its place.
             EvidenceError: It is no bundle.
         """
         with self._turn, _explained(self._hospital):
+            self._refuse_late()
             self._file.flush()
             os.fsync(self._file.fileno())
             digest = self._digest.hexdigest()
@@ -256,6 +271,10 @@ class Incoming:
             for old in sorted(bundles, key=lambda path: path.stat().st_mtime_ns)[:-KEPT_BUNDLES]:
                 old.unlink()
             return digest, new
+
+    def _refuse_late(self) -> None:
+        if self._file.closed:
+            raise DepositError(f"another bundle of {self._hospital} has taken this one's place", hint="Send it again.")
 
     def close(self) -> None:
         """Let go of it; can be called twice."""

@@ -15,6 +15,7 @@ import tomli_w
 from typer.testing import CliRunner
 
 import client.deposit
+import server.deposits
 from client.books import Books
 from client.bundle import export
 from client.cli import app
@@ -328,8 +329,9 @@ def test_a_coordinator_that_is_away_is_tried_again_and_logged_once(
 def test_a_network_that_fails_in_the_middle_of_a_bundle_costs_a_second_try(
     centre: Centre, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Half of it is thrown away at the other side; the next one is whole. Both are listed: both left."""
+    """Half is thrown away at the other side, also if nobody there notices; a later one is whole. All are listed."""
     monkeypatch.setattr(client.deposit, "SHORTEST_RETRY_S", 0.05)
+    monkeypatch.setattr(server.deposits, "STALLED_S", 0.5)
     settings, file = permit(centre, send_checkpoints=False), centre.keys.hospital_file(NAME)
     monkeypatch.setattr(
         client.deposit, "export", lambda _, path: path.write_bytes(bundle(centre.keys, NAME, content=NOISE))
@@ -343,7 +345,9 @@ def test_a_network_that_fails_in_the_middle_of_a_bundle_costs_a_second_try(
         relay.close()
 
     assert relay.breaks["up"] == []
-    assert [line["message"] for line in listed(settings)] == ["bundle", "bundle"]
+    messages = [line["message"] for line in listed(settings)]
+    assert len(messages) >= 2  # more, where the other side noticed late
+    assert set(messages) == {"bundle"}
     assert [path.read_bytes() for path in bundles(centre)] == [bundle(centre.keys, NAME, content=NOISE)]
 
 

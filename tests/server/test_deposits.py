@@ -306,6 +306,27 @@ def keep(deposits: Deposits, data: bytes, identity: bytes) -> None:
         incoming.keep(identity=identity)
 
 
+def test_a_bundle_that_stalls_gives_way_to_the_next(
+    keys: Keys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its connection died, and nobody noticed: what comes late is refused, and the next is kept whole."""
+    deposits, whole = Deposits(tmp_path, largest=1 << 20), bundle(keys, "north")
+    with closing(deposits.receive("north")) as stalled:
+        stalled.write(whole[:10])
+        with pytest.raises(DepositError, match="is coming already"):
+            deposits.receive("north")
+
+        monkeypatch.setattr(server.deposits, "STALLED_S", 0.0)
+        with closing(deposits.receive("north")) as incoming:
+            with pytest.raises(DepositError, match="has taken this one's place"):
+                stalled.write(whole[10:])
+            stalled.close()
+            incoming.write(whole)
+            incoming.keep(identity=identity_of(keys, "north"))
+
+    assert [path.read_bytes() for _, path in deposits.files()] == [whole]
+
+
 def test_half_a_bundle_that_a_killed_process_left_is_removed(keys: Keys, tmp_path: Path) -> None:
     """Nobody is handed it, and it takes no room; what was whole stays."""
     identity = identity_of(keys, "north")
