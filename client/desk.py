@@ -34,6 +34,7 @@ from client.records.report import Summary, summarise
 from client.registry import check_records
 from client.settings import Settings, read_settings
 from client.words import Said, said
+from shared_models.certificates import AHEAD
 from shared_models.curves import Chart, chart
 from shared_models.durable import file_state
 from shared_models.errors import FederationError
@@ -45,7 +46,6 @@ log = logging.getLogger("konsil.hospital")
 
 NEWEST = 30  # lines of the egress log
 DAY_S = 24 * 3600.0
-SOON_S = 30 * DAY_S  # before something runs out
 PAUSE = 20  # times what reading took: a page that is left open does not read a growing file all the time
 LITTLE_DISK, LEAST_DISK = 10 * 2**30, 2**30
 AXIS = 1000  # of the burn-down, from its first moment to now
@@ -380,14 +380,14 @@ def _membership(settings: Settings) -> tuple[State, Said]:
     assert member is not None  # noqa: S101 - membership.now() has refused a hospital that is none
     members = sum(one.valid(now) for one in signed.members)
     day = minute(member.valid_until)[:10]
-    state: State = "good" if member.valid_until - now > SOON_S else "wait"
+    state: State = "good" if member.valid_until - now > AHEAD.total_seconds() else "wait"
     return state, said("health.member", version=signed.version, members=members, day=day)
 
 
 def _certificate(settings: Settings) -> tuple[State, Said]:
     until = load_pem_x509_certificate(settings.tls.certificate.read_bytes()).not_valid_after_utc.timestamp()
     left = until - time.time()
-    state: State = "good" if left > SOON_S else "wait" if left > 0 else "bad"
+    state: State = "good" if left > AHEAD.total_seconds() else "wait" if left > 0 else "bad"
     return state, said("health.valid", day=minute(until)[:10])
 
 

@@ -8,12 +8,10 @@ from datetime import UTC, datetime
 
 from client.membership import Membership
 from client.settings import Settings
-from shared_models.certificates import Expiry, certificate_end, warnings
+from shared_models.certificates import EVERY_S, Expiry, certificate_end, warnings
 from shared_models.errors import FederationError
 
 log = logging.getLogger("konsil.hospital")
-
-EVERY_S = 24 * 3600.0
 
 _RENEW = "Run konsil-hospital rotate hospital.toml tls, and have it enrolled; see docs/operations.md."
 _AUTHORITY = "The coordinator renews it and sends a new kit; join that."

@@ -12,13 +12,12 @@ from cryptography.x509 import load_pem_x509_certificate
 from server.members import signed_roster
 from server.roles import WITHDRAWN, withdrawn_keys
 from server.settings import Settings
-from shared_models.certificates import Expiry, certificate_end, warnings
+from shared_models.certificates import EVERY_S, Expiry, certificate_end, warnings
 from shared_models.enrolment import key_digest
 from shared_models.errors import FederationError
 
 log = logging.getLogger("konsil.coordinator")
 
-EVERY_S = 24 * 3600.0
 CERTIFICATES, ISSUED = "certificates", "issued"  # beside the roster: of hospitals; of people and programs
 
 

@@ -10,6 +10,7 @@ from cryptography.x509 import load_pem_x509_certificate
 from shared_models.errors import IdentityError
 
 AHEAD = timedelta(days=30)
+EVERY_S = 24 * 3600.0  # how often a daemon's log says what runs out
 
 
 class Expiry(NamedTuple):

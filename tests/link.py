@@ -1,5 +1,6 @@
 """A real SuperLink on loopback with real keys and certificates, and real connections to it, for tests of both sides."""
 
+import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -12,12 +13,13 @@ import tomli_w
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import Context, Message
 
+from client.books import Books
 from client.daemon import serve
 from client.process import Ending
 from client.settings import Settings as HospitalSettings
 from client.settings import read_settings as read_hospital
 from server.demo import coordinator_settings, free_port, hospital_settings
-from server.examples import example_plan
+from server.examples import example_plan, write_example
 from server.pki import Authority, create_hospital_keys, publish_tls_key
 from server.settings import Settings as CoordinatorSettings
 from server.settings import read_settings as read_coordinator
@@ -29,6 +31,15 @@ from shared_models.privacy.checkpoint import SIGNED, Checkpoint, SignedCheckpoin
 from shared_models.roster import UnsignedRoster
 
 Handler = Callable[[Message, Context], Message]
+
+
+def ready_hospital(folder: Path) -> "Keys":
+    """Keys of a coordinator and its hospitals; north has records and a ledger, and is ready for studies."""
+    made = Keys(folder)
+    example = write_example("breast-cancer", folder / "data", hospitals=3, seed=0)
+    shutil.copytree(example.hospitals[0].folder, folder / "north" / "records")
+    Books.open(made.hospital("north")).close()
+    return made
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -11,24 +10,18 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from client.books import Books
 from client.cli import app
 from client.doctor import examine
 from client.settings import Settings
 from server.coordinator import SuperLink
-from server.examples import write_example
 from shared_models.health import Finding, _clock, healthy
-from tests.link import Keys
+from tests.link import Keys, ready_hospital
 
 
 @pytest.fixture
 def keys(tmp_path: Path) -> Keys:
     """A hospital that is ready for studies, and its coordinator's keys."""
-    made = Keys(tmp_path)
-    example = write_example("breast-cancer", tmp_path / "data", hospitals=3, seed=0)
-    shutil.copytree(example.hospitals[0].folder, tmp_path / "north" / "records")
-    Books.open(made.hospital("north")).close()
-    return made
+    return ready_hospital(tmp_path)
 
 
 def found(settings: Settings) -> dict[str, Finding]:

@@ -7,7 +7,6 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,6 +32,7 @@ from shared_models.identity import load_key, public_bytes
 from shared_models.messages import Refusal, Update
 from tests.client.steward import PASSWORD, Steward, add_page, serving, visiting
 from tests.federation import Federation, change_policy, changed, make_federation, restart_hospitals
+from tests.markup import Markup
 from tests.rounds.test_a_server_that_lies import Coordinator
 
 HOSPITAL = "hospital-1"
@@ -500,24 +500,11 @@ def test_there_is_nothing_else(bystander: Steward, path: str) -> None:
     assert "There is no such page." in answer.text
 
 
-class _Tags(HTMLParser):
-    """Collects what a browser would make of a page."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """One tag, with its attributes."""
-        self.tags.append((tag, dict(attrs)))
-
-
 def test_hostile_words_stay_words_and_no_page_needs_another_host(bystander: Steward) -> None:
     """A purpose is free text: it opens no tag, ends none, and calls no template. No page has a script of its own."""
     for path in (*PAGES, "/login"):
         answer = bystander.get(path)
-        tags = _Tags(answer.text).tags
+        tags = Markup(answer.text).tags
 
         assert [attributes for tag, attributes in tags if tag == "script"] == [{"src": "/page.js", "defer": None}]
         assert [name for _, attributes in tags for name in attributes if name.startswith(("on", "style"))] == []

@@ -15,11 +15,10 @@ from client.doctor import examine
 from client.log_file import LogFile
 from client.settings import Logs
 from server.coordinator import SuperLink
-from server.examples import write_example
 from shared_models.config import read_toml
 from tests.drills.consortium import read, say
 from tests.federation import Federation, changed, make_federation, restart_hospitals
-from tests.link import Keys
+from tests.link import Keys, ready_hospital
 from tests.rounds.test_a_server_that_lies import HOSPITAL
 
 Mount = Callable[..., None]
@@ -58,11 +57,7 @@ def fill(folder: Path) -> Path:
 @pytest.fixture
 def keys(tmp_path: Path) -> Keys:
     """A hospital that is ready for studies, and its coordinator's keys."""
-    made = Keys(tmp_path)
-    example = write_example("breast-cancer", tmp_path / "data", hospitals=3, seed=0)
-    shutil.copytree(example.hospitals[0].folder, tmp_path / "north" / "records")
-    Books.open(made.hospital("north")).close()
-    return made
+    return ready_hospital(tmp_path)
 
 
 def change(file: Path, **changes: object) -> None:

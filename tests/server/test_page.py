@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from datetime import timedelta
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from server.settings import PageSettings
 from shared_models.errors import ConfigError, FederationError, IdentityError
 from shared_models.listening import read_token
 from tests.link import Keys
+from tests.markup import Markup
 from tests.server.conftest import HOSTILE, WAITING, Seen
 
 TOKEN = "0123456789abcdef" * 4
@@ -200,19 +200,6 @@ def test_prometheus_reads_the_journals_figures(seen: Seen, client: httpx.Client)
 # what it never does
 
 
-class _Tags(HTMLParser):
-    """Collects what a browser would make of a page."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """One tag, with its attributes."""
-        self.tags.append((tag, dict(attrs)))
-
-
 @pytest.mark.parametrize(
     "path", ["/", f"/studies/{WAITING}", "/studies/breast-cancer", "/login", "/studies/%3Cscript%3E"]
 )
@@ -220,7 +207,7 @@ def test_hostile_words_stay_words(client: httpx.Client, path: str) -> None:
     """A purpose or a reason is free text: it opens no tag, ends none, and calls no template."""
     text = client.get(path).text
 
-    tags = _Tags(text).tags
+    tags = Markup(text).tags
 
     assert [attributes.get("src") for tag, attributes in tags if tag == "script"] in ([], ["/page.js"])
     assert [(tag, name) for tag, attributes in tags for name in attributes if name.startswith(("on", "style"))] == []
