@@ -27,6 +27,7 @@ from client.egress import EgressLog
 from client.evaluate import released_statistics
 from client.live import LiveSettings
 from client.membership import Membership
+from client.memory import freed_memory_kept
 from client.own_noise import note_noise
 from client.pace import OnTheGrid
 from client.policy import Policy, Site, admit, permit_now
@@ -319,7 +320,7 @@ class Hospital:
             return complaint, None
         mechanism = training_mechanism(study.plan, self.settings.population.public_size)
         charge = self._charge(mechanism)
-        with OnTheGrid(received, study.plan.reply_grid_s):
+        with OnTheGrid(received, study.plan.reply_grid_s), freed_memory_kept():
             records = study.training  # from here on records are used: the charge is on the disk
             vector_to_parameters(parameters, study.model)
             training, null = study.plan.training_in(self._party.announcement.round), np.zeros(NULL_COORDINATES)

@@ -23,7 +23,7 @@ from client.clipping.layers import Call, Direct, Share, covered, is_extreme, sha
 from shared_models.errors import ConfigError
 
 _FEWEST_RECORDS = 32  # of a pass
-_NUMBERS_AT_ONCE = 1 << 21  # numbers that the layers of a pass give: 8 MB of float32
+_NUMBERS_AT_ONCE = 1 << 22  # numbers that the layers of a pass give: 16 MB of float32
 _NUMBERS_PER_CALL = 1 << 16  # numbers that a layer should give in a call, lest Python take longer than the arithmetic
 _SMALL = 256  # numbers of a parameter whose gradients are measured and weighed along with others
 _TINY = 1e-30  # factors below lose digits in float32
