@@ -115,7 +115,7 @@ class Settings(Frozen):
     records_memory_mb: Annotated[int, Field(ge=0, le=1_000_000)] = 512
     roster: LocalPath
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
     threads: Annotated[int, Field(ge=1, le=1024)] = 1
     tls: Tls
     keys: Keys

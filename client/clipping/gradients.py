@@ -24,8 +24,8 @@ class Gradients(ABC):
         task: Names the loss.
         device: Where gradients are computed.
         micro_batch: Most records at once on the device.
-        precision: ``torch.bfloat16`` lets torch's autocast compute what it holds for safe in 16 bits; the loss, norms,
-            the clip and sums stay in 32 or 64.
+        precision: ``torch.bfloat16`` or ``torch.float16`` lets torch's autocast compute what it holds for safe in 16
+            bits; the loss, norms, the clip and sums stay in 32 or 64.
 
     Raises:
         ConfigError: ``micro_batch`` is below 1.
@@ -90,10 +90,11 @@ class Gradients(ABC):
         return total
 
     def descend(self, gradient: Tensor, *, learning_rate: float) -> None:
-        """One plain SGD step; the difference is taken in float64, then rounded to the parameters' float32."""
+        """One plain SGD step of all parameters at once, in their own precision."""
+        rounded = gradient.to(self._parameters[0].dtype).split(self._sizes)
+        parts = [part.view_as(parameter) for parameter, part in zip(self._parameters, rounded, strict=True)]
         with torch.no_grad():
-            for parameter, part in zip(self._parameters, gradient.split(self._sizes), strict=True):
-                parameter.sub_(part.view_as(parameter), alpha=learning_rate)
+            torch._foreach_sub_([*self._parameters], parts, alpha=learning_rate)
 
     def position(self) -> list[Tensor]:
         """A copy of the parameters as they are."""

@@ -360,6 +360,7 @@ def test_no_input_moves_the_sum_by_more_than_the_clip(
     assert all(each.norm() <= clip for each in alone)
 
 
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("clip", [math.inf, 1.0, 1e-3])
 @pytest.mark.parametrize(
     ("network", "inputs"),
@@ -370,7 +371,7 @@ def test_no_input_moves_the_sum_by_more_than_the_clip(
     ],
 )
 def test_sixteen_bits_change_gradients_a_little_and_the_clip_not_at_all(
-    network: Network, inputs: Input, clip: float
+    network: Network, inputs: Input, clip: float, precision: torch.dtype
 ) -> None:
     """Under autocast each gradient is off by its rounding, and nobody's share is longer than C."""
     task = task_of(inputs, 2)
@@ -379,7 +380,7 @@ def test_sixteen_bits_change_gradients_a_little_and_the_clip_not_at_all(
 
     with BookKeeping(model, records, task, device="cpu", micro_batch=256) as full:
         wanted = full.clipped_sum(everyone, clip=clip)
-    with BookKeeping(model, records, task, device="cpu", micro_batch=256, precision=torch.bfloat16) as half:
+    with BookKeeping(model, records, task, device="cpu", micro_batch=256, precision=precision) as half:
         total = half.clipped_sum(everyone, clip=clip)
         alone = [half.clipped_sum(np.array([patient]), clip=clip) for patient in everyone]
 
