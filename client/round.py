@@ -21,7 +21,7 @@ from client.books import Books
 from client.budget import holds
 from client.bundle import keep_receipt, keep_transcript
 from client.consent import Consents
-from client.device import choose_device
+from client.device import choose_device, other_devices
 from client.dp_sgd import self_check, train
 from client.egress import EgressLog
 from client.evaluate import released_statistics
@@ -154,6 +154,7 @@ class Hospital:
         self.egress = EgressLog(settings)
         self._live = live
         self.device = choose_device(settings)
+        self._other_devices = other_devices(settings, self.device)
         self._consents = Consents(settings.state)
         self._identity = load_key(settings.keys.identity)
         self._membership = Membership(settings)
@@ -334,6 +335,7 @@ class Hospital:
                 expected_batch=mechanism.expected_batch,
                 random=random,
                 device=self.device,
+                others=self._other_devices,
                 precision=getattr(torch, self.settings.precision),
                 null=null,
                 allow_test_random=self._allow_test_random,

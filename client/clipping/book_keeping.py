@@ -90,7 +90,6 @@ class BookKeeping(Gradients):
         self._first: list[tuple[GradientEdge, Callable[[Tensor | None], None]]] = []
         self._calls: dict[nn.Module, list[Call]] = {}
         self._small: list[dict[nn.Parameter, Tensor]] = []
-        self._together: dict[tuple[nn.Parameter, ...], Tensor] = {}
         self._shares: list[tuple[slice | Tensor, slice, Share]] = []
         ends = np.cumsum(self._sizes)
         self._places = {
@@ -111,13 +110,13 @@ class BookKeeping(Gradients):
         The two numbers that this takes, of one record's forward pass, are asked for once per network. A GPU takes what
         it may.
         """
-        if self._device.type != "cpu":
+        if self.device.type != "cpu":
             return self._micro_batch
         shape = self._records.inputs.shape[1:]
         known = _PASSES.setdefault(self._model, {})
         if shape not in known:
             self._runs = list(_runs(np.ones(1, dtype=np.int64)))
-            self._model(self._records.inputs[:1].to(self._device))
+            self._model(self._records.inputs[:1].to(self.device))
             known[shape] = max(1, self._numbers), self._made.total()
             self._forget()
         numbers, calls = known[shape]
@@ -130,8 +129,8 @@ class BookKeeping(Gradients):
             self._add_large(total, patients, clip)
             return
         inputs, targets, _ = self._records.select(patients)
-        inputs, targets = inputs.to(self._device), targets.to(self._device)
-        if self._device.type == "cuda" and counts[0] == counts[-1]:
+        inputs, targets = inputs.to(self.device), targets.to(self.device)
+        if self.device.type == "cuda" and counts[0] == counts[-1]:
             self._add_recorded(total, inputs, targets, counts, clip)
         else:
             self._add_pass(total, inputs, targets, counts, clip)
@@ -184,11 +183,11 @@ class BookKeeping(Gradients):
     ) -> Pass:
         """A pass that waits for no answer, of whose patients the first so many count; said where it is of no use."""
         self._keep_books(inputs, targets, counts)
-        counted = torch.arange(len(counts), device=self._device) < patients
+        counted = torch.arange(len(counts), device=self.device) < patients
         squares = self._squares(len(counts), exact=False)
         norms = squares.sqrt()
         factors = (clip * self.rounding / norms).clamp(max=1)
-        total = torch.zeros(sum(self._sizes), dtype=torch.float64, device=self._device)
+        total = torch.zeros(sum(self._sizes), dtype=torch.float64, device=self.device)
         self._add_weighted(total, torch.where(counted, factors, 0).to(self._parameters[0].dtype))
         self._forget()
         doubtful = (counted & (is_extreme(squares) | (factors < _TINY))).any() | ~total.isfinite().all()
@@ -210,7 +209,7 @@ class BookKeeping(Gradients):
         return torch.where(extreme, self._squares(patients, exact=True), quick).sqrt()
 
     def _squares(self, patients: int, *, exact: bool) -> Tensor:
-        found = torch.zeros(patients, dtype=torch.float64, device=self._device)
+        found = torch.zeros(patients, dtype=torch.float64, device=self.device)
         for _, members, share in self._shares:
             found[members] += share.squares(exact=exact)
         return found
@@ -249,11 +248,14 @@ class BookKeeping(Gradients):
         for run, small in zip(self._runs, self._small, strict=True):
             if not small:
                 continue
-            which = tuple(small)
-            if which not in self._together:
-                places = [torch.arange(place.start, place.stop) for place in map(self._places.__getitem__, small)]
-                self._together[which] = torch.cat(places).to(self._device)
-            self._shares.append((self._together[which], run.patients, Direct(torch.cat(list(small.values()), dim=1))))
+            # Made anew in each pass: a recorded one may read nothing that is gone when it is replayed.
+            places = torch.cat(
+                [
+                    torch.arange(place.start, place.stop, device=self.device)
+                    for place in map(self._places.__getitem__, small)
+                ]
+            )
+            self._shares.append((places, run.patients, Direct(torch.cat(list(small.values()), dim=1))))
 
     def _passed(self, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
         """After each call of a layer: note its input, and ask for the gradient of its output."""

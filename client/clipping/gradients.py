@@ -50,7 +50,7 @@ class Gradients(ABC):
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._records = records
         self._task = task
-        self._device = torch.device(device)
+        self.device = torch.device(device)
         self._precision = precision
         self._micro_batch = micro_batch
         self._sizes = [p.numel() for p in self._parameters]
@@ -84,7 +84,7 @@ class Gradients(ABC):
         Returns:
             Shape ``(d,)``, float64, over the trainable parameters in their own order.
         """
-        total = torch.zeros(sum(self._sizes), dtype=torch.float64, device=self._device)
+        total = torch.zeros(sum(self._sizes), dtype=torch.float64, device=self.device)
         for group in self._groups(patients):
             self._add_group(total, group, clip)
         return total
@@ -113,11 +113,11 @@ class Gradients(ABC):
 
     def _losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """One forward pass: the loss of each record, float32 or more."""
-        with torch.autocast(self._device.type, self._precision, enabled=self._precision != torch.float32):
-            outputs = self._model(inputs.to(self._device))
+        with torch.autocast(self.device.type, self._precision, enabled=self._precision != torch.float32):
+            outputs = self._model(inputs.to(self.device))
         if self._precision != torch.float32:
             outputs = outputs.float()
-        losses = loss_per_record(self._task, outputs, targets.to(self._device))
+        losses = loss_per_record(self._task, outputs, targets.to(self.device))
         if losses.shape != (len(inputs),):
             raise ConfigError("a network does not give one loss per record", hint="Mend the network.")
         return losses

@@ -6,6 +6,7 @@ at once. It is recorded for a fixed number of patients; a batch of fewer is fill
 
 import logging
 from collections.abc import Callable, Hashable
+from threading import Lock
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ log = logging.getLogger("konsil.hospital")
 
 _ROUND_UP = 16  # patients; so many graphs are recorded as a Poisson draw has sizes, divided by this
 _TOLERANCE = 1e-4  # relative, between a replay and the same pass launched kernel by kernel
+_ONE_AT_A_TIME = Lock()  # of the recordings of this process
 
 
 class Pass(NamedTuple):
@@ -53,7 +55,12 @@ class Replay:
         self._inputs, self._targets = (batch.new_zeros(rows, *batch.shape[1:]) for batch in (inputs, targets))
         self._patients = torch.zeros((), dtype=torch.int64, device=inputs.device)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):  # type: ignore[arg-type]  # torch's handle has no public type
+        with (
+            _ONE_AT_A_TIME,
+            torch.cuda.device(inputs.device),
+            # Another thread may be at work on another GPU.
+            torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"),  # type: ignore[arg-type]
+        ):
             self._found = compute(self._inputs, self._targets, self._patients)
 
     def __call__(self, inputs: Tensor, targets: Tensor, patients: int) -> Pass:

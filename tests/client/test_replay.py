@@ -87,10 +87,15 @@ def test_a_pass_that_measures_the_quick_way_says_where_it_may_be_wrong(value: fl
 @networks
 @pytest.mark.parametrize("each", [1, 2])
 def test_replays_give_the_sums_of_the_processor(
-    network: Network, inputs: Input, each: int, caplog: pytest.LogCaptureFixture
+    network: Network,
+    inputs: Input,
+    each: int,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Draws of many sizes, between steps: each sum as on the processor, and the same counts."""
     caplog.set_level(logging.INFO, "konsil")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # it rounds convolutions to ten bits
     model, records, task = many(network, inputs, each)
     twin = build_network(network, task, seed=0)
     random = np.random.default_rng(0)
