@@ -23,6 +23,7 @@ from client.clipping.gradients import Gradients
 from client.clipping.layers import Call, Direct, Share, covered, is_extreme, shares
 from client.clipping.replay import Pass, Replays, rounded_up
 from shared_models.errors import ConfigError
+from shared_models.nets.pretrained import PretrainedCnn, PretrainedEncoder
 
 _FEWEST_RECORDS = 32  # of a pass
 _NUMBERS_AT_ONCE = 1 << 22  # numbers that the layers of a pass give: 16 MB of float32
@@ -129,15 +130,15 @@ class BookKeeping(Gradients):
             self._add_large(total, patients, clip)
             return
         inputs, targets, _ = self._records.select(patients)
-        inputs, targets = inputs.to(self.device), targets.to(self.device)
+        batch = (inputs.to(self.device), targets.to(self.device))
         if self.device.type == "cuda" and counts[0] == counts[-1]:
-            self._add_recorded(total, inputs, targets, counts, clip)
+            self._add_recorded(total, batch, counts, clip)
         else:
-            self._add_pass(total, inputs, targets, counts, clip)
+            self._add_pass(total, batch, counts, clip)
 
-    def _add_pass(self, total: Tensor, inputs: Tensor, targets: Tensor, counts: NDArray[np.int64], clip: float) -> None:
-        """Add one pass over whole patients."""
-        self._keep_books(inputs, targets, counts)
+    def _add_pass(self, total: Tensor, batch: tuple[Tensor, ...], counts: NDArray[np.int64], clip: float) -> None:
+        """Add one pass over whole patients: their inputs, targets, and what the network's frozen part gave, if kept."""
+        self._keep_books(batch, counts)
         norms = self._norms(len(counts))
         factors = self._clip_factors(norms, clip)
         broken, tiny = torch.stack([(~norms.isfinite()).any(), (factors < _TINY).any()]).tolist()
@@ -148,41 +149,46 @@ class BookKeeping(Gradients):
         self._add_weighted(total, factors if tiny else factors.to(self._parameters[0].dtype))
         self._forget()
 
-    def _add_recorded(
-        self, total: Tensor, inputs: Tensor, targets: Tensor, counts: NDArray[np.int64], clip: float
-    ) -> None:
+    def _add_recorded(self, total: Tensor, batch: tuple[Tensor, ...], counts: NDArray[np.int64], clip: float) -> None:
         """The same on a GPU, for patients with equally many records: by a replay, once a pass was recorded."""
+        if isinstance(self._model, PretrainedEncoder | PretrainedCnn):  # it is looked up by content, not by launches
+            frozen = self._model.frozen_part(batch[0])
+            batch = batch if frozen is None else (*batch, frozen)
         patients, each = len(counts), int(counts[0])
         replays = _REPLAYS.setdefault(self._model, Replays())
-        key = (rounded_up(patients), each, clip, self._precision, inputs.shape[1:], inputs.dtype, id(self._task))
+        key = (
+            rounded_up(patients),
+            each,
+            clip,
+            self._precision,
+            id(self._task),
+            *((part.shape[1:], part.dtype) for part in batch),
+        )
         weights = (*self._model.parameters(), *self._model.buffers())
         new = replays.wants(key, tuple(weight.data_ptr() for weight in weights))
         replay = replays.find(key)
         if replay is not None:
-            found = replay(inputs, targets, patients)
+            found = replay(batch, patients)
             if not found.doubtful.item():
                 total += found.total
                 self._counts[0] += found.clipped
                 return
         before = total.clone() if new else total
-        self._add_pass(total, inputs, targets, counts, clip)
+        self._add_pass(total, batch, counts, clip)
         if new:
             size = rounded_up(patients)
             replays.record(
                 key,
                 partial(self._quick_pass, counts=np.full(size, each), clip=clip),
-                inputs,
-                targets,
+                batch,
                 rows=size * each,
                 patients=patients,
                 expected=total - before,
             )
 
-    def _quick_pass(
-        self, inputs: Tensor, targets: Tensor, patients: Tensor, counts: NDArray[np.int64], clip: float
-    ) -> Pass:
+    def _quick_pass(self, batch: tuple[Tensor, ...], patients: Tensor, counts: NDArray[np.int64], clip: float) -> Pass:
         """A pass that waits for no answer, of whose patients the first so many count; said where it is of no use."""
-        self._keep_books(inputs, targets, counts)
+        self._keep_books(batch, counts)
         counted = torch.arange(len(counts), device=self.device) < patients
         squares = self._squares(len(counts), exact=False)
         norms = squares.sqrt()
@@ -226,12 +232,12 @@ class BookKeeping(Gradients):
         factor = self._clip_factors(mean.norm()[None], clip)
         total += factor * mean.nan_to_num_(0, 0, 0)
 
-    def _keep_books(self, inputs: Tensor, targets: Tensor, counts: NDArray[np.int64]) -> None:
+    def _keep_books(self, batch: tuple[Tensor, ...], counts: NDArray[np.int64]) -> None:
         """One forward and one backward pass over whole patients, ordered by their number of records."""
         self._forget()
         self._runs = list(_runs(counts))
         self._small = [{} for _ in self._runs]
-        losses = self._losses(inputs, targets)
+        losses = self._losses(*batch)
         if counts[-1] > 1:
             losses = losses * torch.cat(
                 [losses.new_full((run.records.stop - run.records.start,), 1 / run.each) for run in self._runs]

@@ -111,10 +111,10 @@ class Gradients(ABC):
         clipped, not_finite = self._counts.tolist()
         return clipped, not_finite
 
-    def _losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    def _losses(self, inputs: Tensor, targets: Tensor, *frozen: Tensor) -> Tensor:
         """One forward pass: the loss of each record, float32 or more."""
         with torch.autocast(self.device.type, self._precision, enabled=self._precision != torch.float32):
-            outputs = self._model(inputs.to(self.device))
+            outputs = self._model(inputs.to(self.device), *frozen)
         if self._precision != torch.float32:
             outputs = outputs.float()
         losses = loss_per_record(self._task, outputs, targets.to(self.device))

@@ -33,17 +33,17 @@ class Pass(NamedTuple):
     doubtful: Tensor
 
 
-Compute = Callable[[Tensor, Tensor, Tensor], Pass]
+Batch = tuple[Tensor, ...]
+Compute = Callable[[Batch, Tensor], Pass]
 
 
 class Replay:
     """A recorded pass.
 
     Args:
-        compute: Gives a pass over inputs and targets, of whose patients the first so many count (a tensor without
-            dimensions). What it launches depends on shapes alone, and nothing in it waits for the GPU.
-        inputs: Of a batch, on the GPU.
-        targets: Likewise.
+        compute: Gives a pass over a batch, of whose patients the first so many count (a tensor without dimensions).
+            What it launches depends on shapes alone, and nothing in it waits for the GPU.
+        batch: What the pass is made from, with a row for each record, on the GPU.
         rows: How many records the pass is for, at least those of the batch.
         pool: Memory that is shared by graphs of which no two run at once.
 
@@ -51,23 +51,23 @@ class Replay:
         RuntimeError: The pass cannot be recorded.
     """
 
-    def __init__(self, compute: Compute, inputs: Tensor, targets: Tensor, rows: int, pool: object) -> None:
-        self._inputs, self._targets = (batch.new_zeros(rows, *batch.shape[1:]) for batch in (inputs, targets))
-        self._patients = torch.zeros((), dtype=torch.int64, device=inputs.device)
+    def __init__(self, compute: Compute, batch: Batch, rows: int, pool: object) -> None:
+        self._batch = tuple(part.new_zeros(rows, *part.shape[1:]) for part in batch)
+        self._patients = torch.zeros((), dtype=torch.int64, device=batch[0].device)
         self._graph = torch.cuda.CUDAGraph()
         with (
             _ONE_AT_A_TIME,
-            torch.cuda.device(inputs.device),
+            torch.cuda.device(batch[0].device),
             # Another thread may be at work on another GPU.
             torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"),  # type: ignore[arg-type]
         ):
-            self._found = compute(self._inputs, self._targets, self._patients)
+            self._found = compute(self._batch, self._patients)
 
-    def __call__(self, inputs: Tensor, targets: Tensor, patients: int) -> Pass:
+    def __call__(self, batch: Batch, patients: int) -> Pass:
         """The pass over a batch; what it gives is there until the next one."""
-        for buffer, batch in ((self._inputs, inputs), (self._targets, targets)):
-            buffer[: len(batch)].copy_(batch)
-            buffer[len(batch) :].zero_()
+        for buffer, part in zip(self._batch, batch, strict=True):
+            buffer[: len(part)].copy_(part)
+            buffer[len(part) :].zero_()
         self._patients.fill_(patients)
         self._graph.replay()
         return self._found
@@ -112,8 +112,7 @@ class Replays:
         self,
         key: Hashable,
         compute: Compute,
-        inputs: Tensor,
-        targets: Tensor,
+        batch: Batch,
         *,
         rows: int,
         patients: int,
@@ -122,11 +121,11 @@ class Replays:
         """Record a pass, and hold its first replay against the sum of the same batch."""
         self._known[key] = None
         try:
-            replay = Replay(compute, inputs, targets, rows, self._pool)
+            replay = Replay(compute, batch, rows, self._pool)
         except RuntimeError as error:
             log.info("this network's passes are launched kernel by kernel: %s", str(error).partition("\n")[0])
             return
-        found = replay(inputs, targets, patients)
+        found = replay(batch, patients)
         if found.doubtful.item() or (found.total - expected).norm() <= _TOLERANCE * expected.norm():
             self._known[key] = replay  # what is doubtful is not used, so there is nothing to compare
         else:

@@ -23,6 +23,8 @@ _AT_ONCE = 32  # records in a pass through the frozen part
 class Kept:
     """What a network's frozen part gave for each record, so that it is computed once. In memory, and nowhere else.
 
+    It is a GPU's memory where that has four times as much to spare, else the processor's.
+
     Guarantees:
         * What is given back is what would be computed, up to the rounding of other batch sizes.
         * It goes with the process, and a copy of a network starts with nothing.
@@ -67,12 +69,17 @@ class Kept:
             found = {key: self._outputs[key] for key in keys if key in self._outputs}
             absent = {key: row for row, key in enumerate(keys) if key not in found}  # each record once
             rows = list(absent.values())
+            where = self._where(inputs.device) if rows else inputs.device
             for some in (rows[first : first + _AT_ONCE] for first in range(0, len(rows), _AT_ONCE)):
-                outputs = compute(inputs[some]).cpu()
+                outputs = compute(inputs[some]).to(where)
                 found |= {keys[row]: output.clone() for row, output in zip(some, outputs, strict=True)}
             for key in absent:
                 self._keep(key, found[key])
-            return torch.stack([found[key] for key in keys]).to(inputs.device)
+            return torch.stack([found[key].to(inputs.device) for key in keys])
+
+    def _where(self, device: torch.device) -> torch.device:
+        roomy = device.type == "cuda" and torch.cuda.mem_get_info(device)[0] > 4 * self.limit
+        return device if roomy else torch.device("cpu")
 
     def _keep(self, key: bytes, output: Tensor) -> None:
         size = output.numel() * output.element_size()
@@ -135,16 +142,22 @@ class PretrainedEncoder(nn.Module):
         nn.init.zeros_(self.head.bias)
         self.kept = Kept()
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Logits, shape ``(n, outputs)``, of token ids, shape ``(n, length)``."""
-        vectors = self.kept.of(tokens, self._frozen)
+    def forward(self, tokens: Tensor, frozen: Tensor | None = None) -> Tensor:
+        """Logits, shape ``(n, outputs)``, of token ids, shape ``(n, length)``.
+
+        ``frozen`` is their ``frozen_part``, if at hand.
+        """
+        vectors = self.frozen_part(tokens) if frozen is None else frozen
         if len(self.above):
             vectors = _sentences(_through(self.above, vectors, tokens), tokens)
         logits: Tensor = self.head(vectors)
         return logits
 
+    def frozen_part(self, tokens: Tensor) -> Tensor:
+        """What no training changes: vectors at each position, or of the whole text where there is no adapter."""
+        return self.kept.of(tokens, self._frozen)
+
     def _frozen(self, tokens: Tensor) -> Tensor:
-        """What no adapter changes: vectors at each position, or of the whole text where there is no adapter."""
         places = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
         vectors = self.norm(self.words(tokens) + self.types(torch.zeros_like(tokens)) + self.positions(places))
         vectors = _through(self.below, vectors, tokens)
@@ -186,10 +199,19 @@ class PretrainedCnn(Cnn):
         self.kept = Kept(0 if shape.train_norms else KEPT_BYTES)
         self._moves = shape.train_norms
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits, shape ``(n, outputs)``, of images, shape ``(n, channels, height, width)``."""
-        logits: Tensor = self.head(self._features(images) if self._moves else self.kept.of(images, self._features))
+    def forward(self, images: Tensor, frozen: Tensor | None = None) -> Tensor:
+        """Logits, shape ``(n, outputs)``, of images, shape ``(n, channels, height, width)``.
+
+        ``frozen`` is their ``frozen_part``, if at hand.
+        """
+        if frozen is None:
+            frozen = self.frozen_part(images)
+        logits: Tensor = self.head(self._features(images) if frozen is None else frozen)
         return logits
+
+    def frozen_part(self, images: Tensor) -> Tensor | None:
+        """What no training changes: the features of each image; None where normalisations are trained."""
+        return None if self._moves else self.kept.of(images, self._features)
 
     def _features(self, images: Tensor) -> Tensor:
         return self.blocks(images).mean(dim=(2, 3))

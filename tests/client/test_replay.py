@@ -57,7 +57,7 @@ def test_rows_that_fill_a_pass_up_weigh_nothing(network: Network, inputs: Input,
     with BookKeeping(model, records, task, device="cpu", micro_batch=256) as gradients:
         wanted = gradients.clipped_sum(eleven, clip=CLIP)
         clipped, _ = gradients.counts()
-        found = gradients._quick_pass(more, other, torch.tensor(11), np.full(16, each), CLIP)
+        found = gradients._quick_pass((more, other), torch.tensor(11), np.full(16, each), CLIP)
 
     # then
     assert not found.doubtful
@@ -78,7 +78,7 @@ def test_a_pass_that_measures_the_quick_way_says_where_it_may_be_wrong(value: fl
     rows[3] = value
 
     with BookKeeping(model, records, task, device="cpu", micro_batch=256) as gradients:
-        found = gradients._quick_pass(rows, targets, torch.tensor(16), np.full(16, 1), 1e-31)
+        found = gradients._quick_pass((rows, targets), torch.tensor(16), np.full(16, 1), 1e-31)
 
     assert found.doubtful
 

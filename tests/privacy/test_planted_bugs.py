@@ -77,7 +77,7 @@ def clipped_per_record(patch: Patch) -> None:
 
     def wrong(self: BookKeeping, total: Tensor, patients: NDArray[np.int64], clip: float) -> None:
         inputs, targets, owners = self._records.select(patients)
-        self._keep_books(inputs, targets, np.ones(len(owners), dtype=np.int64))
+        self._keep_books((inputs, targets), np.ones(len(owners), dtype=np.int64))
         factors = self._clip_factors(self._norms(len(owners)), clip)
         for place, records, share in self._shares:
             share.add_to(total[place], factors[records])
