@@ -59,7 +59,7 @@ def varying(folder: Path) -> str:
 def with_gaps(samples: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """Mean and last of each second, on the public range, and which seconds have any; NaN stands for no sample."""
     seconds = samples[: SECONDS * FREQUENCY].reshape(-1, FREQUENCY, 2)
-    known: NDArray[np.bool_] = np.isfinite(seconds).any(axis=1)
+    known: NDArray[np.bool_] = np.asarray(np.isfinite(seconds).any(axis=1))
     values = np.zeros((len(seconds), 2))
     for number, second in enumerate(seconds):
         for lead in (0, 1):
