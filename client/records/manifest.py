@@ -125,18 +125,48 @@ class Sql(Frozen):
     url_file: Annotated[Path, AfterValidator(_beside)]
 
 
+Codes = Column | Annotated[tuple[Column, ...], Field(min_length=1)]
+
+
+def _several(codes: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (codes,) if isinstance(codes, str) else codes
+
+
 class Observation(Frozen):
-    """A column from FHIR Observations of one code.
+    """A column from FHIR Observations, or from components of Observations such as a blood pressure's.
 
     Attributes:
-        code: ``system|code``, as in ``http://loinc.org|8867-4``.
-        unit: UCUM code that a quantity must have; none for coded and textual values.
+        code: ``system|code``, as in ``http://loinc.org|8867-4``, or several, any of which counts; one that ends in
+            ``*`` stands for all codes that begin so.
+        unit: UCUM code that a quantity must have; none for values of other kinds.
         take: Which observation of a patient counts, by its effective time.
     """
 
-    code: Column
+    code: Codes
     unit: str | None = None
     take: Literal["newest", "oldest"] = "newest"
+
+    @property
+    def codes(self) -> tuple[str, ...]:
+        """All of them."""
+        return _several(self.code)
+
+
+class Condition(Frozen):
+    """A column from FHIR Conditions: whether a patient has one.
+
+    Attributes:
+        code: As for ``Observation``.
+        clinical: Whether only those count that are there now, by ``clinicalStatus``: active, recurrence, relapse.
+    """
+
+    code: Codes
+    clinical: Literal["any", "active"] = "any"
+
+    @property
+    def codes(self) -> tuple[str, ...]:
+        """All of them."""
+        return _several(self.code)
 
 
 class Fhir(Frozen):
@@ -147,14 +177,22 @@ class Fhir(Frozen):
         date: Day, ``YYYY-MM-DD``, at which ages are computed.
         patient: Column = element of Patient: ``gender``, ``age`` (whole years at ``date``), ``deceased`` (yes or no).
         observation: Column = which observation's value.
-        condition: Column = ``system|code`` of a condition: ``yes`` if a patient has one, else ``no``.
+        condition: Column = codes of a condition: ``yes`` if a patient has one, else ``no``.
     """
 
     files: tuple[Annotated[Path, AfterValidator(_ndjson_file)], ...] = ()
     date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")] | None = None
     patient: Mapping[str, Literal["gender", "age", "deceased"]] = {}
     observation: Mapping[str, Observation] = {}
-    condition: Mapping[str, Column] = {}
+    condition: Mapping[str, Codes | Condition] = {}
+
+    @property
+    def conditions(self) -> Mapping[str, Condition]:
+        """The columns from Conditions; codes alone are one too."""
+        return {
+            column: wanted if isinstance(wanted, Condition) else Condition(code=wanted)
+            for column, wanted in self.condition.items()
+        }
 
     @model_validator(mode="after")
     def _ages_have_a_date(self) -> "Fhir":
