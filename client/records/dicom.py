@@ -14,12 +14,12 @@ from client.records.extras import needed
 from client.records.identifiers import refuse_found
 from client.records.manifest import Manifest, Pictures
 from client.records.patient_ids import plain
-from client.records.pictures import Picture, Place, blanked, check_size, to_bytes, windowed
+from client.records.pictures import Picture, Place, blanked, check_size, projected, to_bytes, windowed
 from shared_models.errors import RecordsError
 
 with needed("images", "pydicom"):
     import pydicom
-    from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi, get_decoder, pixel_array
+    from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi, get_decoder, iter_pixels, pixel_array
     from pydicom.pixels.utils import get_expected_length
     from pydicom.tag import Tag
     from pydicom.uid import (
@@ -77,12 +77,12 @@ def check_dicom(place: Place, manifest: Manifest, pictures: Pictures) -> tuple[i
     if not (syntax.is_compressed or syntax.is_deflated) and left < get_expected_length(data):
         raise ValueError("too short")
     _decoder(place, syntax)
-    _frame(place, _frames(data))
+    _frame(place, _frames(data), pictures)
     return int(data.Rows), int(data.Columns)
 
 
 def read_dicom(place: Place, manifest: Manifest, pictures: Pictures) -> Picture:
-    """Decode one frame.
+    """Decode one frame, or all of them onto one.
 
     Args:
         place: The file, whose it is, and which frame of several.
@@ -101,12 +101,16 @@ def read_dicom(place: Place, manifest: Manifest, pictures: Pictures) -> Picture:
     if "PixelData" not in data:
         raise _without_pixels(place)
     _refuse(place, data, manifest, pictures)
-    frame = _frame(place, _frames(data))
-    pixels = pixel_array(data, index=frame, decoding_plugin=_decoder(place, _syntax(data)))
-    if data.PhotometricInterpretation in _GREY and data.SamplesPerPixel == 1:
-        picture = to_bytes(_levels(pixels, data, pictures))
+    grey = data.PhotometricInterpretation in _GREY and data.SamplesPerPixel == 1
+    frame, decoder = _frame(place, _frames(data), pictures), _decoder(place, _syntax(data))
+    if frame is None and _frames(data) > 1:
+        if not grey:
+            raise RecordsError(f"{place.path} has colours", hint="A projection is of grey values; choose a slice.")
+        frames = iter_pixels(data, decoding_plugin=decoder)
+        picture = to_bytes(projected((_levels(pixels, data, pictures) for pixels in frames), pictures))
     else:
-        picture = _colours(pixels, data)
+        pixels = pixel_array(data, index=frame, decoding_plugin=decoder)
+        picture = to_bytes(_levels(pixels, data, pictures)) if grey else _colours(pixels, data)
     return blanked(picture, pictures)
 
 
@@ -176,12 +180,14 @@ def _refuse_writing(place: Place, data: Any, pictures: Pictures) -> None:
         )
 
 
-def _frame(place: Place, frames: int) -> int | None:
-    """Which of several; None of one."""
-    if frames == 1:
+def _frame(place: Place, frames: int, pictures: Pictures) -> int | None:
+    """Which of several; None of one, or where all are projected onto one."""
+    if frames == 1 or pictures.projection:
         return None
     if place.slice is None:
-        raise RecordsError(f"{place.path} has {frames} frames", hint="Say which: slice or slice_column in [images].")
+        raise RecordsError(
+            f"{place.path} has {frames} frames", hint="Say which: slice, slice_column or projection in [images]."
+        )
     return round(place.slice * (frames - 1))
 
 

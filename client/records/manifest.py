@@ -78,6 +78,8 @@ class Pictures(Frozen):
         axis: Along which axis of the body a volume is cut.
         slice: Which slice of a volume: 0 is the first, 1 the last.
         slice_column: Column that says it for each record, in place of ``slice``.
+        projection: In place of a slice all of them at once: the brightest pixel along the axis, or the mean, of what
+            the window shows.
         blank: Rectangles ``[top, left, bottom, right]`` of pixels that are made black before anything else, because
             something is written there.
         pixels_checked: Declares that somebody looked at the pixels: no text is burned into them.
@@ -88,8 +90,15 @@ class Pictures(Frozen):
     axis: Literal["axial", "coronal", "sagittal"] = "axial"
     slice: Annotated[float, Field(ge=0, le=1)] | None = None
     slice_column: Column | None = None
+    projection: Literal["maximum", "mean"] | None = None
     blank: tuple[tuple[int, int, int, int], ...] = ()
     pixels_checked: bool = False
+
+    @model_validator(mode="after")
+    def _one_slice_or_all(self) -> "Pictures":
+        if sum(choice is not None for choice in (self.slice, self.slice_column, self.projection)) > 1:
+            raise ValueError("slice, slice_column and projection exclude each other")
+        return self
 
 
 class LongForm(Frozen):

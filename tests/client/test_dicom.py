@@ -247,6 +247,27 @@ def test_a_frame_is_chosen_by_the_manifest_or_by_the_row(tmp_path: Path) -> None
 # identifiers
 
 
+@pytest.mark.parametrize("name", ["rtdose.dcm", "rtdose_rle.dcm"])
+@pytest.mark.parametrize("projection", ["maximum", "mean"])
+def test_frames_may_be_projected_onto_one(tmp_path: Path, projection: str, name: str) -> None:
+    """Fifteen planes of a dose, plain and compressed; colours have no brightest."""
+    shutil.copy(source(name), tmp_path / "a.dcm")
+    shutil.copy(source("SC_rgb_rle_2frame.dcm"), tmp_path / "colours.dcm")
+    frames = np.frombuffer(pydicom.dcmread(source("rtdose.dcm")).PixelData, "<u4").reshape(15, 10, 10)
+    most = float(frames.max())
+    shown = np.clip((frames - 0.1 * most) / (0.8 * most), 0, 1)
+    flat = shown.max(axis=0) if projection == "maximum" else shown.mean(axis=0)
+    images = {"pixels_checked": True, "window": [0.5 * most, 0.8 * most], "projection": projection}
+
+    found = read(write(tmp_path, "a.dcm", drop=DROP, images=images), task(10, 10))
+
+    assert len(np.unique(found)) > 10
+    assert np.abs(found[0, 0] - flat * 255).max() <= 0.5 + 1e-6
+    assert "colours.dcm has colours" in refusal(
+        write(tmp_path, "colours.dcm", drop=DROP, images=images), task(100, 100, 3)
+    )
+
+
 def test_tags_that_identify_a_patient_are_refused_unless_dropped(tmp_path: Path) -> None:
     """All are named at once, none is quoted; with the names in the manifest the file is read."""
     data = pydicom.dcmread(source("CT_small.dcm"))
