@@ -180,6 +180,8 @@ class _WithCertificate(AutoHTTPProtocol):  # type: ignore[misc, valid-type]  # o
         * One certificate has ``MOST_CONNECTIONS_EACH`` connections at most: a hospital takes no other one's place.
     """
 
+    _key, _end = "", None  # of a connection whose certificate could not be read
+
     def connection_made(self, transport: Any) -> None:
         """Keep the digest of the certificate's key, as the roster has it."""
         super().connection_made(transport)
@@ -193,7 +195,6 @@ class _WithCertificate(AutoHTTPProtocol):  # type: ignore[misc, valid-type]  # o
             await app(scope, receive, send)
 
         self.app, self._key = with_key, digest
-        self._end: asyncio.TimerHandle | None = None
         self._begin()
         if sum(other._key == digest for other in self.connections) > MOST_CONNECTIONS_EACH:
             transport.abort()
@@ -275,17 +276,21 @@ class Admission:
             if len(content) > LARGEST_PULL:
                 await _forbid(scope, send)
                 return
-        hung_up = asyncio.ensure_future(receive())
+        hung_up = asyncio.ensure_future(_hung_up(receive))
         ringing = asyncio.ensure_future(self._doorbell.wait(dict(scope["headers"]).get(b"flwr-public-key", b"")))
         try:
             await asyncio.wait({hung_up, ringing}, return_when=asyncio.FIRST_COMPLETED)
             if hung_up.done():
                 log.debug("a hospital hung up while it waited for messages")
+                if ringing.done() and (bell := ringing.result()) is not None:
+                    bell.set()  # for its next pull
                 return
             bell, body = ringing.result(), [{"type": "http.request", "body": content, "more_body": False}]
 
             async def again() -> dict[str, Any]:
-                return body.pop() if body else await asyncio.shield(hung_up)
+                if not body:
+                    await asyncio.shield(hung_up)
+                return body.pop() if body else {"type": "http.disconnect"}
 
             async def note(event: dict[str, Any]) -> None:
                 # A message went out, so another may be waiting behind it: let the next pull through at once.
@@ -297,6 +302,12 @@ class Admission:
         finally:
             hung_up.cancel()
             ringing.cancel()
+
+
+async def _hung_up(receive: Any) -> None:
+    """Return once the other side is gone."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 async def _forbid(scope: dict[str, Any], send: Any) -> None:
