@@ -76,7 +76,7 @@ def check_dicom(place: Place, manifest: Manifest, pictures: Pictures) -> tuple[i
     _refuse(place, data, manifest, pictures)
     if not (syntax.is_compressed or syntax.is_deflated) and left < get_expected_length(data):
         raise ValueError("too short")
-    _decoder(place, syntax)
+    _decoder(place, data)
     _frame(place, _frames(data), pictures)
     return int(data.Rows), int(data.Columns)
 
@@ -102,7 +102,7 @@ def read_dicom(place: Place, manifest: Manifest, pictures: Pictures) -> Picture:
         raise _without_pixels(place)
     _refuse(place, data, manifest, pictures)
     grey = data.PhotometricInterpretation in _GREY and data.SamplesPerPixel == 1
-    frame, decoder = _frame(place, _frames(data), pictures), _decoder(place, _syntax(data))
+    frame, decoder = _frame(place, _frames(data), pictures), _decoder(place, data)
     if frame is None and _frames(data) > 1:
         if not grey:
             raise RecordsError(f"{place.path} has colours", hint="A projection is of grey values; choose a slice.")
@@ -118,15 +118,18 @@ def _syntax(data: Any) -> UID:
     return data.file_meta.TransferSyntaxUID if "TransferSyntaxUID" in data.file_meta else ExplicitVRLittleEndian
 
 
-def _decoder(place: Place, syntax: UID) -> str:
+def _decoder(place: Place, data: Any) -> str:
     """Which of pydicom's plugins decodes it; empty where the pixels are not compressed.
 
     Raises:
         RecordsError: It is not installed, or there is none.
     """
+    syntax = _syntax(data)
     if not syntax.is_compressed or syntax.is_deflated:
         return ""
     plugin, package = _DECODERS.get(syntax, ("", ""))
+    if syntax == JPEGExtended12Bit and data.BitsStored != 8:  # Pillow does the half of it that has eight bits
+        plugin = ""
     if plugin and plugin in get_decoder(syntax).available_plugins:
         return plugin
     hint = f"Install what decodes it, pip install {package}; or decompress the file." if plugin else "Decompress it."

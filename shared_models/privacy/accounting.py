@@ -156,7 +156,7 @@ def _prv(history: _History, delta: float) -> tuple[float | None, str]:
             return None, "PRV stood still"
         answer = ours.recv_bytes(64)
         epsilon = math.nan if answer == _TOO_LARGE else float(answer)
-    except (EOFError, ValueError):
+    except (EOFError, OSError, ValueError):
         answer, epsilon = b"", math.nan
     finally:
         child.kill()

@@ -338,6 +338,10 @@ def test_objects_without_pixels_and_without_a_decoder_are_refused(tmp_path: Path
     shutil.copy(source("SC_rgb_jpeg_gdcm.dcm"), tmp_path / "lossless.dcm")
 
     assert "report.dcm has no pixels" in refusal(write(tmp_path, "report.dcm", drop=DROP), task(64, 64))
+    shutil.copy(source("JPEG-lossy.dcm"), tmp_path / "twelve.dcm")
+    assert "twelve.dcm is compressed in a way that nothing here decodes: JPEG Extended" in refusal(
+        write(tmp_path, "twelve.dcm", drop=DROP, images={"pixels_checked": True}), task(256, 1024)
+    )
     said = refusal(write(tmp_path, "lossless.dcm", drop=DROP, images={"pixels_checked": True}), task(100, 100, 3))
     assert "lossless.dcm is compressed in a way that nothing here decodes: JPEG Lossless" in said
     assert "pip install python-gdcm" in said
