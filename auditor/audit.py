@@ -27,6 +27,7 @@ from shared_models.privacy.checkpoint import SignedCheckpoint
 from shared_models.privacy.evidence import Bundle, open_bundle
 
 _SEVERITIES = get_args(Severity)  # the worst first
+_OF_A_STUDY = ("receipts.jsonl", "sums.jsonl")
 _CLOCK = timedelta(minutes=5)  # a ledger bears a clock that is set back by so much
 
 Progress = Callable[[str], None]
@@ -42,6 +43,7 @@ class _Sources:
     studies: list[Path] = field(default_factory=list)
     logs: list[Path] = field(default_factory=list)
     checkpoints: list[Path] = field(default_factory=list)
+    passed_over: list[Path] = field(default_factory=list)
 
 
 @dataclass
@@ -118,6 +120,7 @@ def audit(
         root=fingerprint(root) if root else None,
         members=_members(rosters),
         sources=tuple(chain(files.bundles, files.ledgers, files.studies, files.logs, files.checkpoints)),
+        passed_over=tuple(files.passed_over),
     )
 
 
@@ -134,13 +137,15 @@ def _rank(finding: Finding) -> tuple[int, str, str, int, int]:
 def _sort(path: Path, files: _Sources, case: _Case) -> None:
     """Tell what a file is by how it begins."""
     if path.is_dir():
-        if (path / "receipts.jsonl").exists() or (path / "sums.jsonl").exists():
-            files.studies.append(path)
-            return
-        inside = [child for child in sorted(path.rglob("*")) if _is_evidence(child)]
-        for child in inside:
+        inside = [path, *sorted(path.rglob("*"))]
+        studies = [child for child in inside if _is_study(child)]
+        rest = [child for child in inside if not child.is_dir() and child.name not in _OF_A_STUDY]
+        looked_at = [child for child in rest if _is_evidence(child)]
+        files.studies += studies
+        files.passed_over += [child for child in rest if not _is_evidence(child)]
+        for child in looked_at:
             _sort(child, files, case)
-        if not inside:
+        if not (studies or looked_at):
             what = f"{path} holds no evidence"
             case.findings.append(Finding(code="no-evidence", party=path.name, what=what))
         return
@@ -164,10 +169,13 @@ def _sort(path: Path, files: _Sources, case: _Case) -> None:
         case.findings.append(Finding(code="no-evidence", party=path.name, what=what))
 
 
+def _is_study(path: Path) -> bool:
+    """Whether it is what a coordinator kept of a study."""
+    return path.is_dir() and any((path / name).exists() for name in _OF_A_STUDY)
+
+
 def _is_evidence(path: Path) -> bool:
-    """Whether something in a folder of folders is worth a look; what else lies there is passed over."""
-    if path.is_dir():
-        return (path / "receipts.jsonl").exists() or (path / "sums.jsonl").exists()
+    """Whether a file in a folder is worth a look by its name; what else lies there is passed over."""
     return path.suffix in {".zip", ".evidence", ".sqlite"} or path.name in {"audit-log.jsonl", CHECKPOINTS}
 
 

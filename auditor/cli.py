@@ -9,8 +9,11 @@ import typer
 from auditor import cli_attack, cli_remote, cli_report
 from auditor.cli_options import Evidence, Keys, Partial, Root, describe, refuse_unverified, run_audit
 from shared_models import terminal
+from shared_models.terminal import printable
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from auditor.recompute import BudgetReport, Figures
     from auditor.record import Audit, HospitalRecord
 
@@ -20,6 +23,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+
+_NAMED = 5  # of files that nobody looked at
 
 Studies = Annotated[
     list[Path] | None,
@@ -46,6 +51,8 @@ def verify(
         typer.echo(_describe(record, result))
     for finding in result.findings:
         typer.echo(describe(finding))
+    if result.passed_over:
+        typer.echo(f"not looked at: {_few(result.passed_over)}")
     if json_file is not None:
         _write_json(json_file, summary(result))
     refuse_unverified(result, "not verified: ")
@@ -98,6 +105,7 @@ def summary(found: "Audit") -> dict[str, Any]:
         "root": found.root,
         "entries": sum(len(record.lines) for record in found.hospitals),
         "attempts": len(found.attempts),
+        "not_looked_at": [str(path) for path in found.passed_over],
         "hospitals": {
             record.hospital: {
                 "source": str(record.source),
@@ -120,6 +128,12 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
         path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror}", hint="Choose another file.") from None
+
+
+def _few(paths: "Sequence[Path]") -> str:
+    """The first of them and how many more; the JSON has all."""
+    first = ", ".join(printable(str(path)) for path in paths[:_NAMED])
+    return first if len(paths) <= _NAMED else f"{first} and {len(paths) - _NAMED} more"
 
 
 def _describe(record: "HospitalRecord", found: "Audit") -> str:

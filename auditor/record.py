@@ -133,6 +133,8 @@ class Audit:
         root: Fingerprint of the consortium's root key that rosters were checked with; None where none was given.
         members: Whom the newest signed roster names, with the fingerprint of each one's identity key.
         findings: The worst first.
+        sources: What was read.
+        passed_over: Files in folders that were shown, at which nobody looked: by their names they are no evidence.
     """
 
     hospitals: tuple[HospitalRecord, ...]
@@ -141,6 +143,7 @@ class Audit:
     root: str | None = None
     members: Mapping[str, str] = field(default_factory=dict)
     sources: tuple[Path, ...] = ()
+    passed_over: tuple[Path, ...] = ()
 
     @property
     def passed(self) -> bool:

@@ -60,6 +60,7 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from client.beside import Beside, Nobody, beside
+from client.deadline import Deadline
 from client.deposit import Courier
 from client.egress import EgressLog
 from client.expiry import Reminder
@@ -80,6 +81,8 @@ HEARTBEAT_EVERY_S = 5.0
 SHORTEST_POLL_S, LONGEST_POLL_S = 0.02, 2.0
 SHORTEST_RETRY_S, LONGEST_RETRY_S = 0.5, 30.0
 RETRY_FOR_S, LONGEST_TRANSFER_RETRY_S = 120.0, 8.0  # one object of a transfer
+# One call, from its first byte to the last one of its answer. An object has 1 MiB, and two of them travel at a time.
+LONGEST_CALL_S, LONGEST_TRANSFER_S = 60.0, 240.0
 MAXIMUM_OBJECTS = 10_000  # in one message; a model of 2 GB is about 400
 
 Handler = Callable[[Message, Context], Message]
@@ -92,6 +95,10 @@ class FleetConnection:
 
     Messages travel as objects of at most 1 MiB, each named by its SHA-256. When the network fails in the middle, the
     object at hand is sent or fetched again, with growing pauses and jitter; those that arrived stay.
+
+    Guarantees:
+        * No call lasts longer than ``LONGEST_CALL_S``, or ``LONGEST_TRANSFER_S`` for an object, however slowly the
+          other side speaks: it is a lost connection then.
 
     Args:
         settings: The hospital's own.
@@ -118,7 +125,11 @@ class FleetConnection:
         # A coordinator that sends us elsewhere is not followed: what leaves would leave to somebody else.
         self._client._client.follow_redirects = False
         self.egress = EgressLog(settings)
-        self._client._client.event_hooks = {"request": [self.egress.count]}
+        self._deadline = Deadline(self._client._client)
+        self._client._client.event_hooks = {"request": [self._begin, self.egress.count]}
+
+    def _begin(self, request: httpx.Request) -> None:
+        self._deadline.begin(LONGEST_TRANSFER_S if request.url.path.endswith("-object") else LONGEST_CALL_S)
 
     def __enter__(self) -> "FleetConnection":
         request = ActivateNodeRequest(public_key=self._public_key, heartbeat_interval=HEARTBEAT_INTERVAL_S)

@@ -1,22 +1,19 @@
 """A file from a public source, or a local copy of it: nothing reads it before its length and its digest are right."""
 
 import hashlib
-import http.client
 import ssl
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
-from email.message import Message
 from pathlib import Path
-from typing import IO
 from urllib.parse import urlsplit
 
+import httpx
+
+from client.deadline import Deadline
 from shared_models.errors import ConfigError, TransferError
 
 _SILENCE_S = 30.0  # without a byte
-_LONGEST_S = 600.0
+_LONGEST_S = 600.0  # with all redirections
 _AT_ONCE = 1 << 16
 
 
@@ -55,23 +52,23 @@ def fetch(pinned: Pinned, *, say: Callable[[str], None]) -> bytes:
         ConfigError: The address is not one of ``https``.
     """
     _refuse_plain(pinned.url)
-    opener = urllib.request.OpenerDirector()
-    for handler in (
-        urllib.request.ProxyHandler(),
-        urllib.request.HTTPSHandler(context=ssl.create_default_context()),
-        urllib.request.HTTPDefaultErrorHandler(),
-        urllib.request.HTTPErrorProcessor(),
-        _OnlyTls(),
-    ):
-        opener.add_handler(handler)
+    client = httpx.Client(
+        verify=ssl.create_default_context(),
+        timeout=_SILENCE_S,
+        follow_redirects=True,
+        headers={"accept-encoding": "identity"},
+        event_hooks={"request": [lambda request: _refuse_plain(str(request.url))]},
+    )
     try:
-        with opener.open(pinned.url, timeout=_SILENCE_S) as answer:
-            content = _read(pinned, answer, say)
-    except urllib.error.HTTPError as error:
-        error.close()
-        raise _unreachable(pinned, str(error)) from None
-    except (OSError, http.client.HTTPException) as error:  # urllib's other errors are OSErrors
-        raise _unreachable(pinned, str(getattr(error, "reason", None) or error)) from None
+        with client:
+            Deadline(client).begin(_LONGEST_S)
+            with client.stream("GET", pinned.url) as answer:
+                answer.raise_for_status()
+                content = _read(pinned, answer, say)
+    except httpx.HTTPStatusError as error:
+        raise _unreachable(pinned, f"status {error.response.status_code}") from None
+    except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
+        raise _unreachable(pinned, str(error) or type(error).__name__) from None
     return checked(pinned, content)
 
 
@@ -124,14 +121,12 @@ def _digest(kind: str, content: bytes) -> str:
     return f"{kind}:{hashlib.new(kind, content, usedforsecurity=kind != 'md5').hexdigest()}"
 
 
-def _read(pinned: Pinned, answer: IO[bytes], say: Callable[[str], None]) -> bytes:
-    content, until = bytearray(), time.monotonic() + _LONGEST_S
-    while piece := answer.read(_AT_ONCE):
+def _read(pinned: Pinned, answer: httpx.Response, say: Callable[[str], None]) -> bytes:
+    content = bytearray()
+    for piece in answer.iter_raw(_AT_ONCE):
         content += piece
         if len(content) > pinned.most:
             raise _another(pinned, f"{pinned.name} is longer than {pinned.most} bytes")
-        if time.monotonic() > until:
-            raise TimeoutError("it takes too long")
         say(f"{pinned.name}: {len(content)} of at most {pinned.most} bytes")
     say("")
     return bytes(content)
@@ -140,18 +135,3 @@ def _read(pinned: Pinned, answer: IO[bytes], say: Callable[[str], None]) -> byte
 def _refuse_plain(url: str) -> None:
     if urlsplit(url).scheme != "https":
         raise ConfigError(f"{url} is not an address of https", hint="Nothing is fetched without TLS.")
-
-
-class _OnlyTls(urllib.request.HTTPRedirectHandler):
-    """Follows redirections, to ``https`` only."""
-
-    def redirect_request(
-        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Message, newurl: str
-    ) -> urllib.request.Request | None:
-        """The request that comes next."""
-        try:
-            _refuse_plain(newurl)
-        except ConfigError:
-            fp.close()  # urllib does so only where this returns
-            raise
-        return super().redirect_request(req, fp, code, msg, headers, newurl)  # type: ignore[arg-type]

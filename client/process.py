@@ -46,6 +46,8 @@ class Ending(threading.Event):
 
     def __init__(self) -> None:
         super().__init__()
+        # A signal may come, and set it, while this very thread holds the lock: on its way into a wait or out of it.
+        self._cond = threading.Condition(threading.RLock())
         self._answering = False
         self.pulse = Pulse()
 

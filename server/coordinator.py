@@ -93,6 +93,9 @@ FLEET_CALLS = frozenset(
     )
 )
 TLS_KEY = "konsil.tls_key"  # in a request's scope
+LONGEST_CALL_S = 300.0  # longer than a hospital takes for an object of 1 MiB
+MOST_CONNECTIONS_EACH = 64  # a hospital makes a handful
+LARGEST_PULL = 1 << 16  # bytes of a request for messages, which names a node and little else
 LONG_POLL_S = 10.0  # well below the 30 s at which Flower's client gives up
 TASK_HEARTBEAT_S = 10.0
 
@@ -169,7 +172,15 @@ class _Doorbell:
 
 
 class _WithCertificate(AutoHTTPProtocol):  # type: ignore[misc, valid-type]  # one of two, by what is installed
-    """uvicorn's HTTP, telling the application whose TLS certificate the connection has."""
+    """uvicorn's HTTP, telling the application whose TLS certificate the connection has.
+
+    Guarantees:
+        * A call that is not over after ``LONGEST_CALL_S``, and a connection on which none comes, is cut off, however
+          slowly the other side speaks or listens.
+        * One certificate has ``MOST_CONNECTIONS_EACH`` connections at most: a hospital takes no other one's place.
+    """
+
+    _key, _end = "", None  # of a connection whose certificate could not be read
 
     def connection_made(self, transport: Any) -> None:
         """Keep the digest of the certificate's key, as the roster has it."""
@@ -183,7 +194,36 @@ class _WithCertificate(AutoHTTPProtocol):  # type: ignore[misc, valid-type]  # o
             scope[TLS_KEY] = digest
             await app(scope, receive, send)
 
-        self.app = with_key
+        self.app, self._key = with_key, digest
+        self._begin()
+        if sum(other._key == digest for other in self.connections) > MOST_CONNECTIONS_EACH:
+            transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        """A call begins with its first byte."""
+        if self._end is None:
+            self._begin()
+        super().data_received(data)
+
+    def on_response_complete(self) -> None:
+        """A call is over, and the next one may be here."""
+        self._over()
+        super().on_response_complete()
+        if not self.cycle.response_complete:
+            self._begin()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """It is over."""
+        self._over()
+        super().connection_lost(exc)
+
+    def _begin(self) -> None:
+        self._end = self.loop.call_later(LONGEST_CALL_S, self.transport.abort)
+
+    def _over(self) -> None:
+        if self._end is not None:
+            self._end.cancel()
+            self._end = None
 
 
 class Admission:
@@ -226,16 +266,48 @@ class Admission:
         return not named or (len(named) == 1 and self._tls_keys.get(named[0]) == scope[TLS_KEY])
 
     async def _hold(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
-        headers = dict(scope["headers"])
-        bell = await self._doorbell.wait(headers.get(b"flwr-public-key", b""))
+        """Let a pull wait. Of a hospital that hung up meanwhile Flower hears nothing, and its message stays."""
+        content, more = b"", True
+        while more:
+            event = await receive()
+            if event["type"] != "http.request":
+                return
+            content, more = content + event["body"], event["more_body"]
+            if len(content) > LARGEST_PULL:
+                await _forbid(scope, send)
+                return
+        hung_up = asyncio.ensure_future(_hung_up(receive))
+        ringing = asyncio.ensure_future(self._doorbell.wait(dict(scope["headers"]).get(b"flwr-public-key", b"")))
+        try:
+            await asyncio.wait({hung_up, ringing}, return_when=asyncio.FIRST_COMPLETED)
+            if hung_up.done():
+                log.debug("a hospital hung up while it waited for messages")
+                if ringing.done() and (bell := ringing.result()) is not None:
+                    bell.set()  # for its next pull
+                return
+            bell, body = ringing.result(), [{"type": "http.request", "body": content, "more_body": False}]
 
-        async def note(event: dict[str, Any]) -> None:
-            # A message went out, so another may be waiting behind it: let the next pull through at once.
-            if bell is not None and event["type"] == "http.response.body" and event.get("body"):
-                bell.set()
-            await send(event)
+            async def again() -> dict[str, Any]:
+                if not body:
+                    await asyncio.shield(hung_up)
+                return body.pop() if body else {"type": "http.disconnect"}
 
-        await self._app(scope, receive, note)
+            async def note(event: dict[str, Any]) -> None:
+                # A message went out, so another may be waiting behind it: let the next pull through at once.
+                if bell is not None and event["type"] == "http.response.body" and event.get("body"):
+                    bell.set()
+                await send(event)
+
+            await self._app(scope, again, note)
+        finally:
+            hung_up.cancel()
+            ringing.cancel()
+
+
+async def _hung_up(receive: Any) -> None:
+    """Return once the other side is gone."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 async def _forbid(scope: dict[str, Any], send: Any) -> None:

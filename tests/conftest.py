@@ -1,5 +1,6 @@
-"""What every test shares: nothing of a hospital stays open from one test to the next; and a database server."""
+"""What every test shares: what a test opened and how it logged ends with it; and a database server."""
 
+import logging
 import os
 import shutil
 import subprocess
@@ -28,6 +29,16 @@ def _close_hospitals() -> Iterator[None]:
     torch.set_num_threads(1)  # a test may have chosen others
     yield
     restart_hospitals()
+
+
+@pytest.fixture(autouse=True)
+def _log_as_before() -> Iterator[None]:
+    """Commands choose what is logged, which is right for a process and outlasts a test that runs them in its own."""
+    loggers = [logging.getLogger(), logging.getLogger("konsil")]
+    levels = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
 
 
 @pytest.fixture

@@ -14,14 +14,26 @@ from client.records.extras import needed
 from client.records.identifiers import refuse_found
 from client.records.manifest import Manifest, Pictures
 from client.records.patient_ids import plain
-from client.records.pictures import Picture, Place, blanked, check_size, to_bytes, windowed
+from client.records.pictures import Picture, Place, blanked, check_size, projected, to_bytes, windowed
 from shared_models.errors import RecordsError
 
 with needed("images", "pydicom"):
     import pydicom
-    from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi, pixel_array
+    from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi, get_decoder, iter_pixels, pixel_array
     from pydicom.pixels.utils import get_expected_length
-    from pydicom.uid import ExplicitVRLittleEndian
+    from pydicom.tag import Tag
+    from pydicom.uid import (
+        JPEG2000,
+        UID,
+        ExplicitVRLittleEndian,
+        JPEG2000Lossless,
+        JPEGBaseline8Bit,
+        JPEGExtended12Bit,
+        JPEGLossless,
+        JPEGLosslessSV1,
+        JPEGLSTransferSyntaxes,
+        RLELossless,
+    )
 
 # Of the confidentiality profile (PS3.15 table E.1-1): what names a patient, or is a number that a hospital can look up.
 IDENTIFYING = tuple(
@@ -32,6 +44,16 @@ IDENTIFYING = tuple(
     IssuerOfPatientID
     """.split()  # noqa: SIM905  # a list of words reads better as words
 )
+_TAGS = {name: Tag(name) for name in IDENTIFYING}
+# pydicom takes the first decoder that it finds, and decoders of lossy pictures differ by a grey level: each compression
+# has one here, so that a picture is the same at every hospital, whatever else is installed there.
+_DECODERS = {
+    **dict.fromkeys((JPEGBaseline8Bit, JPEGExtended12Bit), ("pillow", "pillow")),
+    **dict.fromkeys((JPEG2000, JPEG2000Lossless), ("pillow", "pillow")),
+    **dict.fromkeys(JPEGLSTransferSyntaxes, ("pyjpegls", "pyjpegls")),
+    **dict.fromkeys((JPEGLossless, JPEGLosslessSV1), ("gdcm", "python-gdcm")),
+    RLELossless: ("pydicom", "pydicom"),
+}
 _GREY = {"MONOCHROME1", "MONOCHROME2"}
 _OFTEN_WRITTEN_ON = {"US", "SC", "OT", "XC", "ES", "DOC"}  # ultrasound, screenshots, photographs, endoscopy, papers
 
@@ -48,18 +70,19 @@ def check_dicom(place: Place, manifest: Manifest, pictures: Pictures) -> tuple[i
     with place.path.open("rb") as stream:
         data = pydicom.dcmread(stream, stop_before_pixels=True)
         left = place.path.stat().st_size - stream.tell()
-    syntax = data.file_meta.TransferSyntaxUID if "TransferSyntaxUID" in data.file_meta else ExplicitVRLittleEndian
+    syntax = _syntax(data)
     if "Rows" not in data or (left <= 0 and not syntax.is_deflated):
         raise _without_pixels(place)
     _refuse(place, data, manifest, pictures)
     if not (syntax.is_compressed or syntax.is_deflated) and left < get_expected_length(data):
         raise ValueError("too short")
-    _frame(place, _frames(data))
+    _decoder(place, data)
+    _frame(place, _frames(data), pictures)
     return int(data.Rows), int(data.Columns)
 
 
 def read_dicom(place: Place, manifest: Manifest, pictures: Pictures) -> Picture:
-    """Decode one frame.
+    """Decode one frame, or all of them onto one.
 
     Args:
         place: The file, whose it is, and which frame of several.
@@ -78,18 +101,39 @@ def read_dicom(place: Place, manifest: Manifest, pictures: Pictures) -> Picture:
     if "PixelData" not in data:
         raise _without_pixels(place)
     _refuse(place, data, manifest, pictures)
-    try:
-        pixels = pixel_array(data, index=_frame(place, _frames(data)))
-    except (RuntimeError, NotImplementedError):  # no decoder for this compression is installed
-        raise RecordsError(
-            f"{place.path} is compressed in a way that nothing here decodes: {data.file_meta.TransferSyntaxUID.name}",
-            hint="Decompress it, or install a decoder that pydicom knows (python-gdcm).",
-        ) from None
-    if data.PhotometricInterpretation in _GREY and data.SamplesPerPixel == 1:
-        picture = to_bytes(_levels(pixels, data, pictures))
+    grey = data.PhotometricInterpretation in _GREY and data.SamplesPerPixel == 1
+    frame, decoder = _frame(place, _frames(data), pictures), _decoder(place, data)
+    if frame is None and _frames(data) > 1:
+        if not grey:
+            raise RecordsError(f"{place.path} has colours", hint="A projection is of grey values; choose a slice.")
+        frames = iter_pixels(data, decoding_plugin=decoder)
+        picture = to_bytes(projected((_levels(pixels, data, pictures) for pixels in frames), pictures))
     else:
-        picture = _colours(pixels, data)
+        pixels = pixel_array(data, index=frame, decoding_plugin=decoder)
+        picture = to_bytes(_levels(pixels, data, pictures)) if grey else _colours(pixels, data)
     return blanked(picture, pictures)
+
+
+def _syntax(data: Any) -> UID:
+    return data.file_meta.TransferSyntaxUID if "TransferSyntaxUID" in data.file_meta else ExplicitVRLittleEndian
+
+
+def _decoder(place: Place, data: Any) -> str:
+    """Which of pydicom's plugins decodes it; empty where the pixels are not compressed.
+
+    Raises:
+        RecordsError: It is not installed, or there is none.
+    """
+    syntax = _syntax(data)
+    if not syntax.is_compressed or syntax.is_deflated:
+        return ""
+    plugin, package = _DECODERS.get(syntax, ("", ""))
+    if syntax == JPEGExtended12Bit and data.BitsStored != 8:  # Pillow does the half of it that has eight bits
+        plugin = ""
+    if plugin and plugin in get_decoder(syntax).available_plugins:
+        return plugin
+    hint = f"Install what decodes it, pip install {package}; or decompress the file." if plugin else "Decompress it."
+    raise RecordsError(f"{place.path} is compressed in a way that nothing here decodes: {syntax.name}", hint=hint)
 
 
 def _without_pixels(place: Place) -> RecordsError:
@@ -109,7 +153,11 @@ def _frames(data: Any) -> int:
 
 def _refuse_identifiers(place: Place, data: Any, manifest: Manifest) -> None:
     """A PatientID that is the row's own patient is a pseudonym which the hospital has chosen, and a check."""
-    filled = [name for name in IDENTIFYING if str(data.get(name) or "").strip("^ ") and name not in manifest.drop]
+    filled = [  # what is dropped or not there is not decoded: of a folder of files that is a third of the time
+        name
+        for name in IDENTIFYING
+        if name not in manifest.drop and _TAGS[name] in data and str(data[_TAGS[name]].value or "").strip("^ ")
+    ]
     if "PatientID" in filled and place.patient is not None:
         if plain(str(data.PatientID)) != plain(place.patient):
             raise RecordsError(
@@ -135,12 +183,14 @@ def _refuse_writing(place: Place, data: Any, pictures: Pictures) -> None:
         )
 
 
-def _frame(place: Place, frames: int) -> int | None:
-    """Which of several; None of one."""
-    if frames == 1:
+def _frame(place: Place, frames: int, pictures: Pictures) -> int | None:
+    """Which of several; None of one, or where all are projected onto one."""
+    if frames == 1 or pictures.projection:
         return None
     if place.slice is None:
-        raise RecordsError(f"{place.path} has {frames} frames", hint="Say which: slice or slice_column in [images].")
+        raise RecordsError(
+            f"{place.path} has {frames} frames", hint="Say which: slice, slice_column or projection in [images]."
+        )
     return round(place.slice * (frames - 1))
 
 

@@ -5,10 +5,12 @@ Patient are never looked at: what is not named by the manifest does not leave th
 
 Source:
     HL7 FHIR R4: Bulk Data Access; Patient, Observation (``final``, ``amended`` and ``corrected`` are results),
-    Condition (``verificationStatus``).
+    Condition (``verificationStatus``, ``clinicalStatus``); dates may be a year, or a year and a month.
 """
 
 import json
+import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -21,6 +23,7 @@ from shared_models.errors import RecordsError
 
 _RESULTS = {"final", "amended", "corrected"}
 _NO_CONDITION = {"refuted", "entered-in-error"}
+_ACTIVE = {"active", "recurrence", "relapse"}
 _HINT = "Mend the export or [fhir] in the manifest, then run konsil-hospital check-data again."
 _Resource = Mapping[str, Any]
 ID = "id"
@@ -51,35 +54,75 @@ def read_export(manifest: Manifest) -> pd.DataFrame:
     return pd.DataFrame(list(rows.values()), index=lines, dtype=object)
 
 
+class _Wanted:
+    """Which columns a code is for, and which of them came up at all."""
+
+    def __init__(self, columns: Mapping[str, tuple[str, ...]]) -> None:
+        self._exact: defaultdict[str, list[str]] = defaultdict(list)
+        self._prefixes: list[tuple[str, str]] = []
+        self._absent = dict.fromkeys(columns)
+        for column, codes in columns.items():
+            for code in codes:
+                if code.endswith("*"):
+                    self._prefixes.append((code[:-1], column))
+                else:
+                    self._exact[code].append(column)
+
+    def columns(self, concept: object) -> list[str]:
+        """Those that any coding of a concept is for, each once."""
+        codes = _codes(concept)
+        found = [column for code in codes for column in self._exact.get(code, ())]
+        found += [column for prefix, column in self._prefixes for code in codes if code.startswith(prefix)]
+        return list(dict.fromkeys(found))
+
+    def came_up(self, column: str) -> None:
+        self._absent.pop(column, None)
+
+    @property
+    def absent(self) -> list[str]:
+        return list(self._absent)
+
+
 def _add(fhir: Fhir, rows: dict[str, dict[str, str]]) -> None:
     """What Observations and Conditions say of the patients."""
-    observed = {wanted.code: (column, wanted) for column, wanted in fhir.observation.items()}
-    conditions = {code: column for column, code in fhir.condition.items()}
+    observed = _Wanted({column: wanted.codes for column, wanted in fhir.observation.items()})
+    wanted_conditions = fhir.conditions
+    conditions = _Wanted({column: wanted.codes for column, wanted in wanted_conditions.items()})
     times: dict[tuple[str, str], datetime] = {}
-    found: set[str] = set()
     for path in fhir.files:
         for where, _, resource in _resources(path, "Observation", "Condition"):
             patient = _subject(resource)
-            for code in _codes(resource.get("code")):
-                if resource["resourceType"] == "Observation" and code in observed:
-                    column, wanted = observed[code]
-                    found.add(code)
-                    _observe(where, resource, column, wanted, rows.get(patient), times, patient)
-                elif resource["resourceType"] == "Condition" and code in conditions and _holds(resource):
-                    found.add(code)
-                    if patient in rows:
-                        rows[patient][conditions[code]] = "yes"
-    absent = [code for code in (*observed, *conditions) if code not in found]
+            if resource["resourceType"] == "Observation":
+                for part in (resource, *_components(resource)):
+                    for column in observed.columns(part.get("code")):
+                        observed.came_up(column)
+                        wanted = fhir.observation[column]
+                        _observe(where, resource, part, column, wanted, rows.get(patient), times, patient)
+            elif _holds(resource):
+                for column in conditions.columns(resource.get("code")):
+                    conditions.came_up(column)
+                    if patient in rows and (wanted_conditions[column].clinical == "any" or _active(resource)):
+                        rows[patient][column] = "yes"
+    absent = [fhir.observation[column].codes for column in observed.absent]
+    absent += [wanted_conditions[column].codes for column in conditions.absent]
     if absent:
         where = ", ".join(map(str, fhir.files)) or "fhir.files is empty"
         raise RecordsError(
-            f"{where}: no resource has code {absent[0]}", hint="Check the code, and that its file is in fhir.files."
+            f"{where}: no resource has code {' or '.join(absent[0])}",
+            hint="Check the code, and that its file is in fhir.files.",
         )
+
+
+def _components(resource: _Resource) -> list[_Resource]:
+    """Parts of an Observation with codes and values of their own, such as systolic and diastolic pressure."""
+    found = resource.get("component")
+    return [part for part in found if isinstance(part, dict)] if isinstance(found, list) else []
 
 
 def _observe(
     where: str,
     resource: _Resource,
+    part: _Resource,
     column: str,
     wanted: Observation,
     row: dict[str, str] | None,
@@ -89,7 +132,7 @@ def _observe(
     """Enter one observation, if it is a result, of a patient here, and newer (or older) than what is there."""
     if resource.get("status") not in _RESULTS or row is None:
         return
-    value = _value(where, resource, wanted)
+    value = _value(where, part, wanted)
     if value is None:
         return
     when = _time(where, resource)
@@ -99,27 +142,35 @@ def _observe(
 
 
 def _value(where: str, resource: _Resource, wanted: Observation) -> str | None:
-    """A quantity's number in the wanted unit, a coded value's code, or a text; None where there is none of them."""
+    """A quantity's number in the wanted unit, a coded value's code, a text, a whole number, or yes or no; else None."""
     quantity, coded = resource.get("valueQuantity"), resource.get("valueCodeableConcept")
     if isinstance(quantity, dict):
         if quantity.get("comparator"):
             return None  # "<5" is no number
         if wanted.unit is None or quantity.get("code", quantity.get("unit")) != wanted.unit:
             raise RecordsError(
-                f"{where}: a quantity of {wanted.code} has another unit than the manifest's {wanted.unit or '(none)'}",
+                f"{where}: a quantity of {' or '.join(wanted.codes)} has another unit than the manifest's "
+                f"{wanted.unit or '(none)'}",
                 hint='Convert before the export, or name the unit: unit = "..." (UCUM).',
             )
         value = quantity.get("value")
         return None if value is None else str(value)
     if isinstance(coded, dict):
         return next((code.rpartition("|")[2] for code in _codes(coded)), None)
-    value = resource.get("valueString")
+    if isinstance(resource.get("valueBoolean"), bool):
+        return "yes" if resource["valueBoolean"] else "no"
+    value = resource.get("valueString", resource.get("valueInteger"))
     return value if isinstance(value, str) else None
 
 
 def _holds(resource: _Resource) -> bool:
     """Whether a Condition is one: not refuted, not entered by mistake."""
     return not any(code.rpartition("|")[2] in _NO_CONDITION for code in _codes(resource.get("verificationStatus")))
+
+
+def _active(resource: _Resource) -> bool:
+    """Whether a Condition is there now."""
+    return any(code.rpartition("|")[2] in _ACTIVE for code in _codes(resource.get("clinicalStatus")))
 
 
 def _element(where: str, patient: _Resource, element: str, day: date | None) -> str:
@@ -131,8 +182,7 @@ def _element(where: str, patient: _Resource, element: str, day: date | None) -> 
     if born is None or day is None:
         return ""
     try:
-        # A year, or a year and a month, is completed with its first day, as FHIR's partial dates begin.
-        birth = date.fromisoformat("-".join([*str(born).split("-"), "01", "01"][:3]))
+        birth = date.fromisoformat(_completed(str(born)))
     except ValueError:
         raise RecordsError(f"{where}: birthDate is no date", hint=_HINT) from None
     if birth > day:
@@ -159,12 +209,17 @@ def _time(where: str, resource: _Resource) -> datetime:
     """When an observation was made. Without a time zone it is taken for UTC: only the order matters."""
     period = resource.get("effectivePeriod")
     text = resource.get("effectiveDateTime") or resource.get("effectiveInstant")
-    text = text or (period.get("start") if isinstance(period, dict) else None)
+    text = text or (period.get("start") if isinstance(period, dict) else None) or resource.get("issued")
     try:
-        found = datetime.fromisoformat(str(text))
+        found = datetime.fromisoformat(_completed(str(text)))
     except ValueError:
         raise RecordsError(f"{where}: the Observation has no effective time", hint=_HINT) from None
     return found if found.tzinfo else found.replace(tzinfo=UTC)
+
+
+def _completed(text: str) -> str:
+    """A year, or a year and a month, with its first day, as FHIR's partial dates begin; anything else as it is."""
+    return "-".join([*text.split("-"), "01", "01"][:3]) if re.fullmatch(r"\d{4}(-\d{2})?", text) else text
 
 
 def _day(manifest: Manifest, fhir: Fhir) -> date | None:

@@ -78,6 +78,8 @@ class Pictures(Frozen):
         axis: Along which axis of the body a volume is cut.
         slice: Which slice of a volume: 0 is the first, 1 the last.
         slice_column: Column that says it for each record, in place of ``slice``.
+        projection: In place of a slice all of them at once: the brightest pixel along the axis, or the mean, of what
+            the window shows.
         blank: Rectangles ``[top, left, bottom, right]`` of pixels that are made black before anything else, because
             something is written there.
         pixels_checked: Declares that somebody looked at the pixels: no text is burned into them.
@@ -88,8 +90,15 @@ class Pictures(Frozen):
     axis: Literal["axial", "coronal", "sagittal"] = "axial"
     slice: Annotated[float, Field(ge=0, le=1)] | None = None
     slice_column: Column | None = None
+    projection: Literal["maximum", "mean"] | None = None
     blank: tuple[tuple[int, int, int, int], ...] = ()
     pixels_checked: bool = False
+
+    @model_validator(mode="after")
+    def _one_slice_or_all(self) -> "Pictures":
+        if sum(choice is not None for choice in (self.slice, self.slice_column, self.projection)) > 1:
+            raise ValueError("slice, slice_column and projection exclude each other")
+        return self
 
 
 class LongForm(Frozen):
@@ -125,18 +134,48 @@ class Sql(Frozen):
     url_file: Annotated[Path, AfterValidator(_beside)]
 
 
+Codes = Column | Annotated[tuple[Column, ...], Field(min_length=1)]
+
+
+def _several(codes: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (codes,) if isinstance(codes, str) else codes
+
+
 class Observation(Frozen):
-    """A column from FHIR Observations of one code.
+    """A column from FHIR Observations, or from components of Observations such as a blood pressure's.
 
     Attributes:
-        code: ``system|code``, as in ``http://loinc.org|8867-4``.
-        unit: UCUM code that a quantity must have; none for coded and textual values.
+        code: ``system|code``, as in ``http://loinc.org|8867-4``, or several, any of which counts; one that ends in
+            ``*`` stands for all codes that begin so.
+        unit: UCUM code that a quantity must have; none for values of other kinds.
         take: Which observation of a patient counts, by its effective time.
     """
 
-    code: Column
+    code: Codes
     unit: str | None = None
     take: Literal["newest", "oldest"] = "newest"
+
+    @property
+    def codes(self) -> tuple[str, ...]:
+        """All of them."""
+        return _several(self.code)
+
+
+class Condition(Frozen):
+    """A column from FHIR Conditions: whether a patient has one.
+
+    Attributes:
+        code: As for ``Observation``.
+        clinical: Whether only those count that are there now, by ``clinicalStatus``: active, recurrence, relapse.
+    """
+
+    code: Codes
+    clinical: Literal["any", "active"] = "any"
+
+    @property
+    def codes(self) -> tuple[str, ...]:
+        """All of them."""
+        return _several(self.code)
 
 
 class Fhir(Frozen):
@@ -147,14 +186,22 @@ class Fhir(Frozen):
         date: Day, ``YYYY-MM-DD``, at which ages are computed.
         patient: Column = element of Patient: ``gender``, ``age`` (whole years at ``date``), ``deceased`` (yes or no).
         observation: Column = which observation's value.
-        condition: Column = ``system|code`` of a condition: ``yes`` if a patient has one, else ``no``.
+        condition: Column = codes of a condition: ``yes`` if a patient has one, else ``no``.
     """
 
     files: tuple[Annotated[Path, AfterValidator(_ndjson_file)], ...] = ()
     date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")] | None = None
     patient: Mapping[str, Literal["gender", "age", "deceased"]] = {}
     observation: Mapping[str, Observation] = {}
-    condition: Mapping[str, Column] = {}
+    condition: Mapping[str, Codes | Condition] = {}
+
+    @property
+    def conditions(self) -> Mapping[str, Condition]:
+        """The columns from Conditions; codes alone are one too."""
+        return {
+            column: wanted if isinstance(wanted, Condition) else Condition(code=wanted)
+            for column, wanted in self.condition.items()
+        }
 
     @model_validator(mode="after")
     def _ages_have_a_date(self) -> "Fhir":

@@ -1,8 +1,8 @@
-"""One slice of a NIfTI volume -> grey levels, turned as a radiologist looks at it.
+"""One slice of a NIfTI volume, or a projection of it -> grey levels, turned as a radiologist looks at it.
 
 Rows and columns follow the body, not the file: the front of an axial slice and the head of a coronal or sagittal one
 are on top; the patient's right is on the left, and of a sagittal slice the front is. Only the slice is read; of a
-compressed file everything before it too, and once all of it, for its checksum.
+compressed file everything before it too, and once all of it, for its checksum. A projection needs all slices.
 """
 
 import gzip
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from client.records.extras import needed
 from client.records.identifiers import refuse_found
 from client.records.manifest import Manifest, Pictures
-from client.records.pictures import Picture, Place, blanked, check_size, to_bytes, windowed
+from client.records.pictures import Picture, Place, blanked, check_size, projected, to_bytes, windowed
 from shared_models.errors import RecordsError
 
 with needed("images", "nibabel"):
@@ -27,7 +27,7 @@ _CHUNK = 1 << 20
 
 
 def read_nifti(place: Place, manifest: Manifest, pictures: Pictures) -> Picture:
-    """Read one slice.
+    """Read one slice, or all of them as a projection.
 
     Args:
         place: The file, and which slice.
@@ -45,7 +45,7 @@ def read_nifti(place: Place, manifest: Manifest, pictures: Pictures) -> Picture:
     length = _length(place)
     image = _opened(place, manifest, pictures)
     _check_length(image, length)
-    return blanked(to_bytes(windowed(_plane(place, image, pictures), *_window(place, pictures))), pictures)
+    return blanked(to_bytes(_plane(place, image, pictures)), pictures)
 
 
 def check_nifti(place: Place, manifest: Manifest, pictures: Pictures) -> tuple[int, int]:
@@ -75,7 +75,7 @@ def _opened(place: Place, manifest: Manifest, pictures: Pictures) -> Any:
     shape = tuple(image.shape)
     if len(shape) != 3:
         raise RecordsError(f"{place.path} has {len(shape)} dimensions", hint="One volume per file.")
-    check_size(place.path, *shape[:2])
+    check_size(place.path, *(shape if pictures.projection else shape[:2]))
     return image
 
 
@@ -97,17 +97,30 @@ def _cut(place: Place, image: Any, pictures: Pictures) -> tuple[int, int, NDArra
         raise RecordsError(f"{place.path} does not say how it lies in space", hint="Export it with an orientation.")
     cut = int(np.flatnonzero(orientation[:, 0] == _AXES[pictures.axis])[0])
     depth = image.shape[cut]
-    if place.slice is None and depth > 1:
-        raise RecordsError(f"{place.path} has {depth} slices", hint="Say which: slice or slice_column in [images].")
+    if place.slice is None and pictures.projection is None and depth > 1:
+        raise RecordsError(
+            f"{place.path} has {depth} slices", hint="Say which: slice, slice_column or projection in [images]."
+        )
     number = round((place.slice or 0) * (depth - 1))
     return cut, depth - 1 - number if orientation[cut, 1] < 0 else number, orientation
 
 
 def _plane(place: Place, image: Any, pictures: Pictures) -> NDArray[np.float64]:
-    """The slice, its rows from the top and its columns from the left."""
+    """Levels of the slice or the projection, rows from the top and columns from the left."""
     cut, number, orientation = _cut(place, image, pictures)
-    index = tuple(number if axis == cut else slice(None) for axis in range(3))
-    plane = np.asarray(image.dataobj[index], dtype=np.float64)
+    window, proxy = _window(place, pictures), image.dataobj
+
+    def index(number: int) -> tuple[int | slice, ...]:
+        return tuple(number if axis == cut else slice(None) for axis in range(3))
+
+    if pictures.projection:
+        stored = proxy.get_unscaled()  # mapped, where the file is not compressed
+        slices = (
+            stored[index(number)].astype(np.float64) * proxy.slope + proxy.inter for number in range(image.shape[cut])
+        )
+        plane = projected((windowed(values, *window) for values in slices), pictures)
+    else:
+        plane = windowed(np.asarray(proxy[index(number)], dtype=np.float64), *window)
     left = [axis for axis in range(3) if axis != cut]
     # Each axis of the plane runs against its axis of the body: from head, front or right, which are top and left.
     plane = plane[tuple(slice(None, None, -1 if orientation[axis, 1] > 0 else 1) for axis in left)]

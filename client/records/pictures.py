@@ -6,7 +6,7 @@ pixels are decoded when a batch needs them, one picture at a time.
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,6 +129,15 @@ def windowed(values: NDArray[np.float64], centre: float, width: float) -> NDArra
     What is not a number (the background of some volumes) is black.
     """
     return np.nan_to_num(np.clip((values - (centre - width / 2)) / width, 0, 1), nan=0.0)
+
+
+def projected(planes: Iterable[NDArray[np.float64]], pictures: Pictures) -> NDArray[np.float64]:
+    """Levels of all slices or frames, one at a time, to one: the brightest at each place, or the mean."""
+    whole, count = np.zeros(()), 0
+    for levels in planes:
+        whole = np.maximum(whole, levels) if pictures.projection == "maximum" else whole + levels
+        count += 1
+    return whole if pictures.projection == "maximum" else whole / count
 
 
 def to_bytes(levels: NDArray[np.float64]) -> Picture:

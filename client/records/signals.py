@@ -2,8 +2,8 @@
 
 Each file is decoded by ``wfdb_files.py`` or ``edf.py``, one recording in memory at a time: all of them once before a
 study, since a recording may turn out to be empty, and then again when a batch needs them. A step holds the mean of its
-samples (or their last or sum, as the task's variable says); where a recording has fewer samples than steps, the steps
-between are masked.
+samples (or their last or sum, as the task's variable says); where a recording has fewer samples than steps, or a gap,
+the steps between are masked.
 """
 
 import math
@@ -38,12 +38,15 @@ class Channel:
         unit: Of the samples, as the file has it.
         frequency: Samples per second.
         read: Reads the samples, shape ``(k,)``; NaN where the file says that there is none.
+        times: Seconds since the recording's begin of these samples, which grow; None where one follows the other from
+            0 on. Where nothing was recorded there is no sample.
     """
 
     name: str
     unit: str
     frequency: float
     read: Callable[[], NDArray[np.float64]]
+    times: Callable[[], NDArray[np.float64]] | None = None
 
 
 def read_signals(manifest: Manifest, schema: SeriesInput, frame: pd.DataFrame) -> tuple[Account, OnDisk]:
@@ -127,7 +130,8 @@ def _add(
     channel = _find(path, channels, manifest.column(variable.name))
     values = channel.read() * _factor(path, channel, variable)
     # The small shift keeps a sample that is due exactly at a step's begin from falling into the step before.
-    times = np.arange(len(values)) / channel.frequency / STEP_S[schema.step_unit] * (1 + 1e-12)
+    seconds = channel.times() if channel.times else np.arange(len(values)) / channel.frequency
+    times = seconds / STEP_S[schema.step_unit] * (1 + 1e-12)
     known, held = np.isfinite(values), times < schema.steps
     good = (values >= variable.low) & (values <= variable.high)
     outside = known & held & ~good
@@ -180,10 +184,10 @@ def _channels(path: Path, patient: str | None, manifest: Manifest) -> list[Chann
 
 
 def _files(path: Path) -> list[Path]:
-    """The files of a recording: a WFDB header has its samples beside it."""
+    """The files of a recording: a WFDB header has its samples, or its segments, beside it."""
     if not path.name.lower().endswith(".hea"):
         return [path]
     with decoding(path):
-        from client.records.wfdb_files import sample_files  # noqa: PLC0415  # it imports an extra
+        from client.records.wfdb_files import files_beside  # noqa: PLC0415  # it imports an extra
 
-        return [path, *sample_files(path)]
+        return [path, *files_beside(path)]

@@ -2,7 +2,7 @@
 
 Source:
     WFDB applications guide, header(5): names and comments of the header, and its checksums, the sums of all samples of
-    a channel modulo 2**16.
+    a channel modulo 2**16; multi-segment records, whose first segment may be a layout of length 0, and null segments.
 """
 
 import math
@@ -15,22 +15,29 @@ import numpy as np
 from client.records.extras import needed
 from client.records.identifiers import is_identifier, refuse_found
 from client.records.manifest import Manifest
+from client.records.pictures import decoding
 from client.records.signals import Channel
 from shared_models.errors import RecordsError
 
 with needed("signals", "wfdb"):
     import wfdb
 
+_NULL = "~"  # a segment, or a file of samples, that there is none of
+_DAMAGED = "A file is damaged or was replaced. Export the recording again."
 
-def sample_files(path: Path) -> list[Path]:
-    """The files of samples that a header names, each beside it.
+
+def files_beside(path: Path) -> list[Path]:
+    """The files that a header names, each beside it: its samples', or those of its segments with their headers.
 
     Raises:
-        RecordsError: It has several segments.
+        RecordsError: A segment has segments.
         Exception: Whatever wfdb raises for a damaged header.
     """
     header = _header(path)
-    return [path.parent / name for name in dict.fromkeys(header.file_name or [])]  # wfdb reads no name with a slash
+    if isinstance(header, wfdb.MultiRecord):
+        segments = [segment for segment, _ in _segments(path, header) if segment is not None]
+        return list(dict.fromkeys(file for one in segments for file in (one, *files_beside(one))))
+    return [path.parent / name for name in dict.fromkeys(header.file_name or []) if name != _NULL]
 
 
 def read_wfdb(path: Path, manifest: Manifest) -> list[Channel]:
@@ -38,24 +45,79 @@ def read_wfdb(path: Path, manifest: Manifest) -> list[Channel]:
 
     Guarantees:
         * Samples agree with the header's checksums, where it has some.
+        * Of several segments each sample has its time; a null segment, and a segment without a channel, is a gap.
 
     Args:
         path: The header.
         manifest: Names the fields of the header's comments that are left aside.
 
     Raises:
-        RecordsError: Comments identify somebody and the manifest does not drop them; a checksum does not agree.
+        RecordsError: Comments identify somebody and the manifest does not drop them; a checksum does not agree; a
+            segment is not what the header of the whole says, or has another unit than the one before.
         Exception: Whatever wfdb raises for a damaged file.
     """
     header = _header(path)
     _refuse_identifiers(path, header.comments or [], manifest)
+    if isinstance(header, wfdb.MultiRecord):
+        return _joined(path, header, manifest)
+    return _channels(path)
+
+
+def _joined(path: Path, header: Any, manifest: Manifest) -> list[Channel]:
+    """The channels of all segments, in the order in which they come up."""
+    found: dict[str, list[tuple[float, Channel]]] = {}
+    start, fs = 0, float(header.fs)
+    for segment, length in _segments(path, header):
+        if segment is not None:
+            one = _header(segment)
+            if one.fs != header.fs or (length and one.sig_len != length):
+                raise RecordsError(
+                    f"{segment} is not the segment that {path.name} says: of another length or frequency", hint=_DAMAGED
+                )
+            _refuse_identifiers(segment, one.comments or [], manifest)
+            channels = _channels(segment) if length else []  # the first may be a layout, and has no samples
+            if len({channel.name for channel in channels}) < len(channels):
+                raise RecordsError(f"{segment} has a channel twice", hint="Give channels names of their own.")
+            for channel in channels:
+                found.setdefault(channel.name, []).append((start / fs, channel))
+        start += length
+    if header.sig_len not in {None, start}:
+        raise RecordsError(f"{path} is longer or shorter than its segments", hint=_DAMAGED)
+    return [_join(path, pieces) for pieces in found.values()]
+
+
+def _join(path: Path, pieces: list[tuple[float, Channel]]) -> Channel:
+    _, first = pieces[0]
+    if any(channel.unit != first.unit for _, channel in pieces):
+        raise RecordsError(f"{path}: channel {first.name!r} changes its unit", hint="Export it in one unit.")
+    samples = [channel.read() for _, channel in pieces]
+    times = [
+        start + np.arange(len(some)) / channel.frequency for (start, channel), some in zip(pieces, samples, strict=True)
+    ]
+    return Channel(
+        first.name, first.unit, first.frequency, partial(np.concatenate, samples), partial(np.concatenate, times)
+    )
+
+
+def _segments(path: Path, header: Any) -> list[tuple[Path | None, int]]:
+    """Each segment's header, None of a null segment, and its frames."""
+    pairs = zip(header.seg_name, header.seg_len, strict=True)
+    found = [(None if name == _NULL else path.with_name(f"{name}.hea"), int(length)) for name, length in pairs]
+    for segment, _ in found:
+        if segment is not None and isinstance(_header(segment), wfdb.MultiRecord):
+            raise RecordsError(f"{segment} is a segment and has segments", hint=_DAMAGED)
+    return found
+
+
+def _channels(path: Path) -> list[Channel]:
+    """The channels of one segment."""
     record: Any = wfdb.rdrecord(str(path.with_suffix("")), physical=False, smooth_frames=False)
     for number, samples in enumerate(record.e_d_signal):
         expected, skew = record.checksum[number], (record.skew or [0])[number] if record.skew else 0
         if expected is not None and not skew and int(np.sum(samples, dtype=np.int64)) % 65536 != int(expected) % 65536:
             raise RecordsError(
                 f"{path}: the samples of channel {record.sig_name[number]!r} do not agree with the header's checksum",
-                hint="A file is damaged or was replaced. Export the recording again.",
+                hint=_DAMAGED,
             )
     channels = []
     for number, samples in enumerate(record.dac(expanded=True)):
@@ -68,10 +130,8 @@ def read_wfdb(path: Path, manifest: Manifest) -> list[Channel]:
 
 
 def _header(path: Path) -> Any:
-    header = wfdb.rdheader(str(path.with_suffix("")))
-    if not isinstance(header, wfdb.Record):
-        raise RecordsError(f"{path} has several segments", hint="Export it as one segment.")
-    return header
+    with decoding(path):  # a segment's is named by its own file
+        return wfdb.rdheader(str(path.with_suffix("")))
 
 
 def _refuse_identifiers(path: Path, comments: list[str], manifest: Manifest) -> None:

@@ -20,7 +20,7 @@ from shared_models.errors import ConfigError, ConnectionLostError, FederationErr
 from shared_models.terminal import printable
 
 ERROR_KEY = "konsil-error-bin"
-CALL_TIMEOUT_S = 30.0
+CALL_TIMEOUT_S, FETCH_TIMEOUT_S = 30.0, 3600.0  # a fetch that was cut off goes on where it was
 LONGEST_PAUSE_S = 15.0
 _BACK_SOON = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN})
 
@@ -234,7 +234,7 @@ class ControlConnection:
         with part.open("r+b" if known else "w+b") as file, self._explained():
             while data := file.read(1 << 20):
                 digest.update(data)
-            for chunk in method(request):
+            for chunk in method(request, timeout=FETCH_TIMEOUT_S):
                 if chunk.HasField("header"):
                     size = chunk.header.size
                     about.write_text(chunk.header.snapshot, encoding="utf-8")

@@ -1,6 +1,7 @@
 """``report``, ``statement`` and ``diff`` as a person uses them: as processes, on files."""
 
 import json
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -50,6 +51,27 @@ def test_a_report_is_written_of_what_does_not_hold_as_well(told: Told, tmp_path:
     text = page.read_text(encoding="utf-8")
     assert "cannot be shown to hold" in text
     assert "hospital-1.zip" in text
+
+
+def test_a_folder_of_everything_is_read_whole(told: Told, tmp_path: Path) -> None:
+    """Bundles that lie in a study's own folder, or deeper, are verified too; what nobody looked at is named."""
+    folder, data = tmp_path / "study", tmp_path / "found.json"
+    shutil.copytree(told.studies[0], folder)
+    shutil.copytree(told.studies[1], folder / "more" / "study")
+    for place, (name, bundle) in zip(["", "more", "more/study", "deep/down"], told.late.items(), strict=True):
+        (folder / place).mkdir(parents=True, exist_ok=True)
+        shutil.copy(bundle, folder / place / f"{name}.zip")
+    (folder / "notes.txt").write_text("by hand", encoding="utf-8")
+
+    done = run("verify", folder, "--root", told.root, "--json", data)
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "verified 4 hospitals" in done.stdout
+    assert "everything holds and agrees" in done.stdout
+    assert f"not looked at: {folder}/" in done.stdout
+    fields = json.loads(data.read_bytes())
+    assert str(folder / "notes.txt") in fields["not_looked_at"]
+    assert not [path for path in fields["not_looked_at"] if path.endswith((".zip", "receipts.jsonl", "sums.jsonl"))]
 
 
 def test_papers_are_written_to_a_folder_or_a_file(told: Told, tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
 """The hospital's daemon against real servers: whom it trusts, what it never does, what it sends when it fails."""
 
+import asyncio
 import io
 import logging
 import os
 import signal
+import ssl
 import stat
 import subprocess
 import sys
@@ -11,6 +13,8 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -276,6 +280,81 @@ def test_a_transfer_that_breaks_goes_on_where_it_was(keys: Keys, direction: str)
     assert len(seen) == 1  # one message, whatever happened to connections
     assert relay.breaks[direction] == []
     assert relay.passed[direction] < 2 * vector.nbytes + 5 * (1 << 20)
+
+
+class _Trickle(Relay):
+    """A relay that can be told to let a byte through now and then."""
+
+    trickling = threading.Event()
+
+    async def _pass(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, way: str, both: set[asyncio.StreamWriter]
+    ) -> None:
+        with suppress(OSError):
+            while data := await reader.read(1 << 16):
+                for place in range(len(data)):
+                    if way == "up" or not self.trickling.is_set():
+                        writer.write(data[place:])
+                        break
+                    writer.write(data[place : place + 1])
+                    await asyncio.sleep(0.2)
+                await writer.drain()
+        with suppress(OSError):
+            writer.close()
+
+
+def test_a_coordinator_that_sends_byte_by_byte_is_a_lost_connection(
+    keys: Keys, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each byte comes well before a read would time out; the call is over all the same, and the next one goes well."""
+    caplog.set_level(logging.INFO, "konsil.hospital")
+    monkeypatch.setattr(client.daemon, "LONGEST_CALL_S", 1.0)
+    monkeypatch.setattr(server.coordinator, "LONG_POLL_S", 0.3)
+    over = Ending()
+    with running_loop() as loop, SuperLink(keys.coordinator()) as link:
+        relay = _Trickle("127.0.0.1", keys.port, loop)
+        settings = keys.hospital("north").model_copy(update={"coordinator": relay.address})
+        arguments = (settings, keys.hospital_file("north"), client_app.app)
+        thread = threading.Thread(target=serve, args=arguments, kwargs={"until": over}, daemon=True)
+        thread.start()
+        _wait_for(link.online, 20)
+
+        relay.trickling.set()
+        _wait_for(lambda: "not over after 1 s: the line or the other side is too slow" in caplog.text, 20)
+        relay.trickling.clear()
+        _wait_for(lambda: caplog.text.count("connected to") == 2, 20)
+
+        over.set()
+        thread.join(20)
+        relay.close()
+    assert "trying again in" in caplog.text
+
+
+def test_headers_that_never_end_are_not_waited_for(keys: Keys, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server with a right certificate that answers with one letter of a header after the other."""
+    monkeypatch.setattr(client.daemon, "LONGEST_CALL_S", 1.0)
+    home = keys.folder / "coordinator"
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(home / "tls.pem", home / "tls.key")
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.load_verify_locations(keys.authority.certificate)
+
+    async def answer(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(OSError):
+            for letter in chain(b"HTTP/1.1 200 OK\r\nx-letters: ", repeat(ord("a"))):
+                writer.write(bytes([letter]))
+                await writer.drain()
+                await asyncio.sleep(0.1)
+
+    with running_loop() as loop:
+        serving = asyncio.start_server(answer, "127.0.0.1", keys.port, ssl=context)
+        listener = asyncio.run_coroutine_threadsafe(serving, loop).result()
+        with pytest.raises(ConnectionLostError, match="not over after 1 s") as caught:
+            FleetConnection(keys.hospital("north")).__enter__()
+        time.sleep(0.3)  # the server notices
+        loop.call_soon_threadsafe(listener.close)
+
+    assert "Check the address and the network" in caught.value.hint
 
 
 def test_every_part_of_a_transfer_is_a_sign_of_life(keys: Keys) -> None:

@@ -15,7 +15,9 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from pydicom.data import get_testdata_file
+from pydicom.pixels import get_decoder
 
+import client.records.dicom
 from shared_models.tasks import PNEUMONIA, ImageInput
 from tests.client.test_pictures import attempt, read, refusal, write
 
@@ -138,16 +140,49 @@ def test_monochrome1_is_turned_so_that_255_is_white(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["MR_small_RLE.dcm", "MR_small_bigendian.dcm", "MR_small_implicit.dcm", "MR_small_jp2klossless.dcm"]
+    "name",
+    [
+        "MR_small_RLE.dcm",
+        "MR_small_bigendian.dcm",
+        "MR_small_implicit.dcm",
+        "MR_small_jp2klossless.dcm",
+        "MR_small_jpeg_ls_lossless.dcm",
+    ],
 )
 def test_lossless_encodings_of_one_picture_are_one_picture(tmp_path: Path, name: str) -> None:
-    """RLE, JPEG 2000, the other byte order, implicit types: as other tools wrote them."""
+    """RLE, JPEG 2000, JPEG-LS, the other byte order, implicit types: as other tools wrote them."""
     shutil.copy(source("MR_small.dcm"), tmp_path / "plain.dcm")
     shutil.copy(source(name), tmp_path / "a.dcm")
 
     plain, other = read(write(tmp_path, "plain.dcm", "a.dcm", drop=DROP), task(64, 64))
 
     np.testing.assert_array_equal(plain, other)
+
+
+@pytest.mark.parametrize("name", ["JPEGLSNearLossless_08.dcm", "JPEGLSNearLossless_16.dcm"])
+def test_lossy_jpeg_ls_is_as_near_as_it_says(tmp_path: Path, name: str) -> None:
+    """Files of pydicom's own, by the CharLS library: within the error that was allowed of what it decodes itself."""
+    import jpeg_ls
+
+    shutil.copy(source(name), tmp_path / "a.dcm")
+    data = pydicom.dcmread(source(name))
+    frame = next(pydicom.encaps.generate_frames(data.PixelData, number_of_frames=1))
+    own = jpeg_ls.decode(np.frombuffer(frame, dtype=np.uint8)).astype(float)
+    most = 2.0**data.BitsStored - 1
+
+    found = read(
+        write(tmp_path, "a.dcm", drop=DROP, images={"pixels_checked": True, "window": [most / 2, most]}),
+        task(data.Rows, data.Columns),
+    )
+
+    np.testing.assert_allclose(found[0, 0], np.clip(own / most, 0, 1) * 255, atol=0.51)
+
+
+def test_what_decodes_a_picture_does_not_depend_on_what_else_is_installed() -> None:
+    """For each compression one decoder, of those that pydicom has for it."""
+    for syntax, (plugin, _) in client.records.dicom._DECODERS.items():
+        known = get_decoder(syntax)
+        assert plugin in {*known.available_plugins, *known._unavailable}, syntax.name
 
 
 def test_a_file_without_a_suffix_is_known_by_its_first_bytes(tmp_path: Path) -> None:
@@ -210,6 +245,27 @@ def test_a_frame_is_chosen_by_the_manifest_or_by_the_row(tmp_path: Path) -> None
 
 
 # identifiers
+
+
+@pytest.mark.parametrize("name", ["rtdose.dcm", "rtdose_rle.dcm"])
+@pytest.mark.parametrize("projection", ["maximum", "mean"])
+def test_frames_may_be_projected_onto_one(tmp_path: Path, projection: str, name: str) -> None:
+    """Fifteen planes of a dose, plain and compressed; colours have no brightest."""
+    shutil.copy(source(name), tmp_path / "a.dcm")
+    shutil.copy(source("SC_rgb_rle_2frame.dcm"), tmp_path / "colours.dcm")
+    frames = np.frombuffer(pydicom.dcmread(source("rtdose.dcm")).PixelData, "<u4").reshape(15, 10, 10)
+    most = float(frames.max())
+    shown = np.clip((frames - 0.1 * most) / (0.8 * most), 0, 1)
+    flat = shown.max(axis=0) if projection == "maximum" else shown.mean(axis=0)
+    images = {"pixels_checked": True, "window": [0.5 * most, 0.8 * most], "projection": projection}
+
+    found = read(write(tmp_path, "a.dcm", drop=DROP, images=images), task(10, 10))
+
+    assert len(np.unique(found)) > 10
+    assert np.abs(found[0, 0] - flat * 255).max() <= 0.5 + 1e-6
+    assert "colours.dcm has colours" in refusal(
+        write(tmp_path, "colours.dcm", drop=DROP, images=images), task(100, 100, 3)
+    )
 
 
 def test_tags_that_identify_a_patient_are_refused_unless_dropped(tmp_path: Path) -> None:
@@ -277,14 +333,18 @@ def test_text_in_the_pixels_is_refused_unless_blanked(
 
 
 def test_objects_without_pixels_and_without_a_decoder_are_refused(tmp_path: Path) -> None:
-    """A report is no image; JPEG-LS needs a decoder that is not installed."""
+    """A report is no image; lossless JPEG needs a decoder that is not installed, and the words name it."""
     shutil.copy(source("reportsi.dcm"), tmp_path / "report.dcm")
-    shutil.copy(source("MR_small_jpeg_ls_lossless.dcm"), tmp_path / "ls.dcm")
+    shutil.copy(source("SC_rgb_jpeg_gdcm.dcm"), tmp_path / "lossless.dcm")
 
     assert "report.dcm has no pixels" in refusal(write(tmp_path, "report.dcm", drop=DROP), task(64, 64))
-    assert "ls.dcm is compressed in a way that nothing here decodes: JPEG-LS" in refusal(
-        write(tmp_path, "ls.dcm", drop=DROP), task(64, 64)
+    shutil.copy(source("JPEG-lossy.dcm"), tmp_path / "twelve.dcm")
+    assert "twelve.dcm is compressed in a way that nothing here decodes: JPEG Extended" in refusal(
+        write(tmp_path, "twelve.dcm", drop=DROP, images={"pixels_checked": True}), task(256, 1024)
     )
+    said = refusal(write(tmp_path, "lossless.dcm", drop=DROP, images={"pixels_checked": True}), task(100, 100, 3))
+    assert "lossless.dcm is compressed in a way that nothing here decodes: JPEG Lossless" in said
+    assert "pip install python-gdcm" in said
 
 
 # damage

@@ -7,7 +7,9 @@ import io
 import os
 import ssl
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from click.testing import Result
 from lifelines.datasets import load_lung
 from typer.testing import CliRunner
 
+import client.download
 from client import examples
 from client.cli import app
 from client.download import Pinned, fetch
@@ -63,6 +66,14 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Source]:
     class Publisher(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             asked.append(self.path)
+            if self.path.startswith("/slow/"):
+                with suppress(OSError):
+                    for letter in (
+                        b"HTTP/1.1 200 OK\r\n" + (b"\r\n" if "body" in self.path else b"x-letters: ") + bytes(99)
+                    ):
+                        self.wfile.write(bytes([letter or ord("a")]))
+                        time.sleep(0.1)
+                return
             if self.path.startswith("/to/"):
                 self.send_response(302)
                 self.send_header("Location", self.path.removeprefix("/to/"))
@@ -243,6 +254,17 @@ def test_a_source_without_trusted_tls_is_refused(
     monkeypatch.setenv("SSL_CERT_FILE", str(Authority(tmp_path / "other").certificate))
     with pytest.raises(TransferError, match="CERTIFICATE_VERIFY_FAILED"):
         fetch(pinned, say=print)
+
+
+@pytest.mark.parametrize("part", ["head", "body"])
+def test_a_source_that_sends_byte_by_byte_is_not_waited_for(
+    source: Source, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No read times out; the whole has its own bound."""
+    monkeypatch.setattr(client.download, "_LONGEST_S", 2.5)
+
+    with pytest.raises(TransferError, match=r"cannot be fetched: not over after 2\.5 s"):
+        fetch(Pinned("file", f"{source.url}/slow/{part}", 1000, ("sha256:" + "0" * 64,)), say=lambda _: None)
 
 
 def test_no_more_is_taken_than_the_file_has(source: Source) -> None:

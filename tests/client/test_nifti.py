@@ -91,6 +91,40 @@ def test_voxels_that_are_no_numbers_are_black(tmp_path: Path) -> None:
     assert pixels.sum() == 7 * 2 * 255
 
 
+@pytest.mark.parametrize("axis", ["axial", "coronal", "sagittal"])
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
+@pytest.mark.parametrize("projection", ["maximum", "mean"])
+def test_a_volume_may_be_projected(tmp_path: Path, axis: str, name: str, projection: str) -> None:
+    """The brightest, or the mean, of what the window shows of all slices, along an axis of the body."""
+    rng = np.random.default_rng(0)
+    body = rng.uniform(-50, 250, SHAPE)
+    image = nibabel.Nifti1Image(body, np.eye(4))
+    image.header.set_data_dtype(np.int16)
+    image.header.set_slope_inter(0.5, 3)
+    nibabel.save(image, tmp_path / name)
+    body = nibabel.load(tmp_path / name).get_fdata()
+    number = {"sagittal": 0, "coronal": 1, "axial": 2}[axis]
+    shown = np.clip((body - 0) / 200, 0, 1)  # centre 100, width 200
+    flat = shown.max(axis=number) if projection == "maximum" else shown.mean(axis=number)
+    height, width = flat.shape[1], flat.shape[0]
+
+    pixels = read(
+        write(tmp_path, name, images={"window": [100.0, 200.0], "axis": axis, "projection": projection}),
+        task(height, width),
+    )[0, 0]
+
+    assert np.abs(pixels - flat[::-1, ::-1].T * 255).max() <= 0.5 + 1e-9
+
+
+def test_a_slice_and_a_projection_exclude_each_other(tmp_path: Path) -> None:
+    """One of them."""
+    save(tmp_path / "a.nii", ORIENTATIONS[0])
+
+    said = refusal(write(tmp_path, "a.nii", images=FULL | {"slice": 0.5, "projection": "mean"}), task(7, 6))
+
+    assert "slice, slice_column and projection exclude each other" in said
+
+
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     """No window, no slice, four dimensions, no NIfTI."""
     save(tmp_path / "a.nii", ORIENTATIONS[0])

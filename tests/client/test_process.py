@@ -149,3 +149,13 @@ def test_a_signal_between_messages_ends_the_process_and_during_one_it_waits() ->
 
     with pytest.raises(SystemExit):
         Ending().on_signal(signal.SIGTERM, None)
+
+
+def test_a_signal_on_the_way_into_a_wait_does_not_wait_for_itself() -> None:
+    """It may come while this thread holds the lock that setting the event needs."""
+    until = Ending()
+
+    with until.answering(), until._cond:
+        until.on_signal(signal.SIGTERM, None)
+
+    assert until.wait(0)

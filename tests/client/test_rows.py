@@ -393,6 +393,87 @@ def test_quantities_have_the_manifests_unit(tmp_path: Path) -> None:
     assert "Observation.ndjson, line 3: a quantity of http://loinc.org|8302-2 has another unit than" in text
 
 
+def pressure(identity: str, when: str, systolic: float, **more: Any) -> dict[str, Any]:
+    """A blood pressure, as FHIR R4's own profile has it: one Observation with two components."""
+    parts = [
+        {"code": {"coding": [{"system": LOINC, "code": code}]}, "valueQuantity": {"value": value, "code": "mm[Hg]"}}
+        for code, value in (("8480-6", systolic), ("8462-4", 80))
+    ]
+    return observation(identity, when, code="85354-9", component=parts) | more
+
+
+def test_components_of_an_observation_are_values_of_its_patient(tmp_path: Path) -> None:
+    """The systolic pressure, the newest of results only; the panel's own code has no value."""
+    pressures = [
+        pressure("a", "2024-01-01", 120),
+        pressure("a", "2024-02", 57),
+        pressure("a", "2024-03-01", 99, status="entered-in-error"),
+    ]
+    take = FHIR["observation"] | {"age": {"code": f"{LOINC}|8480-6", "unit": "mm[Hg]"}}
+
+    table = read(
+        export(tmp_path, PATIENTS[:1], OBSERVATIONS[:1] + pressures, [condition("a")], patient={}, observation=take)
+    )
+
+    assert table.cells["age"].tolist() == [57]
+
+
+def test_a_column_may_have_several_codes_and_beginnings_of_codes(tmp_path: Path) -> None:
+    """Any of a list, and all that begin as one does; of one code two columns have a value each."""
+    icd = "http://hl7.org/fhir/sid/icd-10"
+    ill = [condition(identity) for identity in "abc"]
+    for one, code in zip(ill, ("I21.4", "I210", "I20.0"), strict=True):
+        one["code"]["coding"] = [{"system": icd, "code": code}]
+    stages = [
+        observation("a", "2024", code="one", **stage("i")),
+        observation("b", "2024-02", code="two", **stage("ii")),
+    ]
+    stages += [observation("c", "2024-02-03", code="two", **stage("iii"))]
+    codes = {"stage": {"code": [f"{LOINC}|one", f"{LOINC}|two"]}}
+
+    def labels(*wanted: str) -> list[int]:
+        return read(
+            export(tmp_path, PATIENTS, stages, ill, observation=codes, condition={"outcome": list(wanted)})
+        ).labels.tolist()
+
+    assert labels(f"{icd}|I21*") == [1, 1, 0]
+    assert labels(f"{icd}|I21*", f"{icd}|I20.0") == [1, 1, 1]
+    assert labels(f"{icd}|I20.0") == [0, 0, 1]
+    assert read(export(tmp_path, PATIENTS, stages, ill, observation=codes, condition={"outcome": f"{icd}|*"})).cells[
+        "stage"
+    ].tolist() == [0, 1, 2]
+    (tmp_path / "Observation.ndjson").write_text("", encoding="utf-8")
+    assert f"no resource has code {LOINC}|one or {LOINC}|two" in refusal(tmp_path)
+
+
+def test_one_code_may_be_in_two_columns(tmp_path: Path) -> None:
+    """The newest and the oldest of the same results."""
+    both = {
+        "stage": {"code": f"{LOINC}|21908-9"},
+        "age": {"code": f"{LOINC}|21908-9", "take": "oldest"},
+    }
+    observations = [observation("a", "2024-01-01", valueInteger=44), observation("a", "2024-02-01", **stage("ii"))]
+
+    table = read(export(tmp_path, PATIENTS[:1], observations, [condition("a")], patient={}, observation=both))
+
+    assert (table.cells["age"].tolist(), table.cells["stage"].tolist()) == ([44], [1])
+
+
+def test_only_what_a_patient_has_now_counts_where_the_manifest_says_so(tmp_path: Path) -> None:
+    """A condition that is over, one that came back, and one of which nothing is said."""
+    ill = [condition(identity) for identity in "abc"]
+    for one, status in zip(ill, ("resolved", "relapse", None), strict=True):
+        if status:
+            one["clinicalStatus"] = {"coding": [{"code": status}]}
+    code = f"{SNOMED}|22298006"
+
+    now = read(export(tmp_path, conditions=ill, condition={"outcome": {"code": code, "clinical": "active"}}))
+    ever = read(export(tmp_path, conditions=ill, condition={"outcome": {"code": [code]}}))
+
+    assert now.labels.tolist() == [0, 1, 0]
+    assert ever.labels.tolist() == [1, 1, 1]
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -89,9 +89,15 @@ def save_wfdb(folder: Path, signals: NDArray[np.float64], comments: Any = None, 
     return "rec.hea"
 
 
-def save_edf(folder: Path, signals: NDArray[np.float64], unit: str = "mV", **header: Any) -> str:
+def save_edf(
+    folder: Path,
+    signals: NDArray[np.float64],
+    unit: str = "mV",
+    file_type: int = pyedflib.FILETYPE_EDFPLUS,
+    **header: Any,
+) -> str:
     """Save as ``rec.edf``, one record of a second after the other."""
-    with pyedflib.EdfWriter(str(folder / "rec.edf"), 2, file_type=pyedflib.FILETYPE_EDFPLUS) as file:
+    with pyedflib.EdfWriter(str(folder / "rec.edf"), 2, file_type=file_type) as file:
         file.setHeader(
             {
                 "technician": "", "recording_additional": "", "patientname": "", "patient_additional": "",

@@ -22,6 +22,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from typer.testing import CliRunner
 
+import shared_models.control.connection
 from server import cli
 from server.audit import AuditLog
 from server.control import HEALTH, REFLECTION, SERVICE, THREADS, ControlService
@@ -55,6 +56,7 @@ from shared_models.errors import (
 from shared_models.privacy.checkpoint import SignedCheckpoint
 from tests.centre import MODEL, ROLES, Centre, plan, round_facts
 from tests.link import Keys, checkpoint_chunks, made_checkpoint
+from tests.network import Relay, running_loop
 
 ROOT = Path(__file__).parents[2]
 
@@ -81,6 +83,20 @@ def centre(keys: Keys) -> Iterator[Centre]:
 def own(tmp_path: Path) -> Callable[..., Centre]:
     """Makes a service of a test's own, with limits of its own."""
     return lambda **limits: Centre(Keys(tmp_path), limits)
+
+
+def test_a_fetch_that_comes_to_nothing_ends(centre: Centre, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a line that passes next to nothing the call is over when its time is, and says so."""
+    monkeypatch.setattr(shared_models.control.connection, "FETCH_TIMEOUT_S", 1.5)
+    port = centre.settings.control.port
+    with running_loop() as loop, contextlib.closing(Relay("127.0.0.1", port, loop)) as relay:
+        access = centre.operator("auditor").model_copy(update={"connect": relay.address})
+        with ControlClient(access) as client:
+            client.all()
+            relay.delay_s = 3.0
+
+            with pytest.raises(ConnectionLostError, match=r"does not answer: .*Deadline Exceeded"):
+                client.fetch_evidence("done", tmp_path / "evidence")
 
 
 # who may do what

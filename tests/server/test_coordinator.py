@@ -1,11 +1,13 @@
 """The SuperLink inside our process: who gets in, what is served, how soon a hospital is back."""
 
 import asyncio
+import socket
 import ssl
 import threading
 import time
 from base64 import b64encode
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
@@ -18,15 +20,17 @@ from flwr.proto.fleet_pb2 import ActivateNodeRequest, RegisterNodeFleetRequest
 from flwr.proto.message_pb2 import PullObjectRequest, PullObjectResponse
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
+import server.coordinator
 from client.daemon import FleetConnection
 from client.tls import client_context
 from server.coordinator import FLEET_CALLS, LONG_POLL_S, SuperLink, _Doorbell
 from server.gather import Gather
 from server.pki import publish_tls_key
+from server.processes import Children
 from server.trial import hand_out
 from shared_models.errors import ConfigError, IdentityError, RosterSignatureError
 from shared_models.messages import Enrolment, Proposal, reply
-from tests.link import Keys
+from tests.link import Keys, ready_hospital
 
 PROTOBUF = {"content-type": "application/protobuf", "accept": "application/protobuf"}
 
@@ -265,6 +269,84 @@ def load_key(content: bytes) -> EllipticCurvePrivateKey:
     key = load_ssh_private_key(content, password=None)
     assert isinstance(key, EllipticCurvePrivateKey)
     return key
+
+
+@pytest.mark.parametrize("said", ["nothing", "a head", "a head and half a body"])
+def test_a_hospital_that_speaks_byte_by_byte_is_cut_off(keys: Keys, monkeypatch: pytest.MonkeyPatch, said: str) -> None:
+    """With a good certificate: neither silence nor a call that never ends keeps a connection; others are served."""
+    monkeypatch.setattr(server.coordinator, "LONGEST_CALL_S", 1.0)
+    head = b"POST /v1/fleet/push-object HTTP/1.1\r\nhost: x\r\ncontent-length: 100000\r\n"
+    began = {"nothing": b"", "a head": head, "a head and half a body": head + b"\r\n"}[said]
+    with SuperLink(keys.coordinator()) as link, _connection(keys, "north") as stream:
+        stream.settimeout(20)
+        stream.sendall(began)
+        cut_off = False
+        for _ in range(100):
+            try:
+                stream.sendall(b"x" if began else b"")
+                stream.settimeout(0.05)
+                cut_off = stream.recv(1000) == b""
+            except TimeoutError:
+                continue
+            except OSError:
+                cut_off = True
+            if cut_off:
+                break
+        with FleetConnection(keys.hospital("south")):
+            assert link.online() == {"south"}
+
+    assert cut_off
+
+
+def test_a_hospital_does_not_take_all_connections(keys: Keys, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So many for one certificate; another hospital finds its place."""
+    monkeypatch.setattr(server.coordinator, "MOST_CONNECTIONS_EACH", 3)
+    with SuperLink(keys.coordinator()) as link, ExitStack() as open_ones:
+        streams = [open_ones.enter_context(_connection(keys, "north")) for _ in range(5)]
+        time.sleep(0.5)
+        for stream in streams:
+            stream.settimeout(0.2)
+        left = [_alive(stream) for stream in streams]
+        with FleetConnection(keys.hospital("south")):
+            assert link.online() == {"south"}
+
+    assert left == [True, True, True, False, False]
+
+
+def _connection(keys: Keys, name: str) -> ssl.SSLSocket:
+    raw = socket.create_connection(("127.0.0.1", keys.port))
+    return client_context(keys.hospital(name)).wrap_socket(raw, server_hostname="127.0.0.1")
+
+
+def _alive(stream: ssl.SSLSocket) -> bool:
+    try:
+        return stream.recv(1) != b""
+    except TimeoutError:
+        return True
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("first", ["hospital", "coordinator"])
+def test_who_ends_while_a_call_waits_leaves_no_traceback(tmp_path: Path, first: str) -> None:
+    """Real processes: a hospital is killed while its call waits, or the coordinator ends: nobody's fault."""
+    keys = ready_hospital(tmp_path)
+    settings = tmp_path / "coordinator" / "coordinator.toml"
+    with Children(tmp_path / "logs") as children:
+        coordinator = children.start("coordinator", "konsil-coordinator", "start", "--settings", str(settings))
+        hospital = children.start("north", "konsil-hospital", "start", str(keys.hospital_file("north")))
+        log, north = (tmp_path / "logs" / f"{name}.log" for name in ("coordinator", "north"))
+        _wait_for(lambda: "connected to" in north.read_text(encoding="utf-8"), 60)
+        time.sleep(0.5)  # it asks for messages, and waits
+        if first == "hospital":
+            hospital.kill()
+            hospital.wait(20)
+        coordinator.terminate()
+        assert coordinator.wait(30) == 0
+    said = log.read_text(encoding="utf-8")
+
+    assert "Traceback" not in said
+    assert "ClientDisconnect" not in said
 
 
 def test_a_revoked_hospital_is_turned_away(keys: Keys) -> None:
