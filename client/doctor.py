@@ -55,6 +55,8 @@ def _disk(settings: Settings) -> Iterator[Finding]:
 def _permissions(settings: Settings) -> Iterator[Finding]:
     secrets = [settings.keys.identity, settings.keys.node, settings.tls.key]
     secrets += [folder / "local.key" for folder in (settings.state, settings.registry_folder)]
+    if settings.page is not None and settings.page.tls is not None:
+        secrets += [settings.page.tls.key, settings.page.tls.stewards.with_name("authority.key")]
     ours = [settings.state / name for name in (LEDGER, head_path(settings.state / LEDGER).name, "egress.jsonl")]
     yield private([*secrets, settings.state, settings.registry_folder])
     yield owned(settings.state, [*secrets, *ours, settings.registry_folder])

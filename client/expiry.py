@@ -1,4 +1,4 @@
-"""What runs out at this hospital: its TLS certificate, the authority's, and its membership; said 30 days ahead."""
+"""What runs out at this hospital: TLS certificates, its membership, what opens its page; said 30 days ahead."""
 
 import logging
 import time
@@ -7,13 +7,15 @@ from contextlib import suppress
 from datetime import UTC, datetime
 
 from client.membership import Membership
-from client.settings import Settings
+from client.settings import PageTls, Settings
 from shared_models.certificates import EVERY_S, Expiry, certificate_end, warnings
 from shared_models.errors import FederationError
 
 log = logging.getLogger("konsil.hospital")
 
 _RENEW = "Run konsil-hospital rotate hospital.toml tls, and have it enrolled; see docs/operations.md."
+_RENEW_PAGE = "Run konsil-hospital page-certificate hospital.toml, and start the daemon again."
+_RENEW_STEWARD = "Revoke it, and make another: konsil-hospital page-revoke, page-steward."
 _AUTHORITY = "The coordinator renews it and sends a new kit; join that."
 
 
@@ -33,6 +35,19 @@ def _expiries(settings: Settings) -> Iterator[Expiry]:
         if member is not None:
             until = datetime.fromtimestamp(member.valid_until, UTC)
             yield Expiry(name, "this hospital's membership", until, _RENEW)
+    if settings.page is not None and settings.page.tls is not None:
+        yield from _of_the_page(settings.page.tls)
+
+
+def _of_the_page(files: PageTls) -> Iterator[Expiry]:
+    with suppress(FederationError):
+        until = certificate_end(files.certificate)
+        yield Expiry("page", "the page's TLS certificate", until, _RENEW_PAGE)
+    for path in sorted(files.stewards.parent.glob("steward-*.pem")):
+        steward = path.stem.removeprefix("steward-")
+        with suppress(FederationError):
+            until = certificate_end(path)
+            yield Expiry("page", f"the certificate of steward {steward}", until, _RENEW_STEWARD)
 
 
 class Reminder:
