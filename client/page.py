@@ -297,7 +297,7 @@ def _add_decisions(app: FastAPI, html: Sheets, desk: Desk) -> None:
 
 
 def _add_reading(app: FastAPI, html: Sheets, desk: Desk) -> None:
-    """What is only looked at; and a check of the records, which changes nothing either."""
+    """What is only looked at; and checks of records and machine, which change nothing either."""
 
     @app.get("/")
     def studies(request: Request) -> Response:
@@ -325,7 +325,14 @@ def _add_reading(app: FastAPI, html: Sheets, desk: Desk) -> None:
 
     @app.get("/health")
     def health(request: Request) -> Response:
-        return html(request, "health.html", checks=desk.health(desk.settings()), now=minute(time.time()))
+        checks = desk.health(desk.settings())
+        return html(request, "health.html", checks=checks, examined=desk.examined, now=minute(time.time()))
+
+    @app.post("/health")
+    async def doctor(request: Request) -> Response:
+        await _form(request)
+        await run_in_threadpool(lambda: desk.examine(desk.settings()))
+        return RedirectResponse("/health", status_code=303)
 
 
 def _facts(settings: Settings, name: str) -> tuple[Facts | None, str]:

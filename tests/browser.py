@@ -143,7 +143,7 @@ def import_certificate(folder: Path, address: str, *, authority: Path, file: Pat
         ("pk12util", *where, "-i", file, "-W", passphrase),
     ):
         subprocess.run(command, check=True, capture_output=True)
-    shown = {"auto_select_certificate": {f"{address},*": {"setting": {"filters": [{}]}}}}
+    shown: dict[str, Any] = {"auto_select_certificate": {f"{address},*": {"setting": {"filters": [{}]}}}}
     preferences = folder / "profile" / "Default" / "Preferences"
     preferences.parent.mkdir(parents=True)
     preferences.write_text(json.dumps({"profile": {"content_settings": {"exceptions": shown}}}), encoding="utf-8")
