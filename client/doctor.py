@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterator
 from datetime import datetime
 
+from cryptography.x509 import load_pem_x509_certificates
+
 from client.anchor import ROLLED_BACK
 from client.books import LEDGER, report
 from client.bundle import verify_own
@@ -178,8 +180,18 @@ def _device(settings: Settings) -> Iterator[Finding]:
 
 
 def _page(settings: Settings) -> Iterator[Finding]:
-    if settings.page is not None:
-        yield listening("page", "127.0.0.1", settings.page.port)
+    if settings.page is None:
+        return
+    yield listening("page", "127.0.0.1", settings.page.port)
+    if settings.page.tls is None:
+        return
+    for file in (settings.page.tls.certificate, settings.page.tls.key, settings.page.tls.revoked):
+        if file is not None:
+            file.read_bytes()
+    count = len(load_pem_x509_certificates(settings.page.tls.stewards.read_bytes()))
+    yield Finding(
+        "page", "ok", Phrase("its TLS files can be read; {count} certificates say whom it lets in", count=count)
+    )
 
 
 def _daemon(settings: Settings) -> Iterator[Finding]:

@@ -4,17 +4,21 @@ The authority can sign for this machine's loopback and for stewards, and for no 
 can be deceived about nothing else.
 """
 
+import fcntl
 import hashlib
 import hmac
 import ipaddress
+import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding
@@ -72,13 +76,13 @@ def look_at(certificate: bytes, files: PageTls) -> Shown:
         certificate: DER, of a TLS connection whose other side has proven that it has the key.
         files: The page's.
     """
-    found, now = x509.load_der_x509_certificate(certificate), datetime.now(UTC)
-    return Shown(
-        hashlib.sha256(certificate).digest(),
-        _common_name(found),
-        found.not_valid_after_utc.timestamp(),
-        _problem(found, files, now),
-    )
+    proof = hashlib.sha256(certificate).digest()
+    try:
+        found = x509.load_der_x509_certificate(certificate)
+        until = found.not_valid_after_utc.timestamp()
+        return Shown(proof, _common_name(found), until, _problem(found, files, datetime.now(UTC)))
+    except (ValueError, TypeError, UnsupportedAlgorithm, x509.DuplicateExtension):  # what OpenSSL has let through
+        return Shown(proof, "?", 0.0, "foreign")
 
 
 def _problem(found: x509.Certificate, files: PageTls, now: datetime) -> Problem:
@@ -223,21 +227,29 @@ def revoke(folder: Path, name: str) -> None:
         ConfigError: No such certificate was made here, or the list cannot be written.
         IdentityError: The authority's files cannot be used.
     """
-    kept = _kept(folder, name)
+    kept, now = _kept(folder, name), datetime.now(UTC)
     try:
-        found = x509.load_pem_x509_certificate(kept.read_bytes())
-        (before,) = _lists(folder / REVOKED)
+        with _alone(folder):
+            found = x509.load_pem_x509_certificate(kept.read_bytes())
+            (before,) = _lists(folder / REVOKED)
+            entry = x509.RevokedCertificateBuilder().serial_number(found.serial_number).revocation_date(now).build()
+            _write_list(folder, [*before, entry])
+            kept.replace(kept.with_suffix(f".{int(time.time())}.revoked"))
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"no certificate of {name} can be revoked: {error}", hint=f"Names of stewards: ls {folder}/steward-*.pem"
         ) from None
-    now = datetime.now(UTC)
-    entry = x509.RevokedCertificateBuilder().serial_number(found.serial_number).revocation_date(now).build()
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """While it is open, no other command changes the list: none of two revocations is lost."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        _write_list(folder, [*before, entry])
-        kept.replace(kept.with_suffix(f".{int(time.time())}.revoked"))
-    except OSError as error:
-        raise ConfigError(f"{error.filename} cannot be written: {error.strerror}", hint="Check the disk.") from None
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _kept(folder: Path, name: str) -> Path:

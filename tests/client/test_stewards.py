@@ -29,6 +29,7 @@ from typer.testing import CliRunner
 
 from client.cli import app
 from client.consent import Consents
+from client.doctor import examine
 from client.expiry import expiries
 from client.password import set_password
 from client.settings import read_settings
@@ -427,6 +428,20 @@ def test_a_renewed_certificate_has_a_new_key_and_stewards_keep_theirs(house: Hou
         assert enter(steward).status_code == 303
     ends = {expiry.what for expiry in expiries(read_settings(house.file))}
     assert {"the page's TLS certificate", "the certificate of steward anna"} <= ends
+
+
+def test_the_doctor_looks_at_the_page_s_files(house: House) -> None:
+    """What is missing is named before a steward stands in front of it."""
+    settings = read_settings(house.file)
+    well = [finding for finding in examine(settings) if finding.check == "page"]
+    (house.folder / "revoked.pem").unlink()
+    (house.folder / "authority.key").chmod(0o644)
+    ill = {finding.check: finding for finding in examine(settings) if finding.status == "fail"}
+
+    assert [finding.status for finding in well] == ["ok", "ok"]
+    assert "1 certificates say whom it lets in" in well[1].text
+    assert "revoked.pem" in ill["page"].text
+    assert "authority.key is open to others" in ill["permissions"].text
 
 
 def test_what_cannot_be_issued_or_revoked_is_refused_with_what_to_do(house: House, tmp_path: Path) -> None:
