@@ -117,10 +117,11 @@ class Entrance:
         shown = self.certificate(request)
         return [self.password(), *([shown.proof] if shown is not None and not shown.problem else [])]
 
-    def let_in(self, request: Request, proof: bytes) -> Response:
+    def let_in(self, request: Request, proof: bytes, by: str) -> Response:
         """Begin a session."""
+        log.info("a login at the page by %s", by)
         answer = RedirectResponse("/", status_code=303)
-        name, secure = self.sessions.begin(proof), request.url.scheme == "https"
+        name, secure = self.sessions.begin(proof, by), request.url.scheme == "https"
         answer.set_cookie(self.cookie, name, max_age=int(SESSION_S), httponly=True, samesite="strict", secure=secure)
         return answer
 
@@ -197,7 +198,7 @@ def _add_login(app: FastAPI, html: Sheets, desk: Desk, entrance: Entrance) -> No
         if kept is None or not door.opens(kept, password):
             log.warning("a wrong password for the page")
             return login_page(request, 401, wrong=True)
-        return entrance.let_in(request, entrance.password())
+        return entrance.let_in(request, entrance.password(), "password")
 
     @app.post("/login/certificate")
     async def log_in_by_certificate(request: Request) -> Response:
@@ -209,8 +210,7 @@ def _add_login(app: FastAPI, html: Sheets, desk: Desk, entrance: Entrance) -> No
         if shown is None or shown.problem:
             log.warning("a login without a certificate that opens the page: %s", shown.problem if shown else "none")
             return login_page(request, 403)
-        log.info("a login with the certificate %s", shown.proof.hex()[:16])
-        return entrance.let_in(request, shown.proof)
+        return entrance.let_in(request, shown.proof, f"certificate {shown.proof.hex()[:16]}")
 
     @app.post("/logout")
     async def log_out(request: Request) -> Response:
@@ -273,7 +273,8 @@ def _add_decisions(app: FastAPI, html: Sheets, desk: Desk) -> None:
             if not hmac.compare_digest(facts_digest(weighed.facts).encode(), seen.encode()):
                 return show(request, name, 409, "study.changed")
             sign_and_keep(settings, weighed)
-        log.info("study %s was approved on the page: plan %s", name, weighed.proposal.plan_digest)
+        by = request.state.session.by
+        log.info("study %s was approved on the page by %s: plan %s", name, by, weighed.proposal.plan_digest)
         return RedirectResponse(f"/studies/{name}", status_code=303)
 
     @app.post("/studies/{name}/refuse")
@@ -292,7 +293,7 @@ def _add_decisions(app: FastAPI, html: Sheets, desk: Desk) -> None:
             except FederationError:
                 return show(request, name, 409, "study.changed", reason)
             Consents(settings.state).refuse(proposal, reason)
-        log.info("study %s was refused on the page", name)
+        log.info("study %s was refused on the page by %s", name, request.state.session.by)
         return RedirectResponse(f"/studies/{name}", status_code=303)
 
 

@@ -20,9 +20,8 @@ log = logging.getLogger("konsil.hospital")
 
 IDLE_S, SESSION_S = 30 * 60.0, 8 * 3600.0
 MOST_SESSIONS = 20
-OPEN = frozenset(
-    {"/login", "/login/certificate", "/language", "/page.css", "/page.js", "/icon.svg"}
-)  # these say nothing about the hospital
+# These say nothing about the hospital.
+OPEN = frozenset({"/login", "/login/certificate", "/language", "/page.css", "/page.js", "/icon.svg"})
 HEADERS = {
     "content-security-policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
@@ -47,12 +46,14 @@ class Session:
         token: In every form, so that a form of another site has none.
         proof: Digest of what let them in: of what the password was kept as, or of the certificate. When that lets in
             nobody any more, the session ends.
+        by: In the log, the way in: ``password``, or which certificate.
         begun: When, by the monotonic clock.
         used: When last by a person; a page that looks whether something changed is nobody.
     """
 
     token: str
     proof: bytes
+    by: str
     begun: float
     used: float
 
@@ -70,14 +71,14 @@ class Sessions:
         self._sessions: dict[bytes, Session] = {}
         self._turn = threading.Lock()
 
-    def begin(self, proof: bytes) -> str:
+    def begin(self, proof: bytes, by: str) -> str:
         """A new session's name; of too many the oldest ends."""
         name, now = secrets.token_urlsafe(32), time.monotonic()
         with self._turn:
             self._sessions = {key: one for key, one in self._sessions.items() if not one.over}
             while len(self._sessions) >= MOST_SESSIONS:
                 del self._sessions[next(iter(self._sessions))]
-            self._sessions[digest(name)] = Session(secrets.token_urlsafe(32), proof, now, now)
+            self._sessions[digest(name)] = Session(secrets.token_urlsafe(32), proof, by, now, now)
         return name
 
     def find(self, name: str, proofs: Sequence[bytes], *, by_hand: bool) -> Session | None:

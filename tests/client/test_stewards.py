@@ -1,6 +1,7 @@
 """Logging in to the page by client certificate, over real TLS: who gets in, who does not, and what each is told."""
 
 import ipaddress
+import logging
 import shutil
 import ssl
 import stat
@@ -194,8 +195,11 @@ def enter(steward: Steward) -> httpx.Response:
     return steward.send("/login/certificate", {})
 
 
-def test_the_steward_s_certificate_opens_the_page_and_approves(house: House) -> None:
-    """Without the password, which nobody has set here; the cookie travels over TLS only."""
+def test_the_steward_s_certificate_opens_the_page_and_approves(house: House, caplog: pytest.LogCaptureFixture) -> None:
+    """Without a password; the log says by which certificate, and the cookie travels over TLS only."""
+    caplog.set_level(logging.INFO, "konsil")
+    anna = x509.load_pem_x509_certificate((house.folder / "steward-anna.pem").read_bytes())
+    certificate = f"certificate {anna.fingerprint(hashes.SHA256()).hex()[:16]}"
     run("page-password", house.file, "--remove")
     with at_the_door(house, "anna") as steward:
         offered = steward.get("/login").text
@@ -218,6 +222,8 @@ def test_the_steward_s_certificate_opens_the_page_and_approves(house: House) -> 
     assert shown == [200] * len(PAGES)
     assert approved.status_code == 303
     assert given is not None
+    assert f"a login at the page by {certificate}" in caplog.text
+    assert f"study {STUDY} was approved on the page by {certificate}" in caplog.text
 
 
 def test_without_a_certificate_the_password_is_still_asked_for(house: House) -> None:
