@@ -8,7 +8,7 @@ PYTEST := pytest
 WORKERS := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 DONE := $(VENV)/.done
 
-.PHONY: help setup demo test soak chaos check proto bench docs bundle clean
+.PHONY: help setup demo test soak chaos check proto bench docs bundle advisories clean
 
 help:  ## What there is to make
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -53,6 +53,9 @@ docs: $(DONE)  ## The documentation's site, in build/site
 
 bundle: $(DONE)  ## What a role installs without a network (make bundle ROLE=hospital-cpu, docs/install.md)
 	$(BIN)/python deploy/bundle/build.py $(or $(ROLE),all) $(ARGS)
+
+advisories: $(DONE)  ## Known vulnerabilities of the pinned versions, offline (make advisories DB=all.zip, docs/install.md)
+	$(BIN)/python deploy/advisories.py $(DB) $(ARGS)
 
 clean:  ## Remove the environment and everything that was built
 	rm -rf $(VENV) build dist *.egg-info .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache konsil-demo konsil-simulation

@@ -23,7 +23,7 @@ from client.membership import PIN, ROSTERS, read_pin
 from client.positions import POSITIONS
 from client.process import PROCESS, refuse_second
 from client.registry import merge_registry
-from client.settings import Settings, read_settings
+from client.settings import PageTls, Settings, read_settings
 from shared_models.backup import Manifest, check_backup, copy_file, copy_folder, copy_sqlite, write_backup
 from shared_models.durable import replace_file, sync_folder
 from shared_models.errors import BackupError, FederationError, LedgerError, RewindError
@@ -87,7 +87,7 @@ def backup(settings: Settings, settings_file: Path, target: Path) -> Manifest:
             raise BackupError("the ledger grows all the time", hint="Try again between two rounds, or stop the daemon.")
         chain = _verified(settings, folder / STATE / LEDGER)
         copy_file(settings_file, folder / SETTINGS)
-        for name, path in _single_files(settings):
+        for name, path in _single_files(settings, folder):
             if path.exists():
                 copy_file(path, folder / name)
         return {"ledger_entries": chain.seq, "ledger_head": chain.hash}
@@ -185,7 +185,7 @@ def _apart(path: Path) -> bool:
     return path.name.endswith(".lock") or path.parts[0].startswith((_NEW, _OLD))
 
 
-def _single_files(settings: Settings) -> Iterator[tuple[str, Path]]:
+def _single_files(settings: Settings, backup: Path) -> Iterator[tuple[str, Path]]:
     """Where each file lies in a backup, and here; a key that waits beside the one in use."""
     keys, tls = settings.keys, settings.tls
     for name, path in (("identity", keys.identity), ("node", keys.node), ("tls", tls.key)):
@@ -197,6 +197,18 @@ def _single_files(settings: Settings) -> Iterator[tuple[str, Path]]:
     yield "roster.json", settings.roster
     if settings.opt_out is not None:
         yield "opt-out.txt", settings.opt_out
+    if settings.page is not None and settings.page.tls is not None:
+        yield from _page_files(settings.page.tls, backup / "page")
+
+
+def _page_files(files: PageTls, backup: Path) -> Iterator[tuple[str, Path]]:
+    """Of the page's TLS; and of the hospital's own authority, whose certificates may have to be revoked."""
+    own = files.stewards.parent
+    issued = {path.name for folder in (own, backup) for path in folder.glob("steward-*.pem")}
+    named = [files.certificate, files.key, files.stewards, files.revoked]
+    for path in (*named, own / "authority.key", *(own / name for name in sorted(issued))):
+        if path is not None:
+            yield f"page/{path.name}", path
 
 
 def _settings(folder: Path, settings_file: Path, manifest: Manifest) -> tuple[Settings, bool]:
@@ -219,9 +231,9 @@ def _refuse_another(settings: Settings, manifest: Manifest) -> None:
 
 
 def _refuse_other_keys(folder: Path, settings: Settings) -> None:
-    for name, here in _single_files(settings):
+    for name, here in _single_files(settings, folder):
         there = folder / name
-        if not (name.endswith(".key") and here.exists() and there.exists()):
+        if not (name.startswith("keys/") and name.endswith(".key") and here.exists() and there.exists()):
             continue
         if here.read_bytes() != there.read_bytes():
             raise BackupError(
@@ -330,7 +342,7 @@ def _keep_what_knows_more(old: Path, new: Path) -> None:
 
 def _put_files(folder: Path, settings: Settings) -> list[Path]:
     """Files that are missing here."""
-    missing = [(folder / name, here) for name, here in _single_files(settings) if not here.exists()]
+    missing = [(folder / name, here) for name, here in _single_files(settings, folder) if not here.exists()]
     written = [(source, here) for source, here in missing if source.exists()]
     for source, here in written:
         copy_file(source, here)

@@ -123,7 +123,7 @@ def beside(settings: Settings, settings_file: Path) -> Iterator[Beside | Nobody]
             str(number),
         ]
         process = Beside(command, number)
-        log.info("the page: http://127.0.0.1:%d", settings.page.port)
+        log.info("the page: %s://127.0.0.1:%d", settings.page.scheme, settings.page.port)
         try:
             yield process
         finally:

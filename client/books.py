@@ -159,7 +159,8 @@ def report(settings: Settings) -> dict[str, Any]:
     for name, delta in budget.studies().items():
         reported = reported_epsilon(budget.spent(name), delta)
         charges = {"study": name, "rounds": len(budget.spent(name)), "epsilon_filter": budget.filter_spent(name)}
-        studies.append({**charges, **reported.model_dump(mode="json")})
+        planned = {"epsilon_planned": budget.planned(name)}
+        studies.append({**charges, **planned, **reported.model_dump(mode="json")})
     return {
         "population": {"name": budget.population, **budget.terms.model_dump(mode="json")},
         "unit": UNIT,

@@ -334,6 +334,16 @@ class Budget:
         delta = self.terms.delta if study is None else self._find(study).limit.delta
         return self._epsilon(self.spent(study), delta)
 
+    def planned(self, study: str) -> float:
+        """The enforced epsilon of all that a study reserved, at its own delta: what it costs if all of it is charged.
+
+        Raises:
+            NotEnrolledError: The study was not approved here.
+        """
+        with self._turn:
+            known = self._find(study)
+            return self._epsilon(known.reserved.elements(), known.limit.delta)
+
     def studies(self) -> dict[str, float]:
         """Names of all studies that were approved, oldest first, each with the delta it holds at."""
         with self._turn:

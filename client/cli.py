@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from client import cli_conformance, cli_enrol, cli_evaluate, cli_operate, cli_use
+from client import cli_conformance, cli_enrol, cli_evaluate, cli_operate, cli_page, cli_use
 from client.cli_use import Bases, RecordsFolder
 from shared_models import terminal
 
@@ -32,6 +32,7 @@ cli_conformance.add_to(app)
 cli_evaluate.add_to(app)
 cli_use.add_to(app)
 cli_operate.add_to(app)
+cli_page.add_to(app)
 
 ledger_app = typer.Typer(help="Show, verify or export this hospital's privacy ledger.", no_args_is_help=True)
 app.add_typer(ledger_app, name="ledger")
@@ -94,16 +95,23 @@ def page(
         listener = None if descriptor is None else socket(fileno=descriptor)
     except OSError:
         raise ConfigError(f"{descriptor} is no socket", hint="Leave --socket to the daemon.") from None
-    serve_page(settings_file, settings.page.port, listener)
+    serve_page(settings_file, settings.page, listener)
 
 
 @app.command("page-password")
-def page_password(settings_file: SettingsFile) -> None:
+def page_password(
+    settings_file: SettingsFile,
+    remove: Annotated[bool, typer.Option("--remove", help="Take it away: certificates alone open the page.")] = False,
+) -> None:
     """Set the password of the page: typed twice, or the first line of standard input. Ends every session."""
-    from client.password import SHORTEST, set_password
+    from client.password import SHORTEST, remove_password, set_password
     from client.settings import read_settings
 
     settings = read_settings(settings_file)
+    if remove:
+        remove_password(settings.state)
+        typer.echo("the page has no password; only stewards' certificates open it, where [page.tls] names them")
+        return
     if sys.stdin.isatty():
         asked = f"New password, at least {SHORTEST} characters"
         password = typer.prompt(asked, hide_input=True, confirmation_prompt=True)

@@ -13,17 +13,18 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar, cast
+from typing import Any, Generic, Literal, NamedTuple, TypeVar, cast
 
 from cryptography.x509 import load_pem_x509_certificate
 
 from client.anchor import ANCHORS, ROLLED_BACK
 from client.beside import Told
-from client.books import LEDGER, read_budget
+from client.books import LEDGER, read_budget, report
 from client.budget import Budget
 from client.bundle import verify_own
 from client.consent import Consents
 from client.decide import STEWARD, Listed, list_studies
+from client.doctor import examine
 from client.egress import EGRESS, FREE, summary
 from client.evidence import evidence_files, read_evidence
 from client.keys import split_key
@@ -38,6 +39,7 @@ from shared_models.certificates import AHEAD
 from shared_models.curves import Chart, chart
 from shared_models.durable import file_state
 from shared_models.errors import FederationError
+from shared_models.health import Finding
 from shared_models.privacy.entries import BudgetTerms, Entry
 from shared_models.privacy.ledger import head_path
 from shared_models.privacy.mechanisms import filter_epsilon, renyi_divergence
@@ -143,20 +145,54 @@ class Check(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Checked:
-    """A check of the records.
+class Checked(Generic[Found]):
+    """A check that was asked for.
 
     Attributes:
         began: When, Unix time.
         ended: None while it goes on.
-        found: Where they are fit.
-        code: Of the error where they are not.
+        found: What it found; None while it goes on, and where it failed.
+        code: Of the error where it failed.
     """
 
     began: float
     ended: float | None = None
-    found: Summary | None = None
+    found: Found | None = None
     code: str = ""
+
+
+class Errand(Generic[Found]):
+    """A check that takes a while: one at a time, in a thread of its own.
+
+    Args:
+        what: For the log.
+
+    Attributes:
+        newest: The one that goes on, or was the last; None before the first.
+    """
+
+    def __init__(self, what: str) -> None:
+        self._what, self._busy = what, threading.Lock()
+        self.newest: Checked[Found] | None = None
+
+    def begin(self, work: Callable[[], Found]) -> None:
+        """Begin it, unless it goes on already."""
+        if self._busy.acquire(blocking=False):
+            self.newest = Checked(time.time())
+            threading.Thread(target=self._run, args=(work,), name="check", daemon=True).start()
+
+    def _run(self, work: Callable[[], Found]) -> None:
+        began, found, code = time.time(), None, ""
+        try:
+            found = work()
+        except FederationError as error:
+            code = error.code
+        except Exception as error:  # whatever it is, its text may quote a record
+            log.error("%s failed: %s", self._what, type(error).__name__)  # noqa: TRY400 - no text
+            code = "error"
+        finally:
+            self.newest = Checked(began, time.time(), found, code)
+            self._busy.release()
 
 
 class Desk:
@@ -170,8 +206,19 @@ class Desk:
     def __init__(self, settings_file: Path, told: Told | None = None) -> None:
         self._file, self._told = settings_file, told
         self._kept: dict[str, tuple[Any, Any, float]] = {}
-        self._turn, self._checking = threading.RLock(), threading.Lock()
-        self.checked: Checked | None = None
+        self._turn = threading.RLock()
+        self._records: Errand[Summary] = Errand("the check of the records")
+        self._doctor: Errand[list[Finding]] = Errand("the doctor")
+
+    @property
+    def checked(self) -> Checked[Summary] | None:
+        """The newest check of the records."""
+        return self._records.newest
+
+    @property
+    def examined(self) -> Checked[list[Finding]] | None:
+        """The doctor's newest visit."""
+        return self._doctor.newest
 
     def settings(self) -> Settings:
         """The settings as their file has them now.
@@ -209,15 +256,15 @@ class Desk:
         return next((one for one in list_studies(settings, self.look(settings).budget) if one.study == name), None)
 
     def budget(self, settings: Settings) -> dict[str, Any]:
-        """What was spent, what is left, and the curve of it; all as it is enforced."""
+        """What was spent, what is left, and the curve of it, as it is enforced; and the tighter figures as executed."""
         budget, burning = self.look(settings)
         begin, end = burning.points[0][0], time.time()
         form = "%Y-%m-%d" if end - begin > DAY_S else "%H:%M"
-        studies = [
-            {"study": name, "delta": delta, "spent": budget.filter_spent(name), "promised": budget.limit(name).epsilon}
-            | dict(zip(("made", "reserved"), budget.charges(name), strict=True))
-            for name, delta in budget.studies().items()
-        ]
+        found = self._once("report", _ledger_files(settings), partial(report, settings))
+        studies = []
+        for one in found["studies"]:
+            made, reserved = budget.charges(one["study"])
+            studies.append({**one, "made": made, "reserved": reserved, "promised": budget.limit(one["study"]).epsilon})
         return {
             "population": budget.population,
             "terms": budget.terms,
@@ -227,6 +274,7 @@ class Desk:
             "begin": f"{datetime.fromtimestamp(begin, UTC):{form}}",
             "end": f"{datetime.fromtimestamp(end, UTC):{form}}",
             "studies": studies,
+            "accountants": sorted({one["accountant"] for one in studies}),
         }
 
     def egress(self, settings: Settings) -> dict[str, Any]:
@@ -243,24 +291,17 @@ class Desk:
 
     def check_records(self, settings: Settings) -> None:
         """Begin to read the records as a study would; one check at a time."""
-        if self._checking.acquire(blocking=False):
-            self.checked = Checked(time.time())
-            threading.Thread(target=self._check, args=(settings,), name="check", daemon=True).start()
 
-    def _check(self, settings: Settings) -> None:
-        began, found, code = time.time(), None, ""
-        try:
-            key = split_key(settings.state)
-            found = summarise(settings.records, split_key=key, opt_out=settings.opt_out)
+        def check() -> Summary:
+            found = summarise(settings.records, split_key=split_key(settings.state), opt_out=settings.opt_out)
             check_records(settings)
-        except FederationError as error:
-            found, code = None, error.code
-        except Exception as error:  # whatever it is, its text may quote a record
-            log.error("the check of the records failed: %s", type(error).__name__)  # noqa: TRY400 - no text
-            found, code = None, "error"
-        finally:
-            self.checked = Checked(began, time.time(), found, code)
-            self._checking.release()
+            return found
+
+        self._records.begin(check)
+
+    def examine(self, settings: Settings) -> None:
+        """Begin to look at all that the doctor looks at; one visit at a time."""
+        self._doctor.begin(partial(examine, settings))
 
     def health(self, settings: Settings) -> list[Check]:
         """What the files say about the hospital itself."""

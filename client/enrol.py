@@ -57,6 +57,7 @@ root = "keys/root.pub"
 # A page for the steward's browser, on this machine only; its password: konsil-hospital page-password hospital.toml
 # [page]
 # port = 8470
+# ... or stewards' certificates: konsil-hospital page-certificate hospital.toml
 
 # Fixed when the ledger was opened, which init did: a change is refused.
 [population]

@@ -34,7 +34,9 @@ def create_tls_key(path: Path) -> None:
 def certificate_request(key_file: Path, name: str) -> str:
     """A request (PKCS 10, PEM) for a TLS client certificate, signed by the key that it is for."""
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-    request = x509.CertificateSigningRequestBuilder().subject_name(subject).sign(_tls(key_file), hashes.SHA256())
+    request = (
+        x509.CertificateSigningRequestBuilder().subject_name(subject).sign(load_tls_key(key_file), hashes.SHA256())
+    )
     return request.public_bytes(Encoding.PEM).decode("ascii")
 
 
@@ -61,7 +63,22 @@ def tls_key(path: Path) -> ec.EllipticCurvePublicKey:
     Raises:
         IdentityError: The file is missing or holds something else.
     """
-    return _tls(path).public_key()
+    return load_tls_key(path).public_key()
+
+
+def load_tls_key(path: Path) -> ec.EllipticCurvePrivateKey:
+    """A TLS key itself.
+
+    Raises:
+        IdentityError: The file is missing or holds something else.
+    """
+    try:
+        key = load_pem_private_key(path.read_bytes(), password=None)
+    except (OSError, ValueError, TypeError):
+        key = None
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise IdentityError(f"{path} is no TLS key", hint="Check [tls] in the settings.")
+    return key
 
 
 def create_new(path: Path, content: bytes, *, mode: int) -> None:
@@ -74,13 +91,3 @@ def create_new(path: Path, content: bytes, *, mode: int) -> None:
         create_file(path, content, mode=mode)
     except FileExistsError:
         raise ConfigError(f"{path} exists already", hint="Nothing is overwritten: choose an empty folder.") from None
-
-
-def _tls(path: Path) -> ec.EllipticCurvePrivateKey:
-    try:
-        key = load_pem_private_key(path.read_bytes(), password=None)
-    except (OSError, ValueError, TypeError):
-        key = None
-    if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise IdentityError(f"{path} is no TLS key", hint="Check [tls] in the settings.")
-    return key

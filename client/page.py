@@ -1,7 +1,8 @@
 """The hospital's page, for the steward's browser on this machine: what waits, what it costs, what was spent, what left.
 
-It listens on loopback, where the steward logs in with a local password, and it runs in a process of its own. It does
-what the commands do, by their own functions; everything is drawn here, and no script is needed.
+It listens on loopback, where the steward logs in with a local password or with a client certificate, and it runs in a
+process of its own. It does what the commands do, by their own functions; everything is drawn here, and no script is
+needed.
 """
 
 import hmac
@@ -21,6 +22,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse, HTMLResponse, RedirectResponse, Response
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from starlette.exceptions import HTTPException
+from uvicorn import Server
 
 from client.beside import Told
 from client.consent import LONGEST_REASON, Consents
@@ -29,9 +31,10 @@ from client.desk import Desk, asks, minute, seconds
 from client.disclosure import Facts, facts_digest, in_words, named_only
 from client.password import Door, read_password
 from client.sessions import SESSION_S, Guard, Sessions, digest
-from client.settings import Settings
+from client.settings import PageSettings, Settings
+from client.stewards import Shown, look_at
 from client.words import LANGUAGES, WEB, preferred, words
-from shared_models.errors import FederationError
+from shared_models.errors import FederationError, IdentityError
 from shared_models.listening import brief_server, listen
 from shared_models.software import software_digest
 
@@ -81,18 +84,59 @@ class Sheets:
         return HTMLResponse(self._web.get_template(template).render(**shown, **values), status_code=status)
 
 
-def make_app(desk: Desk, sessions: Sessions, *, cookie: str) -> FastAPI:
+class Entrance:
+    """What lets in whom; and what it leaves with the browser.
+
+    Args:
+        desk: Knows the settings.
+        sessions: Who is logged in.
+        cookie: Name of the sessions' cookie.
+    """
+
+    def __init__(self, desk: Desk, sessions: Sessions, cookie: str) -> None:
+        self._desk, self.sessions, self.cookie = desk, sessions, cookie
+
+    def password(self) -> bytes:
+        """A digest of what the password is kept as; of nothing where none is set or the file cannot be used."""
+        try:
+            return digest(repr(read_password(self._desk.settings().state)))
+        except FederationError:
+            return digest("")
+
+    def certificate(self, request: Request) -> Shown | None:
+        """What a browser has shown; None where it showed nothing, or the settings ask for nothing."""
+        shown: bytes | None = request.state.certificate
+        try:
+            page = self._desk.settings().page
+        except FederationError:
+            return None
+        return None if shown is None or page is None or page.tls is None else look_at(shown, page.tls)
+
+    def proofs(self, request: Request) -> list[bytes]:
+        """What lets in whoever sends this request; see ``Session``."""
+        shown = self.certificate(request)
+        return [self.password(), *([shown.proof] if shown is not None and not shown.problem else [])]
+
+    def let_in(self, request: Request, proof: bytes, by: str) -> Response:
+        """Begin a session."""
+        log.info("a login at the page by %s", by)
+        answer = RedirectResponse("/", status_code=303)
+        name, secure = self.sessions.begin(proof, by), request.url.scheme == "https"
+        answer.set_cookie(self.cookie, name, max_age=int(SESSION_S), httponly=True, samesite="strict", secure=secure)
+        return answer
+
+
+def make_app(desk: Desk, entrance: Entrance) -> FastAPI:
     """The page's application, without its guard.
 
     Args:
         desk: What is shown.
-        sessions: Who is logged in.
-        cookie: Name of the sessions' cookie.
+        entrance: Who is let in.
     """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)  # their documents load scripts from elsewhere
     html = Sheets(desk.settings().name)
     _add_errors(app, html)
-    _add_login(app, html, desk, sessions, cookie=cookie)
+    _add_login(app, html, desk, entrance)
     _add_decisions(app, html, desk)
     _add_reading(app, html, desk)
     for name in ("page.css", "page.js", "icon.svg"):
@@ -124,13 +168,18 @@ def _add_errors(app: FastAPI, html: Sheets) -> None:
         return problem(request, 500, "problem.failed")
 
 
-def _add_login(app: FastAPI, html: Sheets, desk: Desk, sessions: Sessions, *, cookie: str) -> None:
+def _add_login(app: FastAPI, html: Sheets, desk: Desk, entrance: Entrance) -> None:
     """In, out, and the language."""
     door = Door()
 
     def login_page(request: Request, status: int = 200, *, wrong: bool = False) -> Response:
         settings = desk.settings()
-        values = {"unset": read_password(settings.state) is None, "wrong": wrong}
+        values = {
+            "unset": read_password(settings.state) is None,
+            "wrong": wrong,
+            "certificates": settings.page is not None and settings.page.tls is not None,
+            "shown": entrance.certificate(request),
+        }
         return html(request, "login.html", status, wait=int(door.wait_s() + 0.999), **values)
 
     @app.get("/login")
@@ -149,17 +198,26 @@ def _add_login(app: FastAPI, html: Sheets, desk: Desk, sessions: Sessions, *, co
         if kept is None or not door.opens(kept, password):
             log.warning("a wrong password for the page")
             return login_page(request, 401, wrong=True)
-        answer = RedirectResponse("/", status_code=303)
-        name = sessions.begin(password_digest(desk))
-        answer.set_cookie(cookie, name, max_age=int(SESSION_S), httponly=True, samesite="strict")
-        return answer
+        return entrance.let_in(request, entrance.password(), "password")
+
+    @app.post("/login/certificate")
+    async def log_in_by_certificate(request: Request) -> Response:
+        await _form(request, logged_in=False)
+        return await run_in_threadpool(certified, request)
+
+    def certified(request: Request) -> Response:
+        shown = entrance.certificate(request)
+        if shown is None or shown.problem:
+            log.warning("a login without a certificate that opens the page: %s", shown.problem if shown else "none")
+            return login_page(request, 403)
+        return entrance.let_in(request, shown.proof, f"certificate {shown.proof.hex()[:16]}")
 
     @app.post("/logout")
     async def log_out(request: Request) -> Response:
         await _form(request)
-        sessions.end(request.cookies.get(cookie, ""))
+        entrance.sessions.end(request.cookies.get(entrance.cookie, ""))
         answer = RedirectResponse("/login", status_code=303)
-        answer.delete_cookie(cookie, httponly=True, samesite="strict")
+        answer.delete_cookie(entrance.cookie, httponly=True, samesite="strict")
         return answer
 
     @app.post("/language")
@@ -215,7 +273,8 @@ def _add_decisions(app: FastAPI, html: Sheets, desk: Desk) -> None:
             if not hmac.compare_digest(facts_digest(weighed.facts).encode(), seen.encode()):
                 return show(request, name, 409, "study.changed")
             sign_and_keep(settings, weighed)
-        log.info("study %s was approved on the page: plan %s", name, weighed.proposal.plan_digest)
+        by = request.state.session.by
+        log.info("study %s was approved on the page by %s: plan %s", name, by, weighed.proposal.plan_digest)
         return RedirectResponse(f"/studies/{name}", status_code=303)
 
     @app.post("/studies/{name}/refuse")
@@ -234,12 +293,12 @@ def _add_decisions(app: FastAPI, html: Sheets, desk: Desk) -> None:
             except FederationError:
                 return show(request, name, 409, "study.changed", reason)
             Consents(settings.state).refuse(proposal, reason)
-        log.info("study %s was refused on the page", name)
+        log.info("study %s was refused on the page by %s", name, request.state.session.by)
         return RedirectResponse(f"/studies/{name}", status_code=303)
 
 
 def _add_reading(app: FastAPI, html: Sheets, desk: Desk) -> None:
-    """What is only looked at; and a check of the records, which changes nothing either."""
+    """What is only looked at; and checks of records and machine, which change nothing either."""
 
     @app.get("/")
     def studies(request: Request) -> Response:
@@ -267,7 +326,14 @@ def _add_reading(app: FastAPI, html: Sheets, desk: Desk) -> None:
 
     @app.get("/health")
     def health(request: Request) -> Response:
-        return html(request, "health.html", checks=desk.health(desk.settings()), now=minute(time.time()))
+        checks = desk.health(desk.settings())
+        return html(request, "health.html", checks=checks, examined=desk.examined, now=minute(time.time()))
+
+    @app.post("/health")
+    async def doctor(request: Request) -> Response:
+        await _form(request)
+        await run_in_threadpool(lambda: desk.examine(desk.settings()))
+        return RedirectResponse("/health", status_code=303)
 
 
 def _facts(settings: Settings, name: str) -> tuple[Facts | None, str]:
@@ -312,14 +378,6 @@ def _file(path: Path) -> Any:
     return send
 
 
-def password_digest(desk: Desk) -> bytes:
-    """A digest of what the password is kept as; of nothing where none is set or the file cannot be used."""
-    try:
-        return digest(repr(read_password(desk.settings().state)))
-    except FederationError:
-        return digest("")
-
-
 def guarded(settings_file: Path, told: Told | None = None) -> Guard:
     """The page behind what keeps others out.
 
@@ -334,18 +392,36 @@ def guarded(settings_file: Path, told: Told | None = None) -> Guard:
     desk, sessions = Desk(settings_file, told), Sessions()
     page = desk.settings().page
     cookie = f"konsil-hospital-{page.port if page else 0}"  # cookies are a host's, whatever the port
-    app = make_app(desk, sessions, cookie=cookie)
-    return Guard(app, sessions, cookie=cookie, password=lambda: password_digest(desk))
+    entrance = Entrance(desk, sessions, cookie)
+    app = make_app(desk, entrance)
+    return Guard(app, sessions, cookie=cookie, scheme=page.scheme if page else "http", proofs=entrance.proofs)
 
 
-def serve_page(settings_file: Path, port: int, listener: socket.socket | None = None) -> None:
+def page_server(settings_file: Path, page: PageSettings, told: Told | None = None) -> Server:
+    """What serves the page, over TLS where the settings have it.
+
+    Raises:
+        ConfigError: The settings cannot be used.
+        IdentityError: A TLS file cannot be used, or the page's key is open to others.
+    """
+    guard, tls = guarded(settings_file, told), page.tls
+    if tls is None:
+        return brief_server(guard, tls=None, hint="")
+    if tls.key.exists() and tls.key.stat().st_mode & 0o077:
+        raise IdentityError(f"{tls.key} is open to others", hint=f"Run: chmod 600 {tls.key}")
+    hint = "Run konsil-hospital page-certificate hospital.toml, or check [page.tls]."
+    return brief_server(guard, tls=(tls.certificate, tls.key), hint=hint, clients=tls.stewards)
+
+
+def serve_page(settings_file: Path, page: PageSettings, listener: socket.socket | None = None) -> None:
     """Serve the page until SIGTERM, or until the daemon that handed on its socket has ended.
 
     Raises:
         ConfigError: The settings cannot be used, or the port is in use.
+        IdentityError: A TLS file cannot be used.
     """
-    told = Told()
-    server = brief_server(guarded(settings_file, told), tls=None, hint="")
+    told, port = Told(), page.port
+    server = page_server(settings_file, page, told)
     beside = listener is not None
     with listener or listen("127.0.0.1", port, hint="Stop what uses it, or choose another: [page] port.") as bound:
         if beside:

@@ -55,6 +55,19 @@ def set_password(state: Path, password: str) -> None:
         raise LedgerError(f"{path} cannot be written: {error.strerror}", hint="Check the disk.") from None
 
 
+def remove_password(state: Path) -> None:
+    """Take the password away, so that nobody gets in by one; whoever did is logged out.
+
+    Raises:
+        LedgerError: The file cannot be removed.
+    """
+    path = state / PASSWORD
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise LedgerError(f"{path} cannot be removed: {error.strerror}", hint="Check the disk.") from None
+
+
 def read_password(state: Path) -> Password | None:
     """What is kept; None where no password was set.
 

@@ -7,7 +7,7 @@ import secrets
 import threading
 import time
 import traceback
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,8 @@ log = logging.getLogger("konsil.hospital")
 
 IDLE_S, SESSION_S = 30 * 60.0, 8 * 3600.0
 MOST_SESSIONS = 20
-OPEN = frozenset({"/login", "/language", "/page.css", "/page.js", "/icon.svg"})  # these say nothing about the hospital
+# These say nothing about the hospital.
+OPEN = frozenset({"/login", "/login/certificate", "/language", "/page.css", "/page.js", "/icon.svg"})
 HEADERS = {
     "content-security-policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
@@ -43,13 +44,16 @@ class Session:
 
     Attributes:
         token: In every form, so that a form of another site has none.
-        password: Digest of what the password was kept as: a new password ends the session.
+        proof: Digest of what let them in: of what the password was kept as, or of the certificate. When that lets in
+            nobody any more, the session ends.
+        by: In the log, the way in: ``password``, or which certificate.
         begun: When, by the monotonic clock.
         used: When last by a person; a page that looks whether something changed is nobody.
     """
 
     token: str
-    password: bytes
+    proof: bytes
+    by: str
     begun: float
     used: float
 
@@ -67,21 +71,23 @@ class Sessions:
         self._sessions: dict[bytes, Session] = {}
         self._turn = threading.Lock()
 
-    def begin(self, password: bytes) -> str:
+    def begin(self, proof: bytes, by: str) -> str:
         """A new session's name; of too many the oldest ends."""
         name, now = secrets.token_urlsafe(32), time.monotonic()
         with self._turn:
             self._sessions = {key: one for key, one in self._sessions.items() if not one.over}
             while len(self._sessions) >= MOST_SESSIONS:
                 del self._sessions[next(iter(self._sessions))]
-            self._sessions[digest(name)] = Session(secrets.token_urlsafe(32), password, now, now)
+            self._sessions[digest(name)] = Session(secrets.token_urlsafe(32), proof, by, now, now)
         return name
 
-    def find(self, name: str, password: bytes, *, by_hand: bool) -> Session | None:
-        """The session of that name, if it goes on; used by a person, it goes on for longer."""
+    def find(self, name: str, proofs: Sequence[bytes], *, by_hand: bool) -> Session | None:
+        """The session of that name, if what it began with is still among the proofs; used by a person, it goes on."""
         with self._turn:
             found = self._sessions.get(digest(name))
-            if found is None or found.over or not hmac.compare_digest(found.password, password):
+            if found is None or found.over:
+                return None
+            if not any(hmac.compare_digest(found.proof, proof) for proof in proofs):
                 return None
             if by_hand:
                 found.used = time.monotonic()
@@ -106,11 +112,20 @@ class Guard:
         app: The page.
         sessions: Who is logged in.
         cookie: Name of the sessions' cookie.
-        password: Digest of what the password is kept as, now.
+        scheme: That the page is served by: ``http`` or ``https``.
+        proofs: What would let in whoever sends a request, now; see ``Session``.
     """
 
-    def __init__(self, app: FastAPI, sessions: Sessions, *, cookie: str, password: Callable[[], bytes]) -> None:
-        self._app, self._sessions, self._cookie, self._password = app, sessions, cookie, password
+    def __init__(
+        self,
+        app: FastAPI,
+        sessions: Sessions,
+        *,
+        cookie: str,
+        scheme: str,
+        proofs: Callable[[Request], Sequence[bytes]],
+    ) -> None:
+        self._app, self._sessions, self._cookie, self._scheme, self._proofs = app, sessions, cookie, scheme, proofs
 
     async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
         """One request, as ASGI has it."""
@@ -135,11 +150,11 @@ class Guard:
         host = request.headers.get("host", "")
         if not names_loopback(host):
             return _refused(421)
-        if request.method not in {"GET", "HEAD"} and request.headers.get("origin") != f"http://{host}":
+        if request.method not in {"GET", "HEAD"} and request.headers.get("origin") != f"{self._scheme}://{host}":
             return _refused(403)
         by_hand = "x-konsil-live" not in request.headers
         name = request.cookies.get(self._cookie, "")
-        session = self._sessions.find(name, self._password(), by_hand=by_hand)
+        session = self._sessions.find(name, self._proofs(request), by_hand=by_hand)
         request.state.session = session
         if session is not None or request.url.path in OPEN:
             return None

@@ -52,14 +52,38 @@ class Keys(Frozen):
     root: LocalPath
 
 
+class PageTls(Frozen):
+    """Files of the page's own TLS, on loopback: the page proves itself to the browser, and a steward to the page.
+
+    Attributes:
+        certificate: Of the page, for ``localhost`` and ``127.0.0.1``.
+        key: Its private key.
+        stewards: Whom the page lets in: each certificate in it is an authority's, of which all client certificates are
+            let in, or one steward's own.
+        revoked: Certificate revocation lists of those authorities; absent: none of theirs is revoked.
+    """
+
+    certificate: LocalPath
+    key: LocalPath
+    stewards: LocalPath
+    revoked: LocalPath | None = None
+
+
 class PageSettings(Frozen):
     """The hospital's page, on loopback only.
 
     Attributes:
         port: Where the daemon serves it.
+        tls: The page's own TLS, and which client certificates open it; absent: plain HTTP and the password.
     """
 
     port: Annotated[int, Field(ge=1, le=65_535)]
+    tls: PageTls | None = None
+
+    @property
+    def scheme(self) -> str:
+        """``https`` where the page has TLS."""
+        return "https" if self.tls else "http"
 
 
 class Logs(Frozen):

@@ -10,6 +10,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from shared_models.phrase import Phrase
+
 WEB = Path(__file__).with_name("web")
 LANGUAGES = {"en": "English", "zh-Hans": "简体中文"}  # the first is the commands', and whoever wants another gets it
 
@@ -40,8 +42,8 @@ class Words:
 
     def __init__(self, language: str) -> None:
         self.language = language
-        with (WEB / f"{language}.toml").open("rb") as file:
-            self.texts: Mapping[str, str] = dict(_flat(tomllib.load(file)))
+        self.texts: Mapping[str, str] = dict(_flat(_read(f"{language}.toml")))
+        self.phrases: Mapping[str, str] = {} if language == "en" else _read(f"phrases.{language}.toml")
 
     def __call__(self, key: str, **values: Any) -> str:
         """The text of a key. What others wrote comes in as a value, and is never taken for a placeholder.
@@ -57,12 +59,23 @@ class Words:
         """The text of a sentence."""
         return self(sentence.key, **sentence.values)
 
+    def phrase(self, text: str) -> str:
+        """What a check says in English, in this language; a text that is no phrase stays as it is."""
+        if not isinstance(text, Phrase):
+            return text
+        values = {name: self.phrase(value) if isinstance(value, str) else value for name, value in text.values.items()}
+        return self.phrases.get(text.template, text.template).format(**values)
+
     def _value(self, value: Any) -> Any:
         if isinstance(value, Said):
             return self.say(value)
         if isinstance(value, Sequence) and not isinstance(value, str):
             return self.texts["comma"].join(str(self._value(one)) for one in value)
         return value
+
+
+def _read(file: str) -> dict[str, Any]:
+    return tomllib.loads((WEB / file).read_text("utf-8"))
 
 
 def _flat(table: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]:

@@ -184,8 +184,12 @@ class Store:
                 hint="Give a URL such as sqlite:////path/coordinator.sqlite; PostgreSQL needs pip install psycopg.",
             ) from None
         event.listen(self._engine, "connect", _durable_sqlite)
-        with self._said():
-            _migrate(self._engine)
+        try:
+            with self._said():
+                _migrate(self._engine)
+        except BaseException:
+            self._engine.dispose()
+            raise
 
     def close(self) -> None:
         """Close all connections."""
@@ -406,10 +410,12 @@ def _durable_sqlite(connection: Any, _record: Any) -> None:
 
 
 def _migrate(engine: Engine) -> None:
-    """Bring the schema to this release's; a database of a newer one is left alone."""
+    """Bring the schema to this release's, all of it or nothing; a database of a newer one is left alone."""
     config = Config()
     config.set_main_option("script_location", str(MIGRATIONS))
     with engine.begin() as connection:
+        if connection.dialect.name == "sqlite":  # Python's driver begins nothing for a change of the schema
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
         found = MigrationContext.configure(connection).get_current_revision()
         scripts = ScriptDirectory.from_config(config)
         try:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from cryptography.x509 import load_pem_x509_certificate
 
 from shared_models.errors import IdentityError
+from shared_models.phrase import Phrase
 
 AHEAD = timedelta(days=30)
 EVERY_S = 24 * 3600.0  # how often a daemon's log says what runs out
@@ -36,12 +37,14 @@ class Expiry(NamedTuple):
         """Whether it runs out within 30 days, or has."""
         return not now < self.until - AHEAD
 
-    def text(self, now: datetime) -> str:
+    def text(self, now: datetime) -> Phrase:
         """What there is to say, on one line."""
         if self.over(now):
-            return f"{self.what} expired on {self.until:%Y-%m-%d %H:%M} UTC"
-        days = (self.until - now).days
-        return f"{self.what} expires on {self.until:%Y-%m-%d}, in {days} day{'' if days == 1 else 's'}"
+            return Phrase("{what} expired on {time} UTC", what=self.what, time=f"{self.until:%Y-%m-%d %H:%M}")
+        days, day = (self.until - now).days, f"{self.until:%Y-%m-%d}"
+        if days == 1:
+            return Phrase("{what} expires on {day}, in 1 day", what=self.what, day=day)
+        return Phrase("{what} expires on {day}, in {days} days", what=self.what, day=day, days=days)
 
 
 def certificate_end(path: Path) -> datetime:

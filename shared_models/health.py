@@ -9,7 +9,7 @@ import ssl
 import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from http.client import HTTPException, HTTPSConnection
 from importlib.metadata import PackageNotFoundError, version
@@ -18,6 +18,7 @@ from typing import Literal, NamedTuple, TypeVar
 
 from shared_models.certificates import Expiry
 from shared_models.errors import FederationError
+from shared_models.phrase import Phrase
 
 Status = Literal["ok", "warn", "fail"]
 Of = TypeVar("Of")  # settings of a hospital or a coordinator
@@ -35,12 +36,15 @@ class Finding(NamedTuple):
         status: ``fail``: the daemon does not, or soon will not, work. ``warn``: somebody should act.
         text: What was found, on one line, without a record's content and without a secret.
         advice: What to do about it; empty if nothing.
+        code: Of the error that the text is of; empty if it is of none. Such a text is for a terminal only, because it
+            may quote what somebody else wrote.
     """
 
     check: str
     status: Status
     text: str
     advice: str = ""
+    code: str = ""
 
 
 def look(checks: Sequence[Callable[[Of], Iterator[Finding]]], settings: Of) -> list[Finding]:
@@ -56,9 +60,10 @@ def _guarded(check: Callable[[Of], Iterator[Finding]], settings: Of) -> Iterator
     try:
         yield from check(settings)
     except FederationError as error:
-        yield Finding(name, "fail", str(error), error.hint)
+        yield Finding(name, "fail", str(error), error.hint, error.code)
     except OSError as error:
-        yield Finding(name, "fail", f"{error.filename or 'a file'}: {error.strerror}", "Check file and disk.")
+        text = f"{error.filename or 'a file'}: {error.strerror}"
+        yield Finding(name, "fail", text, Phrase("Check file and disk."), "unreadable")
 
 
 def healthy(findings: Iterable[Finding]) -> bool:
@@ -82,7 +87,8 @@ def versions(packages: Sequence[str]) -> Finding:
         except PackageNotFoundError:
             missing.append(package)
     if missing:
-        return Finding("versions", "fail", f"not installed: {', '.join(missing)}", "Install this release again.")
+        text = Phrase("not installed: {packages}", packages=", ".join(missing))
+        return Finding("versions", "fail", text, Phrase("Install this release again."))
     return Finding("versions", "ok", ", ".join(found))
 
 
@@ -91,8 +97,9 @@ def entropy() -> Finding:
     try:
         os.getrandom(32, os.GRND_NONBLOCK)
     except BlockingIOError:
-        return Finding("entropy", "fail", "the kernel's generator is not seeded yet", "Wait; or add a source of it.")
-    return Finding("entropy", "ok", "the kernel's generator is seeded")
+        text = Phrase("the kernel's generator is not seeded yet")
+        return Finding("entropy", "fail", text, Phrase("Wait; or add a source of it."))
+    return Finding("entropy", "ok", Phrase("the kernel's generator is seeded"))
 
 
 def room(folder: Path) -> Finding:
@@ -104,17 +111,16 @@ def room(folder: Path) -> Finding:
     try:
         probe.write_bytes(b"\0" * 4096)
     except OSError as error:
-        return Finding(
-            "disk", "fail", f"{there} cannot be written: {error.strerror}", "Make room, or mount it writable."
-        )
+        text = Phrase("{folder} cannot be written: {why}", folder=there, why=error.strerror)
+        return Finding("disk", "fail", text, Phrase("Make room, or mount it writable."))
     finally:
         probe.unlink(missing_ok=True)
     free_mb = shutil.disk_usage(there).free // 2**20
-    text = f"{free_mb} MB free at {there}"
+    text = Phrase("{free} MB free at {folder}", free=free_mb, folder=there)
     if free_mb < NO_ROOM_MB:
-        return Finding("disk", "fail", text, "Make room: on a full disk the daemon stops.")
+        return Finding("disk", "fail", text, Phrase("Make room: on a full disk the daemon stops."))
     if free_mb < LITTLE_ROOM_MB:
-        return Finding("disk", "warn", text, f"Make room: {LITTLE_ROOM_MB} MB or more.")
+        return Finding("disk", "warn", text, Phrase("Make room: {least} MB or more.", least=LITTLE_ROOM_MB))
     return Finding("disk", "ok", text)
 
 
@@ -127,27 +133,36 @@ def private(files: Iterable[Path]) -> Finding:
         except FileNotFoundError:
             continue
         except OSError as error:
-            return Finding("permissions", "fail", f"{file}: {error.strerror}", "Run this as the daemon's user.")
+            text = Phrase("{file}: {why}", file=file, why=error.strerror)
+            return Finding("permissions", "fail", text, Phrase("Run this as the daemon's user."))
         if stat.S_IMODE(mode) & 0o077:
-            return Finding("permissions", "fail", f"{file} is open to others", f"Run: chmod go= {file}")
+            text = Phrase("{file} is open to others", file=file)
+            return Finding("permissions", "fail", text, Phrase("Run: {command}", command=f"chmod go= {file}"))
         if not os.access(file, os.R_OK):
-            return Finding("permissions", "fail", f"{file} cannot be read", "Run this as the daemon's user.")
+            text = Phrase("{file} cannot be read", file=file)
+            return Finding("permissions", "fail", text, Phrase("Run this as the daemon's user."))
         seen += 1
-    return Finding("permissions", "ok", f"{seen} secrets are their owner's alone")
+    return Finding("permissions", "ok", Phrase("{count} secrets are their owner's alone", count=seen))
 
 
 def owned(folder: Path, files: Iterable[Path]) -> Finding:
     """Whether files belong to the user that the daemon's folder belongs to: a command that root gave makes root's."""
     if not folder.exists():
-        return Finding("owner", "ok", f"{folder} is made at the first start")
+        return Finding("owner", "ok", Phrase("{folder} is made at the first start", folder=folder))
     user = folder.stat().st_uid
     for file in files:
         if file.exists() and file.stat().st_uid != user:
-            text = f"{file} belongs to user {file.stat().st_uid}, and {folder} to {user}"
-            return Finding(
-                "owner", "fail", text, f"Run: chown --reference={folder} {file}; give commands as that user."
+            text = Phrase(
+                "{file} belongs to user {other}, and {folder} to {user}",
+                file=file,
+                other=file.stat().st_uid,
+                folder=folder,
+                user=user,
             )
-    return Finding("owner", "ok", f"all belongs to user {user}")
+            command = f"chown --reference={folder} {file}"
+            advice = Phrase("Run: {command}; give commands as that user.", command=command)
+            return Finding("owner", "fail", text, advice)
+    return Finding("owner", "ok", Phrase("all belongs to user {user}", user=user))
 
 
 def expiring(expiries: Iterable[Expiry]) -> list[Finding]:
@@ -165,11 +180,11 @@ def reach(check: str, address: str) -> Finding:
     try:
         socket.create_connection(_split(address), TIMEOUT_S).close()
     except (OSError, UnicodeError) as error:
-        advice = "Is it up? Does the firewall let this machine dial out to it?"
-        return Finding(
-            check, "fail", f"{address} cannot be reached: {getattr(error, 'strerror', None) or error}", advice
-        )
-    return Finding(check, "ok", f"{address} answers")
+        why = getattr(error, "strerror", None) or error
+        text = Phrase("{address} cannot be reached: {why}", address=address, why=why)
+        advice = Phrase("Is it up? Does the firewall let this machine dial out to it?")
+        return Finding(check, "fail", text, advice)
+    return Finding(check, "ok", Phrase("{address} answers", address=address))
 
 
 def listening(check: str, host: str, port: int) -> Finding:
@@ -178,9 +193,10 @@ def listening(check: str, host: str, port: int) -> Finding:
         socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            return Finding(check, "ok", f"{host}:{port} is served")
-        return Finding(check, "fail", f"{host}:{port}: {error.strerror}", "Choose an address of this machine.")
-    return Finding(check, "ok", f"{host}:{port} is free")
+            return Finding(check, "ok", Phrase("{host}:{port} is served", host=host, port=port))
+        text = Phrase("{host}:{port}: {why}", host=host, port=port, why=error.strerror)
+        return Finding(check, "fail", text, Phrase("Choose an address of this machine."))
+    return Finding(check, "ok", Phrase("{host}:{port} is free", host=host, port=port))
 
 
 def ask(address: str, context: ssl.SSLContext) -> list[Finding]:
@@ -200,14 +216,17 @@ def ask(address: str, context: ssl.SSLContext) -> list[Finding]:
         connection.request("GET", "/")
         date = connection.getresponse().headers["Date"]
     except ssl.SSLCertVerificationError as error:
-        advice = "Expired, of another host or authority; or this machine's clock is wrong. Call its operators."
-        return [Finding("TLS", "fail", f"its certificate is not trusted: {error.verify_message}", advice)]
+        text = Phrase("its certificate is not trusted: {why}", why=error.verify_message)
+        advice = Phrase("Expired, of another host or authority; or this machine's clock is wrong. Call its operators.")
+        return [Finding("TLS", "fail", text, advice)]
     except (OSError, HTTPException) as error:
-        advice = "It refuses this certificate; or something in between ends the connection. Call its operators."
-        return [Finding("TLS", "fail", f"the connection was ended: {type(error).__name__}", advice)]
+        text = Phrase("the connection was ended: {why}", why=type(error).__name__)
+        advice = Phrase("It refuses this certificate; or something in between ends the connection. Call its operators.")
+        return [Finding("TLS", "fail", text, advice)]
     finally:
         connection.close()
-    trusted = f"TLS 1.3, both sides proven; its certificate is valid until {until:%Y-%m-%d}"
+    day = f"{until:%Y-%m-%d}"
+    trusted = Phrase("TLS 1.3, both sides proven; its certificate is valid until {day}", day=day)
     return [Finding("TLS", "ok", trusted), _clock(date)]
 
 
@@ -225,15 +244,19 @@ def _clock(date: str | None) -> Finding:
     try:
         ahead = datetime.now(UTC) - parsedate_to_datetime(date or "")
     except (ValueError, TypeError, OverflowError):  # none, or what no clock says
-        return Finding("clock", "warn", "the other side does not say what time it is", "Compare the clocks by hand.")
-    text = f"this clock is {_words(ahead)} the coordinator's"
+        text = Phrase("the other side does not say what time it is")
+        return Finding("clock", "warn", text, Phrase("Compare the clocks by hand."))
+    text = _apart(ahead.total_seconds())
     if not abs(ahead.total_seconds()) < MOST_SKEW_S:
-        return Finding("clock", "fail", text, "Set the clock that is wrong, by NTP: signatures last five minutes.")
+        advice = Phrase("Set the clock that is wrong, by NTP: signatures last five minutes.")
+        return Finding("clock", "fail", text, advice)
     if not abs(ahead.total_seconds()) < SOME_SKEW_S:
-        return Finding("clock", "warn", text, "Keep both clocks by NTP.")
-    return Finding("clock", "ok", f"this clock and the coordinator's agree to {abs(ahead.total_seconds()):.0f} s")
+        return Finding("clock", "warn", text, Phrase("Keep both clocks by NTP."))
+    agree = Phrase("this clock and the coordinator's agree to {count:.0f} s", count=abs(ahead.total_seconds()))
+    return Finding("clock", "ok", agree)
 
 
-def _words(ahead: timedelta) -> str:
-    seconds = ahead.total_seconds()
-    return f"{abs(seconds):.0f} s {'ahead of' if seconds > 0 else 'behind'}"
+def _apart(seconds: float) -> Phrase:
+    if seconds > 0:
+        return Phrase("this clock is {count:.0f} s ahead of the coordinator's", count=seconds)
+    return Phrase("this clock is {count:.0f} s behind the coordinator's", count=-seconds)

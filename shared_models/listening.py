@@ -17,14 +17,21 @@ SHORTEST_TOKEN = 32  # characters
 IDLE_S = 20.0  # after which a connection ends where no answer is on its way; browsers make another
 LONGEST_S = 120.0
 MOST_CONNECTIONS = 200
+_NO_CHECK_TIME = ssl.VerifyFlags(0x200000)  # OpenSSL's X509_V_FLAG_NO_CHECK_TIME, which Python has no name for
 
 
 class Brief(H11Protocol):
-    """A connection that ends: neither one that says nothing nor one that says it slowly keeps its place for long."""
+    """A connection that ends: neither one that says nothing nor one that says it slowly keeps its place for long.
+
+    Requests have the client's certificate, in DER, as ``request.state.certificate``; None where it showed none.
+    """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin, unless there are too many."""
         super().connection_made(transport)
+        tls = transport.get_extra_info("ssl_object")
+        shown = None if tls is None else tls.getpeercert(binary_form=True)
+        self.app_state = {**self.app_state, "certificate": shown}
         self._ends = [
             self.loop.call_later(IDLE_S, self._end_idle),
             self.loop.call_later(LONGEST_S, transport.abort),
@@ -98,13 +105,18 @@ def read_token(path: Path, *, hint: str) -> str:
     return token
 
 
-def brief_server(app: Any, *, tls: tuple[Path, Path] | None, hint: str) -> uvicorn.Server:
+def brief_server(app: Any, *, tls: tuple[Path, Path] | None, hint: str, clients: Path | None = None) -> uvicorn.Server:
     """A server of brief connections that logs nothing of its own, believes no proxy and says not what it is.
+
+    Guarantees:
+        * A client certificate that requests have is of one of ``clients``, or is one of them, and who showed it has its
+          key. Whether it is valid now, or revoked, is left to ``app``, which can say so in words.
 
     Args:
         app: What answers, by ASGI.
         tls: Certificate and key; None speaks plain HTTP.
         hint: What to do where these cannot be used.
+        clients: Whose client certificates are asked for; who shows none is served all the same.
 
     Raises:
         IdentityError: A TLS file cannot be used.
@@ -122,8 +134,13 @@ def brief_server(app: Any, *, tls: tuple[Path, Path] | None, hint: str) -> uvico
         timeout_graceful_shutdown=3,
         ssl_certfile=certificate,
         ssl_keyfile=key,
+        ssl_ca_certs=clients,
+        ssl_cert_reqs=ssl.CERT_NONE if clients is None else ssl.CERT_OPTIONAL,
     )
-    return uvicorn.Server(load_tls(config, hint=hint))
+    load_tls(config, hint=hint)
+    if config.ssl is not None and clients is not None:
+        config.ssl.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN | _NO_CHECK_TIME
+    return uvicorn.Server(config)
 
 
 def load_tls(config: uvicorn.Config, *, hint: str) -> uvicorn.Config:

@@ -124,6 +124,31 @@ class Browser:
         path.write_bytes(b64decode(picture["data"]))
 
 
+def import_certificate(folder: Path, address: str, *, authority: Path, file: Path, passphrase: str) -> None:
+    """What a person imports into a browser before its first start: whom to trust, and what to show at an address.
+
+    Args:
+        folder: As given to ``browsing``.
+        address: Where the certificate is shown; what the browser would ask, a preference answers.
+        authority: Certificate in PEM.
+        file: Key and certificate (PKCS 12).
+        passphrase: Of the file.
+    """
+    database = folder / ".pki" / "nssdb"
+    database.mkdir(parents=True)
+    where = ("-d", f"sql:{database}")
+    for command in (
+        ("certutil", *where, "-N", "--empty-password"),
+        ("certutil", *where, "-A", "-n", "authority", "-t", "C,,", "-i", authority),
+        ("pk12util", *where, "-i", file, "-W", passphrase),
+    ):
+        subprocess.run(command, check=True, capture_output=True)
+    shown: dict[str, Any] = {"auto_select_certificate": {f"{address},*": {"setting": {"filters": [{}]}}}}
+    preferences = folder / "profile" / "Default" / "Preferences"
+    preferences.parent.mkdir(parents=True)
+    preferences.write_text(json.dumps({"profile": {"content_settings": {"exceptions": shown}}}), encoding="utf-8")
+
+
 @contextmanager
 def browsing(folder: Path) -> Iterator[Browser]:
     """A Chromium that has never run before; its profile goes into a folder."""

@@ -1,6 +1,7 @@
 """A steward at the hospital's page: served in this process, over a real socket, and asked by HTTP."""
 
 import re
+import ssl
 import threading
 import time
 from collections.abc import Iterator
@@ -13,12 +14,12 @@ import httpx
 import tomli_w
 
 from client.beside import Told
-from client.page import guarded
+from client.page import page_server
 from client.password import set_password
 from client.settings import read_settings
 from server.demo import free_port
 from shared_models.config import read_toml
-from shared_models.listening import brief_server, listen
+from shared_models.listening import listen
 
 PASSWORD = "correct horse battery"  # noqa: S105 - a test's
 
@@ -38,7 +39,7 @@ def serving(settings_file: Path, told: Told | None = None) -> Iterator[str]:
     """The page of a hospital that has one; its address."""
     page = read_settings(settings_file).page
     assert page is not None
-    server = brief_server(guarded(settings_file, told), tls=None, hint="")
+    server = page_server(settings_file, page, told)
     with listen("127.0.0.1", page.port, hint="") as listener:
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
         thread.start()
@@ -46,7 +47,7 @@ def serving(settings_file: Path, told: Told | None = None) -> Iterator[str]:
             assert thread.is_alive()
             time.sleep(0.01)
         try:
-            yield f"http://127.0.0.1:{page.port}"
+            yield f"{page.scheme}://127.0.0.1:{page.port}"
         finally:
             server.should_exit = True
             thread.join(timeout=20)
@@ -92,7 +93,7 @@ class Steward:
 
 
 @contextmanager
-def visiting(address: str) -> Iterator[Steward]:
-    """Somebody at the page, who is not logged in."""
-    with httpx.Client(base_url=address, trust_env=False, timeout=60) as client:
+def visiting(address: str, tls: ssl.SSLContext | bool = True) -> Iterator[Steward]:
+    """Somebody at the page, who is not logged in; with whom they trust, and what they show."""
+    with httpx.Client(base_url=address, trust_env=False, timeout=60, verify=tls) as client:
         yield Steward(client)

@@ -15,6 +15,7 @@ from client.doctor import examine
 from client.settings import Settings
 from server.coordinator import SuperLink
 from shared_models.health import Finding, _clock, healthy
+from shared_models.phrase import Phrase
 from tests.link import Keys, ready_hospital
 
 
@@ -43,6 +44,20 @@ def test_a_healthy_hospital_is_green(keys: Keys) -> None:
     checks = [finding["check"] for finding in json.loads(machine.output)]
     assert {"versions", "disk", "permissions", "ledger", "budget", "roster", "expiry", "TLS", "clock"} <= set(checks)
     assert len(shown.output.splitlines()) == len(checks)
+
+
+def test_every_finding_can_be_said_in_another_language_or_has_a_code(keys: Keys) -> None:
+    """Also what was found wrong: the page shows it to a steward who may not read English."""
+    settings = keys.hospital("north")
+    seen = examine(settings)
+    settings.keys.identity.chmod(0o644)
+    (settings.records / "manifest.toml").unlink()
+    seen += examine(settings)
+
+    assert {finding.code for finding in seen if finding.check == "records"} == {"", "records"}
+    for finding in seen:
+        assert finding.code or finding.check == "versions" or isinstance(finding.text, Phrase), finding
+        assert finding.code or not finding.advice or isinstance(finding.advice, Phrase), finding
 
 
 def test_a_coordinator_that_is_away_fails_and_says_what_to_look_at(keys: Keys) -> None:

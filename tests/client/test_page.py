@@ -38,7 +38,7 @@ from tests.rounds.test_a_server_that_lies import Coordinator
 HOSPITAL = "hospital-1"
 HOSTILE = """<script>window.hacked = 1</script><img src=x onerror="hacked=1">"'&</svg></main>{{ 7 * 7 }} {purpose}"""
 PAGES = ("/", "/studies/breast-cancer", "/budget", "/egress", "/records", "/health")
-CHANGES = ("/studies/breast-cancer/approve", "/studies/breast-cancer/refuse", "/records", "/logout")
+CHANGES = ("/studies/breast-cancer/approve", "/studies/breast-cancer/refuse", "/records", "/health", "/logout")
 STUDY = "breast-cancer"
 
 
@@ -270,7 +270,7 @@ def test_looking_changes_nothing(bystander: Steward, kept_waiting: Federation, m
     answers = [
         bystander.client.request(method, path, headers={"origin": bystander.origin})
         for path in CHANGES
-        if path != "/records"
+        if path not in {"/records", "/health"}
     ]
 
     assert {answer.status_code for answer in answers} == {405}
@@ -576,13 +576,58 @@ def test_what_runs_what_was_spent_and_what_left_are_the_ledger_s_and_the_log_s(r
         studies, spent, left = (html.unescape(steward.get(path).text) for path in ("/", "/budget", "/egress"))
 
     assert "round 1 of 3" in studies
-    assert f"{budget.filter_spent('second'):.4f} of 0.9" in studies + spent
-    assert f"{budget.filter_spent(STUDY):.4f} of 1" in spent
+    assert f"{budget.filter_spent('second'):.4f} of 0.9" in studies
+    told = json.loads(CliRunner().invoke(app, ["budget", "--json", str(run.settings_file(HOSPITAL))]).output)
+    for one, promised in zip(told["studies"], ("1", "0.9"), strict=True):
+        assert one["epsilon"] < one["epsilon_filter"] <= one["epsilon_planned"]
+        row = re.search(rf'href="/studies/{one["study"]}">.*?</tr>', spent, re.DOTALL)
+        assert row is not None
+        assert re.findall(r">([0-9.]+(?: of [0-9.]+)?)</td>", row[0])[1:-1] == [
+            f"{one['epsilon_planned']:.4f} of {promised}",
+            f"{one['epsilon_filter']:.4f}",
+            f"{one['epsilon']:.4f}",
+        ]
+        assert one["accountant"] in spent
     assert f"<dd>{budget.left():.4f}</dd>" in spent
     assert "3 charges" in left
     told = CliRunner().invoke(app, ["egress", "--json", str(run.settings_file(HOSPITAL))]).output
     total = sum(row["bytes"] for row in json.loads(told)["fields"] if row["study"] == STUDY)
     assert f"{STUDY}: {total:,} bytes in all" in left
+
+
+def test_the_doctor_comes_when_called_and_says_what_the_command_says(run: Federation) -> None:
+    """The same findings, in the reader's language; of an error its code only, because its text may quote a cell."""
+    file = str(run.settings_file(HOSPITAL))
+    with at_the_page(run) as steward:
+        found = json.loads(CliRunner().invoke(app, ["doctor", "--json", file]).output)
+        before = steward.get("/health").text
+        english = html.unescape(examined(steward))
+        chinese = html.unescape(steward.get("/health", **{"accept-language": "zh-CN"}).text)
+
+    assert "On 20" not in before
+    shown = [re.sub(r"[0-9]+", "0", text) for text in re.findall(r"</span>\s*(.*?)\s*</dd>", english, re.DOTALL)]
+    assert any(one["status"] == "fail" for one in found)
+    for one in found:
+        said = f"{one['text']} → {one['advice']}" if one["advice"] else one["text"]
+        if one["code"]:
+            assert words()(f"code.{one['code']}") in english
+            assert one["text"] not in english + chinese
+        else:
+            assert re.sub(r"[0-9]+", "0", said) in shown
+    assert "签名与头文件均成立" in chinese
+    assert "无法连接" in chinese
+    left = re.findall(r"</span>\s*(.*?)\s*</dd>", chinese, re.DOTALL)
+    assert [text for text in left if not re.search(r"[\u4e00-\u9fff]", text) and "Python" not in text] == []
+
+
+def examined(steward: Steward) -> str:
+    """The page of the health after a visit of the doctor."""
+    assert steward.send("/health", steward.fields("/health", "/health")).status_code == 303
+    deadline = time.monotonic() + 60
+    while "The doctor looks at everything." in (text := steward.get("/health").text):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return text
 
 
 def test_health_is_what_the_files_say(run: Federation) -> None:

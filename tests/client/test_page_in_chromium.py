@@ -25,9 +25,10 @@ from shared_models.approval import verify_approval
 from shared_models.identity import load_key, public_bytes
 from shared_models.messages import Refusal
 from shared_models.privacy.ledger import read_ledger
-from tests.browser import CHROMIUM, Browser, browsing
+from tests.browser import CHROMIUM, Browser, browsing, import_certificate
 from tests.client.steward import PASSWORD, add_page, serving
 from tests.client.test_page import HOSPITAL, PAGES, STUDY, make_waiting, propose
+from tests.client.test_stewards import PASSPHRASE, House, run
 from tests.federation import Federation, change_policy, changed, restart_hospitals
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium")
@@ -168,10 +169,55 @@ def test_a_consent_from_login_to_ledger_by_the_keyboard_alone(browser: Browser, 
     assert (newest.kind, newest.approved_by, newest.approval) == ("plan-approved", "steward", approval.signature)
 
 
+@pytest.mark.skipif(shutil.which("pk12util") is None, reason="no pk12util here: apt-get install libnss3-tools")
+def test_a_steward_s_certificate_opens_the_page_until_it_is_revoked(tmp_path: Path) -> None:
+    """Imported as a person imports it; a real daemon's page over TLS. Then the browser says in plain words why not."""
+    house = House(tmp_path / "house")
+    run("page-password", house.file, "--remove")
+    settings = house.federation.settings(HOSPITAL)
+    authority = Authority(tmp_path / "authority")
+    authority.issue(settings.tls.key.parent, HOSPITAL)
+    shutil.copy(authority.certificate, settings.tls.ca)
+    assert settings.page is not None
+    address, anna = f"https://127.0.0.1:{settings.page.port}", house.folder / "anna.p12"
+    home = tmp_path / "chromium"
+    import_certificate(home, address, authority=house.folder / "authority.pem", file=anna, passphrase=PASSPHRASE)
+    with daemon(house.file, tmp_path / "log"), browsing(home) as browser:
+        deadline = time.monotonic() + 60
+        while "the page: https" not in (tmp_path / "log").read_text("utf-8"):
+            assert time.monotonic() < deadline, (tmp_path / "log").read_text("utf-8")
+            time.sleep(0.05)
+        browser.open(f"{address}/login")
+        assert "certificate of anna" in browser.ask("document.body.innerText")
+        tab_to(browser, "Log in with the certificate")
+        browser.press("Enter")
+        browser.until("location.pathname === '/' && document.getElementById('live')?.textContent")
+        tab_to(browser, "Read and decide")
+        browser.press("Enter")
+        browser.until(f"location.pathname === '/studies/{STUDY}' && document.readyState === 'complete'")
+        tab_to(browser, "Approve and sign")
+        browser.press("Enter")
+        browser.until("document.body?.innerText.includes('You have approved this plan')")
+        assert_at_peace(browser, address)
+
+        run("page-revoke", house.file, "anna")
+        browser.open(f"{address}/budget")
+        assert browser.ask("location.pathname") == "/login"
+        said = browser.ask("document.body.innerText")
+
+    assert "It was revoked." in said
+    assert "Password" not in said
+    assert Consents(settings.state).approved(STUDY) is not None
+
+
 def test_it_fits_and_can_be_read(browser: Browser, seen: Federation) -> None:
     """No page is wider than the window, and every text has a contrast of 4.5 to 1, in both languages (WCAG 2.2 AA)."""
     with serving(seen.settings_file(HOSPITAL)) as address:
         log_in(browser, address)
+        browser.open(f"{address}/health")
+        browser.until("document.querySelector('form[action=\"/health\"] button')")
+        browser.ask("document.querySelector('form[action=\"/health\"] button').click()")
+        browser.until("document.body?.innerText.includes('things looked at')")
         for language, other in (("en", "zh-Hans"), ("zh-Hans", "en")):
             for path in (*PAGES, "/studies/second", "/studies/nothing"):
                 browser.open(address + path)

@@ -1,13 +1,23 @@
 """The two catalogues say the same: the same keys, the same placeholders, none too few and none too many."""
 
+import ast
 import re
 import string
+from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 
 from client.words import LANGUAGES, WEB, Said, Words, preferred, said, words
+from shared_models import certificates, health
+from shared_models.certificates import Expiry
+from shared_models.phrase import Phrase
 from shared_models.privacy.mechanisms import NEIGHBOURING, UNIT
 
+PHRASED = [
+    *(WEB.parent / name for name in ("doctor.py", "expiry.py")),
+    *(Path(module.__file__ or "") for module in (certificates, health)),
+]
 OTHERS = [name for name in LANGUAGES if name != "en"]
 
 
@@ -46,6 +56,37 @@ def test_every_key_is_used_and_every_key_that_is_used_is_there() -> None:
 
     assert {key for key in called if key not in keys} == set()
     assert {key for key in keys - quoted if key.partition(".")[0] not in joined} == set()
+
+
+@pytest.mark.parametrize("language", OTHERS)
+def test_every_phrase_of_the_doctor_has_a_translation_with_the_same_figures(language: str) -> None:
+    """None is left over, and none that a check can say is left in English; a finding's texts are phrases or codes."""
+    said = {
+        node.args[0].value: path.name
+        for path in PHRASED
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Phrase"
+        if isinstance(node.args[0], ast.Constant) and isinstance(node.args[0].value, str)
+    }
+
+    found = words(language).phrases
+
+    assert found.keys() == said.keys()
+    assert {text for text in found if placeholders(found[text]) != placeholders(text)} == set()
+    assert {text for text in found if found[text] == text} == set()
+
+
+def test_a_phrase_is_its_english_text_and_is_said_again_in_another_language() -> None:
+    """A value can be a phrase; what others wrote is never taken for a placeholder, nor translated."""
+    ends = Expiry(
+        "page", Phrase("the certificate of steward {name}", name="{what}"), datetime(2026, 1, 2, tzinfo=UTC), ""
+    )
+    text = ends.text(datetime(2026, 1, 1, tzinfo=UTC))
+
+    assert text == "the certificate of steward {what} expires on 2026-01-02, in 1 day"
+    assert words().phrase(text) == str(text)
+    assert words("zh-Hans").phrase(text).startswith("管理员 {what} 的证书将于 2026-01-02 到期")
+    assert words("zh-Hans").phrase("not running") == "not running"
 
 
 def test_the_relation_is_the_one_that_is_accounted_for() -> None:

@@ -1,7 +1,9 @@
 """The coordinator's machine is lost, and comes back from a backup that was made while it ran."""
 
+import os
 import shutil
 import stat
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from shared_models.errors import BackupError
 from shared_models.privacy.head import head_path
 from tests.centre import plan
 from tests.client.test_enrol import Consortium
+from tests.conftest import POSTGRES
 from tests.drills.consortium import connects, found, say, serving
 
 
@@ -91,6 +94,54 @@ def test_a_database_elsewhere_is_not_in_the_backup_and_said_so(consortium: Conso
     assert "back it up with pg_dump" in said.text
     assert "secret" not in said.text
     assert not (consortium.folder / "backup" / "state" / "coordinator.sqlite").exists()
+
+
+def test_a_coordinator_on_postgresql_comes_back_from_its_dump_and_its_backup(postgres: str, tmp_path: Path) -> None:
+    """The database by PostgreSQL's own programs, as the runbook has it, and the rest by ours."""
+    server = postgres.removeprefix("postgresql+psycopg://konsil@/postgres?host=")
+    url, plain = (f"{scheme}://konsil@/centre?host={server}" for scheme in ("postgresql+psycopg", "postgresql"))
+    tool(server, "createdb", "centre")
+    made = found(tmp_path, "north")
+    text = made.settings.read_text("utf-8")
+    made.settings.write_text(f'database = "{url}"\n{text}', encoding="utf-8")
+    settings, folder = read_settings(made.settings), tmp_path / "backup"
+    store = Store(settings.database_url)
+    for name in ("first", "second"):
+        store.submit(plan(name), by="the test", folder=settings.state / "studies" / name)
+        (settings.state / "studies" / name).mkdir(parents=True)
+        (settings.state / "studies" / name / "events.jsonl").write_text('{"event":"started"}\n', encoding="ascii")
+    store.enter("first", State.FINISHED)
+    store.finish_round("second", 1, {"answered": ["north"]})
+    before = [(row.name, row.state, row.plan.digest(), row.rounds_done) for row in store.all()]
+    tool(server, "pg_dump", "--format=custom", f"--file={tmp_path / 'konsil.dump'}", plain)
+    kept = say("konsil-coordinator", "backup", folder, "--settings", made.settings)
+    store.submit(plan("third"), by="the test", folder=settings.state / "studies" / "third")
+    store.close()
+    tool(server, "dropdb", "centre")
+    shutil.rmtree(made.centre)
+
+    tool(server, "createdb", "centre")
+    tool(server, "pg_restore", "--exit-on-error", "--no-owner", f"--dbname={plain}", tmp_path / "konsil.dump")
+    said = say("konsil-coordinator", "restore", folder, "--settings", made.settings)
+
+    assert kept.code == said.code == 0, kept.text + said.text
+    store = Store(settings.database_url)
+    assert [(row.name, row.state, row.plan.digest(), row.rounds_done) for row in store.all()] == before
+    assert [row.facts for row in store.rounds("second")] == [{"answered": ["north"]}]
+    assert store.submit(plan("third"), by="the test", folder=settings.state / "studies" / "third").number == 3
+    store.close()
+    assert all((settings.state / "studies" / name / "events.jsonl").exists() for name in ("first", "second"))
+    with serving(made):
+        connects(made, "north")
+    tool(server, "dropdb", "--force", "centre")
+
+
+def tool(server: str, name: str, *arguments: object) -> None:
+    """One of PostgreSQL's programs."""
+    command = [str(POSTGRES[-1] / name), *map(str, arguments)]
+    environment = {**os.environ, "PGHOST": server, "PGUSER": "konsil"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_an_audit_log_is_ended_by_moving_it_away_and_a_new_one_begins(consortium: Consortium, tmp_path: Path) -> None:

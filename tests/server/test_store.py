@@ -1,16 +1,31 @@
 """The coordinator's database: states, attempts and rounds, on SQLite and, where there is a server, on PostgreSQL."""
 
+import shutil
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from sqlalchemy import create_engine, inspect, text
 
 from server.examples import example_plan
-from server.store import OpenAttempt, State, Store, Wish
+from server.store import MIGRATIONS, OpenAttempt, State, Store, Wish
 from shared_models.errors import ConfigError, StoreError, StudyStateError, UnknownStudyError
 from shared_models.plan import StudyPlan
 from tests.federation import changed
+
+NEXT = """\
+import sqlalchemy as sa
+from alembic import op
+
+revision, down_revision, branch_labels, depends_on = "0002", "0001", None, None
+
+
+def upgrade() -> None:
+    op.add_column("studies", sa.Column("priority", sa.Integer, nullable=False, server_default="7"))
+    op.execute("update studies set priority = number * 10{problem}")
+"""
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -21,8 +36,6 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
         return
     server: str = request.getfixturevalue("postgres")
     yield server
-    from sqlalchemy import create_engine, text
-
     engine = create_engine(server)
     with engine.begin() as connection:
         for table in ("studies", "attempts", "rounds", "alembic_version"):
@@ -140,6 +153,71 @@ def test_a_database_of_a_newer_release_is_left_alone(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigError, match="of a newer release: its schema is 9999"):
         Store(f"sqlite:///{path}")
+
+
+def next_release(folder: Path, *, problem: str = "") -> Path:
+    """The migrations of a release after this one, which has another column: there was no format before 0001."""
+    migrations = folder / "migrations"
+    shutil.copytree(MIGRATIONS, migrations, ignore=shutil.ignore_patterns("__pycache__"))
+    (migrations / "versions" / "0002_priority.py").write_text(NEXT.format(problem=problem), encoding="ascii")
+    return migrations
+
+
+def _schema_and_studies(url: str) -> tuple[str, list[str], list[Any]]:
+    engine = create_engine(url)
+    with engine.connect() as connection:
+        revision = str(connection.execute(text("select version_num from alembic_version")).scalar_one())
+        columns = [column["name"] for column in inspect(connection).get_columns("studies")]
+        studies = connection.execute(text("select * from studies order by number")).fetchall()
+    engine.dispose()
+    return revision, columns, [tuple(study) for study in studies]
+
+
+def test_an_older_schema_is_migrated_when_it_is_opened_and_the_release_before_refuses_it(
+    url: str, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Studies stay what they were, the migration's work is done once; going back is refused, and changes nothing."""
+    for name in ("first", "second"):
+        store.submit(_plan(name), by="ann", folder=tmp_path / name)
+    store.enter("first", State.RUNNING)
+    store.close()
+    revision, columns, studies = _schema_and_studies(url)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("server.store.MIGRATIONS", next_release(tmp_path))
+        for _ in range(2):
+            later = Store(url)
+            assert [(row.name, row.state) for row in later.all()] == [
+                ("first", State.RUNNING),
+                ("second", State.PENDING),
+            ]
+            later.close()
+    migrated = _schema_and_studies(url)
+    with pytest.raises(ConfigError, match="of a newer release: its schema is 0002"):
+        Store(url)
+
+    assert revision == "0001"
+    assert migrated == ("0002", [*columns, "priority"], [(*study, study[0] * 10) for study in studies])
+    assert _schema_and_studies(url) == migrated
+
+
+def test_a_migration_that_fails_leaves_the_database_as_it_was(
+    url: str, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of it or nothing: the release before opens it again, with every study."""
+    store.submit(_plan("first"), by="ann", folder=tmp_path / "first")
+    store.close()
+    before = _schema_and_studies(url)
+
+    monkeypatch.setattr("server.store.MIGRATIONS", next_release(tmp_path, problem=" from nowhere at all"))
+    with pytest.raises(StoreError):
+        Store(url)
+    assert _schema_and_studies(url) == before
+    monkeypatch.setattr("server.store.MIGRATIONS", MIGRATIONS)
+
+    again = Store(url)
+    assert [row.name for row in again.all()] == ["first"]
+    again.close()
 
 
 @pytest.mark.parametrize("wrong", ["not a url", "oracle+cx_nothing://x", "sqlite-nothing:///x"])
