@@ -36,7 +36,9 @@ def augmented(records: Records, task: Task, augmentation: Augmentation, random: 
     return replace(
         records,
         inputs=inputs,
-        targets=records.targets.repeat_interleave(copies, dim=0),
+        targets=targets.repeat_interleave(copies, dim=0)
+        if isinstance(targets := records.targets, Tensor)
+        else _Changed(targets, copies, lambda unchanged: unchanged),
         patients=np.repeat(records.patients, copies),
     )
 
