@@ -82,8 +82,7 @@ def rows_of(
         path: The file.
         names: As ``header_of`` returned them.
         at_once: Most rows of a part.
-        wanted: The columns that are read, each of them there once, in CSV with a cell in every row; all if None, and
-            cells that a row does not have are empty.
+        wanted: The columns that are read, each of them there once; all if None.
     """
     chosen = None if wanted is None else [name for name in names if name in set(wanted)]
     return (_parquet if path.suffix == ".parquet" else _csv)(path, names, at_once, chosen)
@@ -110,8 +109,8 @@ _CSV: dict[str, Any] = {
 
 
 def _csv(path: Path, names: Sequence[str], at_once: int, chosen: list[str] | None) -> Iterator[pd.DataFrame]:
-    places = None if chosen is None else [names.index(name) for name in chosen]
-    with pd.read_csv(path, iterator=True, usecols=places, **_CSV) as reader:
+    # Of all columns even if few are wanted: else pandas would take a row with too many cells, as of a decimal comma.
+    with pd.read_csv(path, iterator=True, **_CSV) as reader:
         reader.get_chunk(1)  # the header
         while True:
             try:
@@ -119,10 +118,8 @@ def _csv(path: Path, names: Sequence[str], at_once: int, chosen: list[str] | Non
             except StopIteration:
                 return
             part.index += 1
-            short = part.isna().any(axis="columns") & part.notna().any(axis="columns")
-            if chosen is not None and short.any():
-                raise ValueError(f"row {part.index[short.argmax()]} has fewer cells than the header")
-            part = part.fillna("").set_axis(list(names) if chosen is None else chosen, axis="columns")
+            part = part.fillna("").set_axis(list(names), axis="columns")
+            part = part if chosen is None else part[chosen]
             yield part[(part != "").any(axis="columns")]
 
 

@@ -213,7 +213,7 @@ def test_what_is_left_aside_is_counted_and_shown(tmp_path: Path) -> None:
         (MEASURED, ["stay,person,outcome,MRN", "s1,a,well,17"], {}, "stays.csv holds what identifies patients: 'MRN'"),
         ([], STAYS, {}, "measured.csv"),
         (["stay,at,name,value"], STAYS, {}, "measured.csv"),
-        ([MEASURED[0], "s1,1", *MEASURED[1:]], STAYS, {}, "measured.csv cannot be read: "),
+        ([*MEASURED, "s1,1,HR,50,5"], STAYS, {}, "measured.csv cannot be read: "),  # a decimal comma
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(
