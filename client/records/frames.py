@@ -188,8 +188,8 @@ def _json_lines(path: Path, at_once: int) -> Iterator[pd.DataFrame]:
     names = list(dict.fromkeys(name for _, row in _json_rows(path) for name in row))
     lines = _json_rows(path)
     while part := list(islice(lines, at_once)):
-        rows = pd.DataFrame([row for _, row in part], index=[number for number, _ in part], dtype=object)
-        yield rows.reindex(columns=names).fillna("")
+        numbers, rows = zip(*part, strict=True)
+        yield pd.DataFrame(list(rows), index=list(numbers), columns=names, dtype=object).fillna("")
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:

@@ -141,8 +141,8 @@ class Stored:
 
     def __init__(self, shape: tuple[int, ...], dtype: Any, room: Room) -> None:
         self._row, self.dtype = shape, np.dtype(dtype)
-        self._width = math.prod(shape) * self.dtype.itemsize
-        self._most = room.memory // max(1, self._width)
+        self.width = math.prod(shape) * self.dtype.itemsize
+        self._most = room.memory // max(1, self.width)
         self._memory: NDArray[Any] = np.empty((0, *shape), dtype=self.dtype)
         self._scratch = Scratch(room.folder)
         self._count = 0
@@ -211,5 +211,5 @@ class Stored:
     def _read(self, numbers: NDArray[np.int64]) -> NDArray[Any]:
         """Rows of the scratch file, ascending and distinct: neighbours are read together."""
         runs = np.split(numbers, np.flatnonzero(np.diff(numbers) != 1) + 1)
-        parts = [self._scratch.read(int(run[0]) * self._width, len(run) * self._width) for run in runs]
+        parts = [self._scratch.read(int(run[0]) * self.width, len(run) * self.width) for run in runs]
         return np.frombuffer(b"".join(parts), dtype=self.dtype).reshape(-1, *self._row)

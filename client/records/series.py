@@ -22,6 +22,7 @@ from shared_models.tasks import Numeric, SeriesInput
 
 _AT_ONCE = 200_000  # rows of the long form in memory
 _MOST_HEAPS = 500  # each is a file without a name
+_SHARE = 0.25  # of the room, for the bins of one heap
 _BINS = 64  # bytes that binning takes for a step of a variable, at most
 _MEASUREMENT = np.dtype([("record", "<i4"), ("variable", "<i4"), ("time", "<f8"), ("value", "<f8")])
 _STEP = {
@@ -189,7 +190,7 @@ def read_long_form(
         manifest: Names the long form and its columns.
         schema: Variables with their public ranges, and steps.
         frame: A row per record; its label and patient are read elsewhere.
-        room: What binning may take, and where series may lie; both together may take twice that.
+        room: Where series may lie; binning takes up to a quarter more.
 
     Returns:
         What all series hold; and the series, as ``SeriesInput`` says, shape ``(n, steps, 3 * variables)``.
@@ -208,10 +209,13 @@ def read_long_form(
     file = manifest.model_copy(update={"file": long_form.file})  # errors name the file that they are in
 
     def measurements(part: pd.DataFrame) -> NDArray[np.void]:
-        kept = _select(part, long_form, rows, names, left_out)
-        variables = texts(kept[long_form.variable]).map(names).to_numpy(dtype=np.int64)
+        records = rows.get_indexer(pd.Index(texts(part[long_form.record])))
+        variables = texts(part[long_form.variable]).map(lambda name: names.get(name, -1)).to_numpy(dtype=np.int64)
+        here, known = records >= 0, variables >= 0
+        left_out["of other records"] += int((~here).sum())
+        left_out["of other variables"] += int((here & ~known).sum())
+        kept, records, variables = part[here & known], records[here & known], variables[here & known]
         found[variables] = True
-        records = texts(kept[long_form.record]).map(rows).to_numpy(dtype=np.int64)
         values, times = _measured(file, kept, variables, schema), _times(file, kept, records, starts, schema)
         inside = _inside_the_range(file, kept, variables, values, schema)
         held = (times >= 0) & (times < schema.steps)
@@ -251,7 +255,8 @@ class _Heaps:
 
     def __init__(self, records: int, schema: SeriesInput, room: Room) -> None:
         self._schema, self._records = schema, records
-        self._most = max(1, room.memory // (_BINS * schema.steps * len(schema.variables)), records // _MOST_HEAPS + 1)
+        most = int(_SHARE * room.memory) // (_BINS * schema.steps * len(schema.variables))
+        self._most = max(1, most, records // _MOST_HEAPS + 1)
         self._whole = Bins(schema, records) if records <= self._most else None
         elsewhere = Room(0, room.folder)
         heaps = 0 if self._whole else -(-records // self._most)
@@ -286,13 +291,14 @@ def _bin(bins: Bins, measured: NDArray[np.void], first: int) -> None:
 # the rows that measurements belong to
 
 
-def _keys(manifest: Manifest, frame: pd.DataFrame, long_form: LongForm) -> dict[str, int]:
+def _keys(manifest: Manifest, frame: pd.DataFrame, long_form: LongForm) -> "pd.Index[str]":
+    """The key of each row, each there once."""
     wanted = [long_form.record, *([long_form.start] if long_form.start else [])]
     check_header(manifest.file, list(frame.columns), wanted)
     refuse(manifest, frame, long_form.record, missing(frame[long_form.record], manifest), "the key is missing")
     keys = texts(frame[long_form.record])
     refuse(manifest, frame, long_form.record, keys.duplicated().to_numpy(), "an earlier row has this key", quoted=False)
-    return {key: number for number, key in enumerate(keys)}
+    return pd.Index(keys)
 
 
 def _starts(manifest: Manifest, frame: pd.DataFrame, long_form: LongForm) -> NDArray[np.datetime64] | None:
@@ -320,17 +326,6 @@ def _parts(file: Manifest, long_form: LongForm) -> Iterator[pd.DataFrame]:
         check_header(path, names, wanted)
         refuse_columns(path, names, drop=file.drop, mapped=wanted)
         yield from rows_of(path, names, _AT_ONCE, wanted)
-
-
-def _select(
-    part: pd.DataFrame, long_form: LongForm, rows: Mapping[str, int], names: Mapping[str, int], left_out: dict[str, int]
-) -> pd.DataFrame:
-    """Measurements of these records and of the task's variables; the others are counted."""
-    here = texts(part[long_form.record]).isin(list(rows)).to_numpy()
-    known = texts(part[long_form.variable]).isin(list(names)).to_numpy()
-    left_out["of other records"] += int((~here).sum())
-    left_out["of other variables"] += int((here & ~known).sum())
-    return part[here & known]
 
 
 def _measured(file: Manifest, kept: pd.DataFrame, variables: NDArray[np.int64], schema: SeriesInput) -> Floats:

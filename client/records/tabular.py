@@ -222,9 +222,10 @@ def _of_rows(manifest: Manifest, task: Task, schema: TableInput | TokensInput, r
         if gathered.add(part) and rows is not None:
             content.append(rows)
             numbering.add(ids)
-            lines.append(part.frame.index.to_numpy())
+            if manifest.one_row_per_patient:  # else nobody asks which lines they are
+                lines.append(part.frame.index.to_numpy(dtype=np.int64))
     labels = gathered.labels
-    patients = _patients(manifest, task, content, labels, numbering, np.concatenate(lines))
+    patients = _patients(manifest, task, content, labels, numbering, np.concatenate([np.empty(0, np.int64), *lines]))
     return Table(content, labels, patients, gathered.missing, gathered.left_out)
 
 
@@ -347,13 +348,14 @@ def _patients(
     if manifest.patient is None:
         return Patients(_Contents(content, labels, task), np.arange(len(content)))
     patients = numbering.patients()
-    again = np.ones(len(patients.rows), dtype=np.bool_)
-    again[np.unique(patients.rows, return_index=True)[1]] = False
-    if manifest.one_row_per_patient and again.any():
-        first = int(np.argmax(again))
-        place = cell(manifest, lines[first], manifest.patient, list(patients.names)[patients.rows[first]])
-        what = "the patient has an earlier row, but the manifest declares one_row_per_patient"
-        raise CellsError(place, what, int(again.sum()))
+    if manifest.one_row_per_patient:
+        again = np.ones(len(patients.rows), dtype=np.bool_)
+        again[np.unique(patients.rows, return_index=True)[1]] = False
+        if again.any():
+            first = int(np.argmax(again))
+            place = cell(manifest, lines[first], manifest.patient, list(patients.names)[patients.rows[first]])
+            what = "the patient has an earlier row, but the manifest declares one_row_per_patient"
+            raise CellsError(place, what, int(again.sum()))
     return patients
 
 
@@ -388,8 +390,7 @@ def repeats(rows: Iterable[tuple[Any, ...]]) -> NDArray[np.int64]:
     seen: dict[bytes, int] = {}
 
     def number(row: tuple[Any, ...]) -> int:
-        # Two zeros of different sign are equal.
-        key = hashlib.blake2b(repr([value or 0 for value in row]).encode(), digest_size=16).digest()
+        key = hashlib.blake2b(repr(row).encode(), digest_size=16).digest()
         seen[key] = seen.get(key, -1) + 1
         return seen[key]
 
@@ -446,8 +447,10 @@ def _targets(table: Table, task: Task, part: Flags, room: Room) -> Tensor | OnDe
 
 
 def _fitting(rows: OnDemand, content: Content, room: Room) -> Tensor | OnDemand:
-    """In memory if there is room for all of the table as the network takes it; nothing that has files of its own."""
-    return rows.in_memory() if isinstance(content, Stored) and rows.width * len(content) <= room.memory else rows
+    """In memory if there is room for all of the table twice: as it was kept, and as the network takes it."""
+    if isinstance(content, Stored) and (content.width + rows.width) * len(content) <= room.memory:
+        return rows.in_memory()
+    return rows
 
 
 def _row_type(schema: TableInput | TokensInput) -> tuple[tuple[int, ...], np.dtype[Any]]:
