@@ -75,6 +75,7 @@ class Source:
         manifest = read_manifest(settings.records)
         state = (manifest, stamps(manifest.files), settings.opt_out is not None, opt_outs)
         if self._read is None or self._read[0] != state or manifest.sql or changed(self._read[1]):
+            self._read = None  # else there would be room for both
             files, population = _population(settings, manifest, self._task, opt_outs, self._fold)
             if (path := changed(state[1])) is not None:
                 raise RecordsError(f"{path} changed while it was read", hint="Replace it by renaming.")

@@ -125,7 +125,7 @@ def write_rows(folder: Path, file: str, rows: list[dict[str, str]], **changes: A
     return test_rows.write(folder, file=file, validation_fraction=0.3, **changes)
 
 
-@few
+@examples(few, max_examples=40)
 @given(
     rows=st.lists(row, min_size=1, max_size=12) | st.lists(sound, min_size=8, max_size=16),
     file=st.sampled_from(["data.csv", "data.parquet", "data.jsonl", "data.sql"]),
