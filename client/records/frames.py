@@ -204,6 +204,8 @@ def _json_row(path: Path, number: int, line: str) -> dict[str, str]:
     """One line; its numbers stay as they are written."""
     try:
         pairs = json.loads(line, parse_int=str, parse_float=str, parse_constant=str, object_pairs_hook=list)
+        if "\\u" in line:
+            json.dumps(pairs, ensure_ascii=False).encode()  # half of a surrogate pair is no text
     except (ValueError, RecursionError):
         pairs = None
     if line.lstrip()[:1] != "{" or not isinstance(pairs, list):

@@ -94,6 +94,7 @@ def test_json_lines_are_rows(tmp_path: Path) -> None:
     [
         ('{"id": "Hans"', "line 2: is no JSON object"),
         ('["Hans"]', "line 2: is no JSON object"),
+        ('{"id": "Hans \\ud800", "age": 1, "stage": "i", "outcome": "ill"}', "line 2: is no JSON object"),
         ('"Hans"', "line 2: is no JSON object"),
         ("[" * 100_000, "line 2: is no JSON object"),
         ('{"id": "Hans", "id": "b"}', "line 2: a key is there twice"),
