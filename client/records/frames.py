@@ -57,7 +57,7 @@ def parts(manifest: Manifest, at_once: int = ROWS) -> Iterator[pd.DataFrame]:
                 read = (export[first : first + at_once] for first in range(0, len(export), at_once))
             case _:
                 names = header_of(path)
-                read = rows_of(path, names, min(at_once, max(1, _CELLS // max(1, len(names)))))
+                read = rows_of(path, names, at_once)
         for part in read:
             if not part.empty:
                 found = True
@@ -81,9 +81,10 @@ def rows_of(
     Args:
         path: The file.
         names: As ``header_of`` returned them.
-        at_once: Most rows of a part.
+        at_once: Most rows of a part; of a file with very many columns there are fewer.
         wanted: The columns that are read, each of them there once; all if None.
     """
+    at_once = min(at_once, max(1, _CELLS // max(1, len(names))))
     chosen = None if wanted is None else [name for name in names if name in set(wanted)]
     return (_parquet if path.suffix == ".parquet" else _csv)(path, names, at_once, chosen)
 

@@ -63,7 +63,7 @@ class Scratch:
     """
 
     def __init__(self, folder: Path | None) -> None:
-        self._folder = Path(tempfile.gettempdir()) if folder is None else folder
+        self._folder = folder
         self._key = algorithms.AES(os.urandom(32))
         self._file: int | None = None
         self._size = 0
@@ -97,11 +97,12 @@ class Scratch:
                     break
                 found += part
         if len(found) != size:
-            raise RecordsError(f"the file for encoded records in {self._folder} is shorter than it was", hint=_HINT)
+            raise RecordsError(f"the file for encoded records in {self._where} is shorter than it was", hint=_HINT)
         return self._keyed(begin).update(found)
 
     def _open(self) -> int:
-        self._folder.mkdir(parents=True, exist_ok=True)
+        if self._folder is not None:
+            self._folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=self._folder, buffering=0) as file:
             descriptor = os.dup(file.fileno())
         weakref.finalize(self, os.close, descriptor)
@@ -114,13 +115,17 @@ class Scratch:
         stream.update(bytes(within))
         return stream
 
+    @property
+    def _where(self) -> object:
+        return "the folder for temporary files" if self._folder is None else self._folder
+
     @contextmanager
     def _explained(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
             raise RecordsError(
-                f"encoded records do not fit into memory, and not into {self._folder} either: {error.strerror}",
+                f"encoded records do not fit into memory, and not into {self._where} either: {error.strerror}",
                 hint=_HINT,
             ) from None
 

@@ -52,6 +52,7 @@ from shared_models.plan import Fold
 from shared_models.tasks import Choice, ImageInput, Numeric, SeriesInput, TableInput, Task, TokensInput
 
 SERIES = "series"
+_TEXTS = 2_000  # of a part: they may be long
 
 
 @dataclass(frozen=True)
@@ -211,6 +212,7 @@ def _of_rows(manifest: Manifest, task: Task, schema: TableInput | TokensInput, r
     """A file whose rows are all that there is: each part is encoded, and gone."""
     gathered, content = _Gathered(manifest, room), Stored(*_row_type(schema), room)
     numbering, lines = Numbering(), []
+    at_once = min(at_once, _TEXTS) if isinstance(schema, TokensInput) else at_once
 
     def check(frame: pd.DataFrame) -> tuple[_Part, NDArray[Any] | None, list[str]]:
         part = _complete(manifest, task, frame)

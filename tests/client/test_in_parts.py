@@ -165,6 +165,18 @@ def test_an_error_is_of_the_whole_file(tmp_path: Path) -> None:
     assert "(and 1 more like it)" in found
 
 
+def test_an_id_of_content_is_the_rows_own(tmp_path: Path) -> None:
+    """However zero is written, and whatever numbers other rows hold: nobody else's row moves a patient."""
+    row = {"id": "a", "age": "-0", "stage": "i", "outcome": "ill"}
+    folder = write_rows(tmp_path, "data.csv", [row], patient=None, one_row_per_patient=True)
+    alone = checked_table(read_manifest(folder), test_rows.TASK).patients.ids
+
+    write_rows(tmp_path, "data.csv", [row, row | {"age": "7.5"}], patient=None, one_row_per_patient=True)
+    both = checked_table(read_manifest(folder), test_rows.TASK).patients.ids
+
+    assert (alone, both) == (["(0.0, 0, 1, 0)"], ["(0.0, 0, 1, 0)", "(7.5, 0, 1, 0)"])
+
+
 def test_whole_numbers_of_parquet_stay_whole(tmp_path: Path) -> None:
     """Two patients whose ids differ in the seventeenth digit are two, also in a part with a missing id's cell."""
     rows = pd.DataFrame(test_rows.ROWS).assign(id=pd.array([9007199254740993, 9007199254740992, None], dtype="Int64"))
