@@ -163,7 +163,7 @@ def plain(model: nn.Module, optimizer: torch.optim.Optimizer, task: Task, record
     """Steps without privacy."""
     for _ in range(STEPS):
         optimizer.zero_grad()
-        loss: Tensor = loss_per_record(task, model(records.inputs), records.targets).mean()
+        loss: Tensor = loss_per_record(task, model(records.inputs), records.targets[:]).mean()
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it so
         optimizer.step()
 
@@ -197,7 +197,7 @@ def opacus(mode: str, model: nn.Module, optimizer: torch.optim.Optimizer, task: 
             return losses if self.reduction == "none" else losses.mean()
 
     loss: nn.Module = Loss()
-    loader = DataLoader(TensorDataset(records.inputs[:].cpu(), records.targets.cpu()), batch_size=len(records))
+    loader = DataLoader(TensorDataset(records.inputs[:].cpu(), records.targets[:].cpu()), batch_size=len(records))
     private = PrivacyEngine().make_private(
         module=model,
         optimizer=optimizer,
@@ -214,7 +214,7 @@ def opacus(mode: str, model: nn.Module, optimizer: torch.optim.Optimizer, task: 
     def turn() -> None:
         for _ in range(STEPS):
             stepper.zero_grad()
-            criterion(wrapped(records.inputs), records.targets).backward()
+            criterion(wrapped(records.inputs), records.targets[:]).backward()
             stepper.step()
 
     return turn

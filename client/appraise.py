@@ -173,7 +173,7 @@ def appraise(
             classes=found.pop(EVERYBODY),
             groups=found,
         )
-    ranked = {name: ranked_classes(task, given, records.targets.numpy()) for name, given in scores.items()}
+    ranked = {name: ranked_classes(task, given, records.targets[:].numpy()) for name, given in scores.items()}
     first, *others = names
     differences = {
         label: {name: _difference(ranked[name][label], ranked[first][label], records) for name in others}

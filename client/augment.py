@@ -33,10 +33,15 @@ def augmented(records: Records, task: Task, augmentation: Augmentation, random: 
     change = _change_series if isinstance(task.input, SeriesInput) else _change_images
     copies = augmentation.copies
     inputs = _Changed(records.inputs, copies, lambda inputs: change(inputs, augmentation, generator))
+    targets = records.targets
+    if isinstance(targets, Tensor):
+        targets = targets.repeat_interleave(copies, dim=0)
+    else:
+        targets = _Changed(targets, copies, lambda unchanged: unchanged)
     return replace(
         records,
         inputs=inputs,
-        targets=records.targets.repeat_interleave(copies, dim=0),
+        targets=targets,
         patients=np.repeat(records.patients, copies),
     )
 

@@ -207,6 +207,7 @@ def check_data(
     from rich.console import Console
 
     from client.keys import split_key
+    from client.records.population import room_of
     from client.records.report import describe
     from client.registry import check_records
     from client.settings import read_settings
@@ -218,7 +219,8 @@ def check_data(
         )
     if settings_file is not None:
         settings = read_settings(settings_file)
-        Console().print(describe(settings.records, split_key=split_key(settings.state), opt_out=settings.opt_out))
+        key, room = split_key(settings.state), room_of(settings)
+        Console().print(describe(settings.records, split_key=key, opt_out=settings.opt_out, room=room))
         check_records(settings)
     elif records is not None:
         Console().print(describe(records))

@@ -128,10 +128,10 @@ def counted_once(
     """
     total = np.zeros(statistics_size(task, bins))
     weights = 1 / records.record_counts[records.patients]
-    targets = records.targets.double().numpy()
     for first in range(0, len(rows), _BATCH):
         part = rows[first : first + _BATCH]
-        total += weights[part] @ record_statistics(task, scores[part], targets[part], bins=bins)
+        targets = records.targets[torch.from_numpy(part)].double().numpy()
+        total += weights[part] @ record_statistics(task, scores[part], targets, bins=bins)
     return total
 
 

@@ -118,8 +118,8 @@ class Settings(Frozen):
         registry: Folder that all populations of this hospital share, with keyed hashes of the patients whose records
             were used: no patient is paid for out of two budgets. ``registry`` beside ``state`` unless told otherwise.
         opt_out: List of the patients who say no, one id per line.
-        records_memory_mb: How much of what was decoded of pictures and recordings stays in memory; the rest is decoded
-            again when it is needed.
+        records_memory_mb: How much of what was read of records stays in memory. Of pictures and recordings the rest is
+            decoded again when it is needed; of all else it lies in a nameless, encrypted file in ``state``.
         roster: The signed roster: who is in the consortium, and with which keys.
         device: ``auto`` takes CUDA when it is there, else the CPU.
         precision: Of forward and backward passes; clipping, sums and noise are always in 32 or 64 bits.

@@ -147,7 +147,7 @@ def pool(hospitals: Sequence[Records]) -> Records:
     first = np.cumsum([0, *(records.patient_count for records in hospitals)])
     return Records(
         inputs=torch.cat([records.inputs[:] for records in hospitals]),
-        targets=torch.cat([records.targets for records in hospitals]),
+        targets=torch.cat([records.targets[:] for records in hospitals]),
         patients=np.concatenate([r.patients + start for r, start in zip(hospitals, first[:-1], strict=True)]),
         patient_count=int(first[-1]),
     )

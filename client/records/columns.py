@@ -23,7 +23,7 @@ def finite_numbers(frame: pd.DataFrame, manifest: Manifest, name: str, unit: str
     not_finite = read.astype(str).str.lower().str.lstrip("+-").isin(["nan", "inf", "infinity"]).to_numpy()
     refuse(manifest, frame, name, not_finite | np.isinf(values), "is not a finite number")
     refuse(manifest, frame, name, np.isnan(values), f"is not a number ({unit} expected)")
-    return values
+    return values + 0.0  # "-0" is 0, or -0.0 where another row of the part has a fraction: a row's content is its own
 
 
 def numbers(frame: pd.DataFrame, manifest: Manifest, column: Numeric) -> NDArray[np.float64]:

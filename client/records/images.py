@@ -1,13 +1,13 @@
 """Images in one ``.npz`` file -> validated arrays: one of pixels, one of labels, one of patients.
 
 Pixels that are stored as they are (``numpy.savez``) stay on the disk and are read when a batch needs them; compressed
-ones (``numpy.savez_compressed``) are in memory, a byte each. Nothing is ever unpickled: an array of objects is refused.
-The texts of errors are for the hospital's own terminal.
+ones (``numpy.savez_compressed``), and masks, are read once, some at a time, and lie where there is room. Nothing is
+ever unpickled: an array of objects is refused. The texts of errors are for the hospital's own terminal.
 """
 
 import math
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -19,9 +19,10 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from client.records.identifiers import refuse_columns
-from client.records.labels import Targets, label_columns, read_labels
+from client.records.labels import Targets, label_columns, marks, packed, read_labels
 from client.records.manifest import IMAGES, Manifest
-from client.records.on_disk import OnDisk, digest, digests
+from client.records.on_disk import Content, OnDisk, digests
+from client.records.scratch import Room, Stored
 from client.records.stamps import Stamp, stamps
 from shared_models.errors import FederationError, RecordsError
 from shared_models.tasks import ImageInput, Outline, Task
@@ -30,9 +31,7 @@ _CHECK = "Mend the file or the manifest, then run konsil-hospital check-data aga
 _CHUNK = 1 << 20
 
 
-def read_images(
-    manifest: Manifest, task: Task, schema: ImageInput
-) -> tuple[OnDisk | NDArray[np.uint8], Targets, list[str]]:
+def read_images(manifest: Manifest, task: Task, schema: ImageInput, room: Room) -> tuple[Content, Targets, list[str]]:
     """Read and check a file of images.
 
     Guarantees:
@@ -42,6 +41,7 @@ def read_images(
         manifest: Names the file and its arrays.
         task: Names the heads.
         schema: Channels, height and width that every image must have.
+        room: Where compressed images and masks may lie once they were read.
 
     Returns:
         Pixels of shape ``(n, channels, height, width)``, targets as ``read_labels`` gives them, and a patient id for
@@ -51,14 +51,13 @@ def read_images(
         RecordsError: The file is no such file; an array is missing or has another type or length; a label is unknown.
     """
     columns = label_columns(manifest, task)
-    pixels, arrays = _loaded(manifest, schema, columns.values())
-    labels = _targets(manifest, task, arrays, columns, len(pixels))
-    return pixels, labels, _patient_ids(manifest, arrays, pixels, labels)
+    outlines = [columns[head.name] for head in task.heads if isinstance(head, Outline)]
+    pixels, arrays, masks = _loaded(manifest, schema, columns.values(), room, outlines=outlines)
+    labels = _targets(manifest, task, arrays, columns, len(pixels)) if masks is None else masks
+    return pixels, labels, _patient_ids(manifest, task, arrays, pixels, labels)
 
 
-def read_unlabelled(
-    manifest: Manifest, task: Task, schema: ImageInput
-) -> tuple[OnDisk | NDArray[np.uint8], list[str | None]]:
+def read_unlabelled(manifest: Manifest, task: Task, schema: ImageInput, room: Room) -> tuple[Content, list[str | None]]:
     """Read and check a file of images without looking at labels.
 
     Returns:
@@ -67,25 +66,36 @@ def read_unlabelled(
     Raises:
         RecordsError: As for ``read_images``, but for labels.
     """
-    pixels, arrays = _loaded(manifest, schema, (), unused=label_columns(manifest, task).values())
+    pixels, arrays, _ = _loaded(manifest, schema, (), room, unused=label_columns(manifest, task).values())
     if manifest.patient is None:
         return pixels, [None] * len(pixels)
-    return pixels, list(_patient_ids(manifest, arrays, pixels, np.zeros(len(pixels), dtype=np.int64)))
+    return pixels, list(_patient_ids(manifest, task, arrays, pixels, np.zeros(len(pixels), dtype=np.int64)))
 
 
 def _loaded(
-    manifest: Manifest, schema: ImageInput, labels: Iterable[str], *, unused: Iterable[str] = ()
-) -> tuple[OnDisk | NDArray[np.uint8], Mapping[str, NDArray[Any]]]:
-    """The images, and the arrays of labels and patients; none of the others identifies somebody."""
+    manifest: Manifest,
+    schema: ImageInput,
+    labels: Iterable[str],
+    room: Room,
+    *,
+    outlines: Sequence[str] = (),
+    unused: Iterable[str] = (),
+) -> tuple[Content, Mapping[str, NDArray[Any]], Stored | None]:
+    """The images, the arrays of labels and patients, and the masks; none of the others identifies somebody."""
     others = [*labels, *([manifest.patient] if manifest.patient else [])]
     mapped = [manifest.column(IMAGES), *others, *unused]
     with _opened(manifest) as (archive, before):
         refuse_columns(manifest.file, archive.files, drop=manifest.drop, mapped=mapped)
-        pixels = _pixels(manifest, archive, schema, before)
-        arrays = {name: _array(manifest, archive, name) for name in others}
+        pixels = _pixels(manifest, archive, schema, before, room)
+        arrays = {name: _array(manifest, archive, name) for name in others if name not in outlines}
+        masks = (
+            _masks(manifest, archive, outlines[0], (len(pixels), schema.height, schema.width), room)
+            if outlines
+            else None
+        )
     if not len(pixels):
         raise RecordsError(f"{manifest.file} has no images", hint="Export the records again.")
-    return pixels, arrays
+    return pixels, arrays, masks
 
 
 def scaled(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -115,21 +125,28 @@ def _opened(manifest: Manifest) -> Iterator[tuple[Any, Mapping[Path, Stamp]]]:
 
 
 def _array(manifest: Manifest, archive: Any, name: str) -> NDArray[Any]:
-    if name not in archive.files:
-        raise RecordsError(f"{manifest.file} has no array {name!r}", hint=_CHECK)
+    _refuse_absent(manifest, archive, name)
     array: NDArray[Any] = archive[name]
     return array
 
 
-def _pixels(
-    manifest: Manifest, archive: Any, schema: ImageInput, before: Mapping[Path, Stamp]
-) -> OnDisk | NDArray[np.uint8]:
-    """The images, on the disk where they lie there as they are, else in memory."""
+def _refuse_absent(manifest: Manifest, archive: Any, name: str) -> None:
+    if name not in archive.files:
+        raise RecordsError(f"{manifest.file} has no array {name!r}", hint=_CHECK)
+
+
+def _pixels(manifest: Manifest, archive: Any, schema: ImageInput, before: Mapping[Path, Stamp], room: Room) -> Content:
+    """The images: on the disk where they lie there as they are, else where there is room."""
     name = manifest.column(IMAGES)
-    stored = _stored(archive, name) if name in archive.files else None
+    _refuse_absent(manifest, archive, name)
+    stored = _stored(archive, name)
     if stored is None:
-        pixels = _array(manifest, archive, name)
-        return pixels.reshape(_shape(manifest, pixels.dtype, pixels.shape, schema))
+        dtype, found, parts = _in_parts(archive, name)
+        shape = _shape(manifest, dtype, found, schema)
+        pixels = Stored(shape[1:], np.uint8, room)
+        for part in parts:
+            pixels.append(part.reshape(-1, *shape[1:]))
+        return pixels
     begin, found = stored
     shape = _shape(manifest, np.dtype(np.uint8), found, schema)
     return OnDisk(
@@ -139,6 +156,19 @@ def _pixels(
         files_of=lambda _: [manifest.file],
         stamps=before,
     )
+
+
+def _masks(manifest: Manifest, archive: Any, name: str, wanted: tuple[int, ...], room: Room) -> Stored:
+    _refuse_absent(manifest, archive, name)
+    dtype, shape, parts = _in_parts(archive, name)
+    if dtype.kind not in "biu" or shape != wanted:
+        raise RecordsError(
+            f"{manifest.file}: masks are {dtype} of shape {shape}, not whole numbers of {wanted}", hint=_CHECK
+        )
+    masks = Stored((-(-math.prod(wanted[1:]) // 8),), np.uint8, room)
+    for part in parts:
+        masks.append(packed(part != 0))
+    return masks
 
 
 def _shape(manifest: Manifest, dtype: np.dtype[Any], found: tuple[int, ...], schema: ImageInput) -> tuple[int, ...]:
@@ -160,25 +190,59 @@ def _stored(archive: Any, name: str) -> tuple[int, tuple[int, ...]] | None:
     Source:
         PKWARE's APPNOTE.TXT 4.3.7, the local file header: lengths of name and extra field at 26 and 28.
     """
-    info = archive.zip.getinfo(f"{name}.npy" if f"{name}.npy" in archive.zip.namelist() else name)
+    info = _member(archive, name)
     if info.compress_type != zipfile.ZIP_STORED:
         return None
     with archive.zip.open(info) as member:
-        version = npy.read_magic(member)
-        if version not in {(1, 0), (2, 0)}:
-            return None
-        shape, fortran, dtype = (npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0)(member)
-        if fortran or dtype != np.uint8 or len(shape) < 3:
+        found = _header(member)
+        if found is None or found[0] != np.uint8 or len(found[1]) < 3:
             return None
         header = member.tell()
         while member.read(_CHUNK):
             pass
-        if member.tell() - header != math.prod(shape):
+        if member.tell() - header != math.prod(found[1]):
             raise ValueError("another length")
     archive.zip.fp.seek(info.header_offset + 26)
     lengths = archive.zip.fp.read(4)
     begin = info.header_offset + 30 + int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
-    return begin + header, shape
+    return begin + header, found[1]
+
+
+def _in_parts(archive: Any, name: str) -> tuple[np.dtype[Any], tuple[int, ...], Iterator[NDArray[Any]]]:
+    """An array's type and shape, and its rows, some at a time; what does not lie there row by row is one part."""
+    info = _member(archive, name)
+    with archive.zip.open(info) as member:
+        found = _header(member)
+    if found is None:
+        whole: NDArray[Any] = archive[name]
+        return whole.dtype, whole.shape, iter([whole])
+    return *found, _rows(archive, info, *found)
+
+
+def _rows(archive: Any, info: zipfile.ZipInfo, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Iterator[NDArray[Any]]:
+    size = math.prod(shape[1:]) * dtype.itemsize
+    most = max(1, (_CHUNK << 4) // max(1, size))
+    with archive.zip.open(info) as member:
+        _header(member)
+        for first in range(0, shape[0], most):
+            count = min(most, shape[0] - first)
+            yield np.frombuffer(member.read(count * size), dtype).reshape(count, *shape[1:])
+        if member.read(1):  # at the end zipfile compares the checksum
+            raise ValueError("another length")
+
+
+def _member(archive: Any, name: str) -> zipfile.ZipInfo:
+    found: zipfile.ZipInfo = archive.zip.getinfo(f"{name}.npy" if f"{name}.npy" in archive.zip.namelist() else name)
+    return found
+
+
+def _header(member: Any) -> tuple[np.dtype[Any], tuple[int, ...]] | None:
+    """Type and shape of an array that lies row by row, behind which the member is left; None for any other."""
+    version = npy.read_magic(member)
+    if version not in {(1, 0), (2, 0)}:
+        return None
+    shape, fortran, dtype = (npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0)(member)
+    return None if fortran or dtype.hasobject or not shape else (dtype, shape)
 
 
 def _row(path: Path, begin: int, shape: tuple[int, ...], number: int) -> NDArray[np.uint8]:
@@ -197,21 +261,8 @@ def _targets(
 ) -> Targets:
     if task.choice is not None:
         return _labels(manifest, task, _texts(manifest, arrays, columns[task.choice.name], images))
-    if isinstance(head := task.heads[0], Outline):
-        return _masks(manifest, task, arrays[columns[head.name]], images)
     cells = {name: _texts(manifest, arrays, name, images, kinds="iufU") for name in columns.values()}
     return read_labels(manifest, task, pd.DataFrame(cells))
-
-
-def _masks(manifest: Manifest, task: Task, masks: NDArray[Any], images: int) -> NDArray[np.float64]:
-    assert isinstance(task.input, ImageInput)  # noqa: S101 - the task has checked it
-    wanted = (images, task.input.height, task.input.width)
-    if masks.dtype.kind not in "biu" or masks.shape != wanted:
-        raise RecordsError(
-            f"{manifest.file}: masks are {masks.dtype} of shape {masks.shape}, not whole numbers of {wanted}",
-            hint=_CHECK,
-        )
-    return (masks != 0).reshape(images, -1).astype(np.float64)
 
 
 def _texts(
@@ -243,14 +294,14 @@ def _labels(manifest: Manifest, task: Task, texts: list[str]) -> NDArray[np.int6
 
 
 def _patient_ids(
-    manifest: Manifest, arrays: Mapping[str, NDArray[Any]], pixels: OnDisk | NDArray[np.uint8], labels: Targets
+    manifest: Manifest, task: Task, arrays: Mapping[str, NDArray[Any]], pixels: Content, labels: Targets
 ) -> list[str]:
     """An id per image: the patient array; or where there is none the image's digest, with a number for equal ones."""
     if manifest.patient is None:
         seen: dict[str, int] = {}
         ids = []
-        for content, label in zip(digests(pixels), labels, strict=True):
-            known = f"{content} {label if label.ndim == 0 else digest(label)}"
+        for content, label in zip(digests(pixels), marks(labels, task), strict=True):
+            known = f"{content} {label}"
             seen[known] = seen.get(known, -1) + 1
             ids.append(f"{known} {seen[known]}")
         return ids

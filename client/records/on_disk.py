@@ -1,11 +1,12 @@
 """What records are made of, read from the hospital's files when a batch needs it, and not before.
 
 So a data set may be larger than memory. Nothing of it is written to any disk: what was decoded stays in memory, as far
-as the hospital's settings allow, and is gone with the process.
+as the hospital's settings allow, and is gone with the process. What has no file of its own is in ``scratch.py``.
 """
 
 import hashlib
 import logging
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -18,13 +19,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from client.records.scratch import KEPT_MB, Stored
 from client.records.stamps import Stamp, changed
 from shared_models.errors import RecordsError
 
 log = logging.getLogger("konsil.hospital")
 
-KEPT_MB = 512  # of decoded content that stays in memory where no settings say otherwise
-_AT_ONCE = 64  # rows of a walk through everything
+_AT_ONCE = 64  # rows of a walk through everything that has to be decoded
+_WALK = 1 << 24  # bytes of a walk through what is encoded already
 _AHEAD = 32  # items whose files are on their way while one is read
 Numbers = NDArray[np.int64]
 T = TypeVar("T")
@@ -73,7 +75,7 @@ class OnDisk:
         whole: Whole | None = None,
     ) -> None:
         self.shape, self.stamps = shape, stamps
-        self._read, self._files_of, self._dtype, self._whole = read, files_of, np.dtype(dtype), whole
+        self._read, self._files_of, self.dtype, self._whole = read, files_of, np.dtype(dtype), whole
         self.keep(KEPT_MB << 20)
 
     def __len__(self) -> int:
@@ -86,9 +88,9 @@ class OnDisk:
 
     def keep(self, size: int) -> None:
         """How many bytes of content may stay in memory once they were read: the first rows, as many as fit."""
-        row = max(1, int(np.prod(self.shape[1:])) * self._dtype.itemsize)
+        row = max(1, int(np.prod(self.shape[1:])) * self.dtype.itemsize)
         rows = min(len(self), size // row)
-        self._kept = np.empty((rows, *self.shape[1:]), dtype=self._dtype)  # the kernel gives pages as they are filled
+        self._kept = np.empty((rows, *self.shape[1:]), dtype=self.dtype)  # the kernel gives pages as they are filled
         self._is_kept = np.zeros(rows, dtype=np.bool_)
 
     def __getitem__(self, rows: slice) -> NDArray[Any]:
@@ -109,7 +111,7 @@ class OnDisk:
         Raises:
             RecordsError: A row cannot be had, and nobody is told instead.
         """
-        content = np.empty((len(numbers), *self.shape[1:]), dtype=self._dtype)
+        content = np.empty((len(numbers), *self.shape[1:]), dtype=self.dtype)
         to_read = announced(numbers.tolist(), lambda number: () if self._has(number) else self._files_of(number))
         for position, number in enumerate(to_read):
             try:
@@ -130,7 +132,7 @@ class OnDisk:
         return OnDisk(
             lambda number: self._read(int(numbers[number])),
             shape=(len(numbers), *self.shape[1:]),
-            dtype=self._dtype,
+            dtype=self.dtype,
             files_of=lambda number: self._files_of(int(numbers[number])),
             stamps=self.stamps,
             whole=whole,
@@ -145,8 +147,7 @@ class OnDisk:
         """
         if self._whole is None:
             digests, least, greatest = [], np.inf, -np.inf
-            for first in range(0, len(self), _AT_ONCE):
-                rows = self[first : first + _AT_ONCE]
+            for rows in walk(self):
                 digests += [digest(row) for row in rows]
                 least, greatest = min(least, rows.min()), max(greatest, rows.max())
             refuse_changed(self.stamps)
@@ -171,20 +172,20 @@ class OnDisk:
 
 
 class OnDemand:
-    """Inputs of records as a task wants them, made from their content when a batch needs them; ``Rows`` of records.
+    """Inputs or targets of records as a task wants them, made from their content when a batch needs them; ``Rows``.
 
     Args:
-        content: Of all records of a table: in memory, or on the disk.
+        content: Of all records of a table.
         numbers: Which of them these are.
-        encode: From content to inputs, float32; public figures only.
+        encode: From content, shape ``(k, ...)``, to float32 or int64; public figures only.
         forgiving: Give NaN for a record whose content cannot be had, instead of an error.
     """
 
     def __init__(
         self,
-        content: OnDisk | NDArray[Any],
+        content: "Content",
         numbers: Numbers,
-        encode: Callable[[NDArray[Any]], NDArray[np.float32]],
+        encode: Callable[[NDArray[Any]], NDArray[Any]],
         *,
         forgiving: bool = False,
     ) -> None:
@@ -194,7 +195,17 @@ class OnDemand:
     @property
     def shape(self) -> torch.Size:
         """Of all inputs together."""
-        return torch.Size((len(self._numbers), *self._content.shape[1:]))
+        return torch.Size((len(self._numbers), *self._none.shape[1:]))
+
+    @property
+    def width(self) -> int:
+        """Bytes of one record's inputs, where they are in memory."""
+        return self._none.itemsize * math.prod(self._none.shape[1:])
+
+    @property
+    def _none(self) -> NDArray[Any]:
+        """What no record at all is encoded to."""
+        return self._encode(np.empty((0, *self._content.shape[1:]), dtype=self._content.dtype))
 
     def __len__(self) -> int:
         """Number of records."""
@@ -205,20 +216,31 @@ class OnDemand:
         return f"OnDemand(shape={tuple(self.shape)})"
 
     def __getitem__(self, rows: slice | Tensor) -> Tensor:
-        """Inputs of some records, float32.
+        """Inputs of some records.
 
         Raises:
-            RecordsError: A file cannot be read, or has changed since it was checked; never where ``forgiving``.
+            RecordsError: A file cannot be read, or has changed since it was checked; where ``forgiving`` only if it is
+                one of encoded records, on a disk that fails.
         """
         numbers = self._numbers[rows if isinstance(rows, slice) else rows.numpy()]
-        if isinstance(self._content, np.ndarray):
-            return torch.from_numpy(self._encode(self._content[numbers]))
         failed: list[int] = []
         inputs = self._encode(self._content.take(numbers, failed=failed.append if self._forgiving else None))
         if failed:
             inputs[failed] = np.nan
             self._note(numbers[failed])
         return torch.from_numpy(inputs)
+
+    def in_memory(self) -> Tensor:
+        """All of them, with no copy of all beside it.
+
+        Raises:
+            RecordsError: As for some.
+        """
+        inputs = torch.from_numpy(np.empty(self.shape, dtype=self._none.dtype))
+        most = _rows_at_once(self.width)
+        for first in range(0, len(self), most):
+            inputs[first : first + most] = self[first : first + most]
+        return inputs
 
     def forgiving(self) -> "OnDemand":
         """The same, for use after a charge: no content of a record raises.
@@ -264,9 +286,27 @@ def _fetch(path: Path, length: int) -> None:
                 os.close(descriptor)
 
 
-def digests(content: OnDisk | NDArray[Any]) -> list[str]:
-    """SHA-256 of each row's content, in hexadecimal; content on the disk is read through, at most once."""
-    return content.whole.digests if isinstance(content, OnDisk) else [digest(row) for row in content]
+Content = OnDisk | Stored
+
+
+def walk(content: Content) -> Iterator[NDArray[Any]]:
+    """All rows, some at once."""
+    row = int(np.prod(content.shape[1:])) * content.dtype.itemsize
+    most = _AT_ONCE if isinstance(content, OnDisk) else _rows_at_once(row)
+    for first in range(0, len(content), most):
+        yield content[first : first + most]
+
+
+def _rows_at_once(size: int) -> int:
+    return max(1, _WALK // max(1, size))
+
+
+def digests(content: Content, encode: Callable[[NDArray[Any]], NDArray[Any]] = np.asarray) -> Iterator[str]:
+    """SHA-256 of each row's content, in hexadecimal; what has files of its own is read through at most once."""
+    if isinstance(content, OnDisk):
+        yield from content.whole.digests
+    else:
+        yield from (digest(row) for rows in walk(content) for row in encode(rows))
 
 
 def digest(row: NDArray[Any]) -> str:

@@ -1,10 +1,10 @@
 """The patients that a round uses: the records as they are on the disk now, less those who said no.
 
-Files of patients are opened for reading only. Nothing of them is written anywhere: there is no cache on a disk, and
-what is in memory is gone with the process.
+Files of patients are opened for reading only. Nothing of them is written anywhere that could be read: what does not fit
+into memory lies in nameless files under keys that are in memory alone, and is gone with the process.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from client.records.on_disk import OnDemand
 from client.records.opt_out import read_opt_outs
 from client.records.patient_ids import fingerprint, members, plain
 from client.records.records import Records
+from client.records.scratch import Room
 from client.records.stamps import Stamp, changed, stamps
 from client.records.tabular import Table, checked_table, split_table
 from client.settings import Settings
@@ -74,6 +75,7 @@ class Source:
         manifest = read_manifest(settings.records)
         state = (manifest, stamps(manifest.files), settings.opt_out is not None, opt_outs)
         if self._read is None or self._read[0] != state or manifest.sql or changed(self._read[1]):
+            self._read = None  # else there would be room for both
             files, population = _population(settings, manifest, self._task, opt_outs, self._fold)
             if (path := changed(state[1])) is not None:
                 raise RecordsError(f"{path} changed while it was read", hint="Replace it by renaming.")
@@ -85,18 +87,16 @@ def _population(
     settings: Settings, manifest: Manifest, task: Task, opt_outs: frozenset[str], fold: Fold | None
 ) -> tuple[Mapping[Path, Stamp], Population]:
     """Read and check everything, then leave out who said no; also the files that the rows name."""
-    table = checked_table(manifest, task)
-    if table.on_disk is not None:
-        table.on_disk.keep(settings.records_memory_mb << 20)
+    room = room_of(settings)
+    table = checked_table(manifest, task, room=room)
     out = opted_out(table, manifest, opt_outs, listed=settings.opt_out is not None)
-    parts = split_table(table, manifest, task, split_key=split_key(settings.state), opted_out=out, fold=fold)
-    patients = {patient for patient, left in zip(table.ids, out, strict=True) if not left}
+    parts = split_table(table, manifest, task, split_key=split_key(settings.state), opted_out=out, fold=fold, room=room)
     training, validation = (_forgiving(part) for part in parts)
     return table.files, Population(
         training,
         validation,
-        fingerprint=fingerprint(patients, local_key(settings.state, "population fingerprint")),
-        members=members(patients, local_key(settings.registry_folder, "patients")),
+        fingerprint=fingerprint(_left(table, out), local_key(settings.state, "population fingerprint")),
+        members=members(_left(table, out), local_key(settings.registry_folder, "patients")),
     )
 
 
@@ -105,6 +105,17 @@ def _forgiving(records: Records) -> Records:
     if isinstance(records.inputs, OnDemand):
         return replace(records, inputs=records.inputs.forgiving())
     return records
+
+
+def room_of(settings: Settings) -> Room:
+    """Where what was encoded may lie."""
+    return Room(settings.records_memory_mb << 20, settings.state)
+
+
+def _left(table: Table, out: Flags) -> Iterator[str]:
+    """Ids of the patients who did not say no."""
+    said_no = set(table.patients.rows[out].tolist())
+    return (patient for place, patient in enumerate(table.patients.names) if place not in said_no)
 
 
 def opted_out(table: Table, manifest: Manifest, opt_outs: frozenset[str], *, listed: bool) -> Flags:
@@ -124,10 +135,11 @@ def opted_out(table: Table, manifest: Manifest, opt_outs: frozenset[str], *, lis
             f"the settings name an opt-out list, and {manifest.file} has no patient column to hold it against",
             hint='Name the column in the manifest: patient = "...".',
         )
-    if listed and any(patient.startswith("#") for patient in table.ids):
+    if listed and any(patient.startswith("#") for patient in table.patients.names):
         raise RecordsError(
             f"{manifest.file} has patient ids that begin with #, which would be comments in the opt-out list",
             hint="Export ids without it.",
         )
-    found = {patient: plain(patient) in opt_outs for patient in set(table.ids)}
-    return np.array([found[patient] for patient in table.ids], dtype=np.bool_)
+    if not opt_outs:
+        return np.zeros(len(table.patients.rows), dtype=np.bool_)
+    return np.array([plain(patient) in opt_outs for patient in table.patients.names])[table.patients.rows]

@@ -14,7 +14,7 @@ from shared_models.errors import RecordsError
 
 
 class Rows(Protocol):
-    """Encoded inputs that are made when they are asked for, so that not all of them need to fit in memory."""
+    """Encoded inputs, or targets, that are made when they are asked for: not all of them need to fit in memory."""
 
     @property
     def shape(self) -> torch.Size:
@@ -37,7 +37,7 @@ class Records:
     Attributes:
         inputs: Encoded inputs, shape ``(n, ...)``; float32, or int64 token ids. In memory, or made on demand.
         targets: Shape ``(n, *task.target_shape)``: of a task with one choice int64 class indices, float32 where it is
-            between two; else float32 numbers, NaN where one is not known.
+            between two; else float32 numbers, NaN where one is not known. Masks may be made on demand.
         patients: For each record the index of its patient, shape ``(n,)``, each of ``0 .. patient_count - 1`` at least
             once. An index says nothing about the patient's id, which never leaves the reader of the file.
         patient_count: Number of patients: a true count, which stays at the hospital.
@@ -47,7 +47,7 @@ class Records:
     """
 
     inputs: Tensor | Rows
-    targets: Tensor
+    targets: Tensor | Rows
     patients: NDArray[np.int64]
     patient_count: int
 

@@ -3,22 +3,20 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pandas as pd
-from numpy.typing import NDArray
 from rich.console import Group
 from rich.table import Table as Grid
 from rich.text import Text
 
-from client.records.manifest import IMAGES, TEXT, check_fits, read_manifest
-from client.records.on_disk import OnDisk, digests
+from client.records.manifest import IMAGES, TEXT, read_manifest
+from client.records.on_disk import OnDisk, walk
 from client.records.opt_out import read_opt_outs
 from client.records.patient_ids import plain
 from client.records.population import opted_out
 from client.records.records import Records
-from client.records.tabular import SERIES, Table, checked_table, class_counts, content_of, split_table
+from client.records.scratch import ROOM, Room
+from client.records.tabular import Table, checked_table, class_counts, content_of, repeats, split_table
 from shared_models.tasks import (
     Categorical,
     ImageInput,
@@ -70,29 +68,30 @@ class Summary:
     columns: tuple[ColumnSummary, ...]
 
 
-def summarise(folder: Path, *, split_key: bytes = bytes(32), opt_out: Path | None = None) -> Summary:
+def summarise(folder: Path, *, split_key: bytes = bytes(32), opt_out: Path | None = None, room: Room = ROOM) -> Summary:
     """Read a records folder as a study would, and count.
 
     Args:
         folder: Folder with ``manifest.toml``.
         split_key: The hospital's own key shows its own split; any other key shows one of the same proportions.
         opt_out: The list of patients who say no, if there is one.
+        room: Where what was encoded may lie.
 
     Raises:
         RecordsError, ConfigError: Whatever would keep a study from reading the records.
     """
     manifest = read_manifest(folder)
     task = find_task(manifest.task)
-    table = checked_table(manifest, task)
+    table = checked_table(manifest, task, room=room)
     listed = read_opt_outs(opt_out)
     out = opted_out(table, manifest, listed, listed=opt_out is not None)
-    training, validation = split_table(table, manifest, task, split_key=split_key, opted_out=out)
-    here = listed & {plain(patient) for patient in table.ids}
-    columns, repeats = _columns(check_fits(manifest, task), table)
+    training, validation = split_table(table, manifest, task, split_key=split_key, opted_out=out, room=room)
+    here = {plain(patient) for patient in table.patients.names} & listed if listed else set()
+    columns = _columns(task, table)
     return Summary(
         file=manifest.file,
         left_out=table.left_out,
-        repeated_rows=repeats,
+        repeated_rows=_repeated(task, table),
         parts={"training": _part(training, task), "validation": _part(validation, task)},
         set_aside=table.set_aside,
         opt_outs=(len(listed), len(here)) if opt_out else None,
@@ -100,9 +99,9 @@ def summarise(folder: Path, *, split_key: bytes = bytes(32), opt_out: Path | Non
     )
 
 
-def describe(folder: Path, *, split_key: bytes = bytes(32), opt_out: Path | None = None) -> Group:
+def describe(folder: Path, *, split_key: bytes = bytes(32), opt_out: Path | None = None, room: Room = ROOM) -> Group:
     """``summarise`` for a terminal."""
-    summary = summarise(folder, split_key=split_key, opt_out=opt_out)
+    summary = summarise(folder, split_key=split_key, opt_out=opt_out, room=room)
     lines = [f"{summary.file}: fit for training"]
     for name, (records, patients, classes) in summary.parts.items():
         counts = ", ".join(f"{n} {label}" for label, n in classes.items())
@@ -124,38 +123,34 @@ def _part(records: Records, task: Task) -> tuple[int, int, dict[str, int]]:
     return len(records), records.patient_count, class_counts(records, task)
 
 
-def _columns(
-    schema: TableInput | ImageInput | SeriesInput | TokensInput, table: Table
-) -> tuple[tuple[ColumnSummary, ...], int]:
-    """Every column, and how many rows repeat an earlier one."""
-    match schema:
-        case TableInput():
-            arrays = {**table.cells, "": table.labels}
-            content = pd.DataFrame({name: content_of(values) for name, values in arrays.items()})
-            return tuple(_column(column, table) for column in schema.columns), int(content.duplicated().sum())
+def _columns(task: Task, table: Table) -> tuple[ColumnSummary, ...]:
+    """Every column."""
+    match task.input:
+        case TableInput() as schema:
+            return tuple(_column(column, table) for column in schema.columns)
         case ImageInput():
-            pixels = table.content(IMAGES)
-            least, greatest = (
-                (pixels.whole.least, pixels.whole.greatest)
-                if isinstance(pixels, OnDisk)
-                else (float(pixels.min()), float(pixels.max()))
-            )
-            return (ColumnSummary(IMAGES, 0, f"{least:g} to {greatest:g}", "0 to 255"),), _repeated(pixels)
-        case SeriesInput():
+            least, greatest = _range(table)
+            return (ColumnSummary(IMAGES, 0, f"{least:g} to {greatest:g}", "0 to 255"),)
+        case SeriesInput() as schema:
             cells = len(table.labels) * schema.steps
-            columns = tuple(_variable(variable, table, cells) for variable in schema.variables)
-            return columns, _repeated(table.content(SERIES))
-        case TokensInput():
-            tokens = table.cells[TEXT]
-            lengths = (tokens != PADDING).sum(axis=1)
+            return tuple(_variable(variable, table, cells) for variable in schema.variables)
+        case TokensInput() as schema:
+            lengths = np.concatenate([(tokens != PADDING).sum(axis=1) for tokens in walk(table.content)])
             words = f"{lengths.min()} to {lengths.max()} words used, {int((lengths == schema.length).sum())} texts cut"
-            return (ColumnSummary(TEXT, 0, words, f"{schema.length} words"),), _repeated(tokens)
+            return (ColumnSummary(TEXT, 0, words, f"{schema.length} words"),)
 
 
-def _repeated(content: OnDisk | NDArray[Any]) -> int:
-    """How many rows equal an earlier one; content on the disk is read through for it."""
-    found = digests(content)
-    return len(found) - len(set(found))
+def _range(table: Table) -> tuple[float, float]:
+    if isinstance(table.content, OnDisk):
+        return table.content.whole.least, table.content.whole.greatest
+    ends = [(rows.min(), rows.max()) for rows in walk(table.content)]
+    return min(least for least, _ in ends), max(greatest for _, greatest in ends)
+
+
+def _repeated(task: Task, table: Table) -> int:
+    """How many rows equal an earlier one: those of a table in their labels too."""
+    labels = table.labels if isinstance(task.input, TableInput) else None
+    return int(np.count_nonzero(repeats(content_of(table.content, labels, task))))
 
 
 def _variable(variable: Numeric, table: Table, cells: int) -> ColumnSummary:
@@ -170,9 +165,10 @@ def _public(column: Numeric) -> str:
 
 
 def _column(column: Numeric | Categorical, table: Table) -> ColumnSummary:
-    cells, missing = table.cells[column.name], table.missing[column.name]
+    missing, parts = table.missing[column.name], [rows[column.name] for rows in walk(table.content)]
     if isinstance(column, Numeric):
-        return ColumnSummary(column.name, missing, f"{cells.min():g} to {cells.max():g}", _public(column))
-    counts = np.bincount(cells, minlength=len(column.categories))
+        least, greatest = min(cells.min() for cells in parts), max(cells.max() for cells in parts)
+        return ColumnSummary(column.name, missing, f"{least:g} to {greatest:g}", _public(column))
+    counts = np.sum([np.bincount(cells, minlength=len(column.categories)) for cells in parts], axis=0)
     found = ", ".join(f"{n} {category}" for category, n in zip(column.categories, counts, strict=True))
     return ColumnSummary(column.name, missing, found, "")

@@ -1,25 +1,30 @@
 """Measurements in long form (record, time, variable, value) -> series: binned, masked, checked against public ranges.
 
-The file may be larger than memory: it is read in parts. What stays is three figures per record, step and variable.
+The file may be larger than memory, and so may be the series. It is read in parts; where there is no room for the bins
+of all records at once, measurements are dealt to heaps of neighbouring records first, and heap after heap is binned.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow.parquet
 from numpy.typing import NDArray
 
-from client.records.frames import CHECK, check_header, explained, from_arrow, missing, refuse, texts
+from client.records.frames import CHECK, check_header, checked, explained, header_of, missing, refuse, rows_of, texts
 from client.records.identifiers import refuse_columns
 from client.records.manifest import LongForm, Manifest
+from client.records.on_disk import walk
+from client.records.scratch import ROOM, Room, Stored
 from shared_models.errors import RecordsError
 from shared_models.tasks import Numeric, SeriesInput
 
 _AT_ONCE = 200_000  # rows of the long form in memory
+_MOST_HEAPS = 500  # each is a file without a name
+_SHARE = 0.25  # of the room, for the bins of one heap
+_BINS = 64  # bytes that binning takes for a step of a variable, at most
+_MEASUREMENT = np.dtype([("record", "<i4"), ("variable", "<i4"), ("time", "<f8"), ("value", "<f8")])
 _STEP = {
     unit: pd.Timedelta(1, code) for unit, code in (("second", "s"), ("minute", "min"), ("hour", "h"), ("day", "D"))
 }
@@ -95,29 +100,22 @@ class Bins:
         # Of several values for one cell numpy keeps the one that comes last: the latest.
         self._values[ordered], self._times[ordered] = values[order], times[order]
 
-    def finish(self, manifest: Manifest, left_out: Mapping[str, int]) -> Series:
+    def finish(self) -> tuple[Series, dict[str, int]]:
         """Encode what was gathered.
 
-        Raises:
-            RecordsError: A sum of several values in one step is outside the variable's public range, and the manifest
-                does not leave such values out.
+        Returns:
+            The series; and by variable how many sums of several values in one step were outside its public range. Those
+            are left out, and counted.
         """
-        mask, beyond = self._counts > 0, 0
+        mask, beyond = self._counts > 0, {}
         for number, variable in enumerate(self._schema.variables):
             cells, here = self._values[:, :, number], mask[:, :, number]
             if variable.within_step == "mean":
                 np.divide(cells, self._counts[:, :, number], out=cells, where=here)
                 np.clip(cells, variable.low, variable.high, out=cells, where=here)  # rounding, in the last digit
             outside = here & ~((cells >= variable.low) & (cells <= variable.high))
-            if outside.any() and manifest.out_of_range == "refuse":
-                what = f"{variable.low:g} to {variable.high:g} {variable.unit}"
-                raise RecordsError(
-                    f"{manifest.file}: the sum of {variable.name} in one step is outside the public range {what} "
-                    f"({int(outside.sum())} times)",
-                    hint=CHECK,
-                )
             here &= ~outside
-            beyond += int(outside.sum())
+            beyond[variable.name] = int(outside.sum())
             cells[here] = variable.scaled(cells[here])
         self._values[~mask] = 0
         inputs = np.concatenate([self._values, mask, elapsed(mask)], axis=2, dtype=np.float32)
@@ -126,9 +124,49 @@ class Bins:
         return Series(
             inputs=inputs,
             seen={variable.name: (count, least, greatest) for variable, count, least, greatest in fields},
-            left_out={**left_out, "out of range": left_out["out of range"] + beyond},
+            left_out={"out of range": sum(beyond.values())},
             empty=np.logical_not(mask.any(axis=(1, 2))),
-        )
+        ), beyond
+
+
+def refuse_sums(manifest: Manifest, schema: SeriesInput, beyond: Mapping[str, int]) -> None:
+    """Refuse sums of several values in one step that are outside their variable's public range, if the manifest does.
+
+    Raises:
+        RecordsError: Names the first such variable, and how many sums that are.
+    """
+    for variable in schema.variables:
+        if manifest.out_of_range == "refuse" and beyond[variable.name]:
+            raise RecordsError(
+                f"{manifest.file}: the sum of {variable.name} in one step is outside the public range {variable.low:g} "
+                f"to {variable.high:g} {variable.unit} ({beyond[variable.name]} times)",
+                hint=CHECK,
+            )
+
+
+class Total:
+    """What several stretches of records hold together.
+
+    Args:
+        schema: Names the variables.
+        left_out: Measurements that were left aside already, by reason.
+    """
+
+    def __init__(self, schema: SeriesInput, left_out: Mapping[str, int] | None = None) -> None:
+        self._seen = {variable.name: (0, np.inf, -np.inf) for variable in schema.variables}
+        self._left_out, self._empty = Counter(left_out), [np.empty(0, dtype=np.bool_)]
+
+    def add(self, found: Account) -> None:
+        """The next stretch."""
+        for name, (cells, least, greatest) in found.seen.items():
+            known = self._seen[name]
+            self._seen[name] = known[0] + cells, min(known[1], least), max(known[2], greatest)
+        self._left_out.update(found.left_out)
+        self._empty.append(found.empty)
+
+    def account(self) -> Account:
+        """Of all stretches."""
+        return Account(self._seen, dict(self._left_out), np.concatenate(self._empty))
 
 
 def elapsed(mask: NDArray[np.bool_]) -> NDArray[np.float32]:
@@ -143,13 +181,16 @@ def elapsed(mask: NDArray[np.bool_]) -> NDArray[np.float32]:
     return found
 
 
-def read_long_form(manifest: Manifest, schema: SeriesInput, frame: pd.DataFrame) -> tuple[Account, NDArray[np.float32]]:
+def read_long_form(
+    manifest: Manifest, schema: SeriesInput, frame: pd.DataFrame, room: Room = ROOM
+) -> tuple[Account, Stored]:
     """Read and bin the measurements of each row.
 
     Args:
         manifest: Names the long form and its columns.
         schema: Variables with their public ranges, and steps.
         frame: A row per record; its label and patient are read elsewhere.
+        room: Where series may lie; binning takes up to a quarter more.
 
     Returns:
         What all series hold; and the series, as ``SeriesInput`` says, shape ``(n, steps, 3 * variables)``.
@@ -163,14 +204,18 @@ def read_long_form(manifest: Manifest, schema: SeriesInput, frame: pd.DataFrame)
     rows = _keys(manifest, frame, long_form)
     starts = _starts(manifest, frame, long_form)
     names = {manifest.column(variable.name): number for number, variable in enumerate(schema.variables)}
-    bins, found = Bins(schema, len(frame)), np.zeros(len(names), dtype=np.bool_)
+    found = np.zeros(len(names), dtype=np.bool_)
     left_out = dict.fromkeys(("of other records", "of other variables", "missing", "at other times", "out of range"), 0)
     file = manifest.model_copy(update={"file": long_form.file})  # errors name the file that they are in
-    for part in _parts(file, long_form):
-        kept = _select(part, long_form, rows, names, left_out)
-        variables = texts(kept[long_form.variable]).map(names).to_numpy(dtype=np.int64)
+
+    def measurements(part: pd.DataFrame) -> NDArray[np.void]:
+        records = rows.get_indexer(pd.Index(texts(part[long_form.record])))
+        variables = texts(part[long_form.variable]).map(lambda name: names.get(name, -1)).to_numpy(dtype=np.int64)
+        here, known = records >= 0, variables >= 0
+        left_out["of other records"] += int((~here).sum())
+        left_out["of other variables"] += int((here & ~known).sum())
+        kept, records, variables = part[here & known], records[here & known], variables[here & known]
         found[variables] = True
-        records = texts(kept[long_form.record]).map(rows).to_numpy(dtype=np.int64)
         values, times = _measured(file, kept, variables, schema), _times(file, kept, records, starts, schema)
         inside = _inside_the_range(file, kept, variables, values, schema)
         held = (times >= 0) & (times < schema.steps)
@@ -179,22 +224,81 @@ def read_long_form(manifest: Manifest, schema: SeriesInput, frame: pd.DataFrame)
         left_out["at other times"] += int((held < ~empty).sum())
         left_out["out of range"] += int((~inside & held & ~empty).sum())
         use = held & inside & ~empty
-        bins.add(records[use], times[use], variables[use], values[use])
+        measured = np.empty(int(use.sum()), dtype=_MEASUREMENT)
+        for name, column in (("record", records), ("variable", variables), ("time", times), ("value", values)):
+            measured[name] = column[use]
+        return measured
+
+    heaps = _Heaps(len(frame), schema, room)
+    for measured in checked(_parts(file, long_form), measurements):
+        heaps.add(measured)
     _refuse_absent(schema, found, long_form)
-    series = bins.finish(file, left_out)
-    return series, series.inputs
+    total, beyond = Total(schema, left_out), Counter[str]()
+    series = Stored((schema.steps, 3 * len(schema.variables)), np.float32, room)
+    for bins in heaps.binned():
+        stretch, sums = bins.finish()
+        total.add(stretch)
+        beyond.update(sums)
+        series.append(stretch.inputs)
+    refuse_sums(file, schema, beyond)
+    return total.account(), series
+
+
+class _Heaps:
+    """Measurements by stretches of neighbouring records, each so short that there is room for its bins.
+
+    Args:
+        records: How many.
+        schema: Steps and variables.
+        room: For the bins of one stretch; measurements of several lie on the disk until it is their turn.
+    """
+
+    def __init__(self, records: int, schema: SeriesInput, room: Room) -> None:
+        self._schema, self._records = schema, records
+        most = int(_SHARE * room.memory) // (_BINS * schema.steps * len(schema.variables))
+        self._most = max(1, most, records // _MOST_HEAPS + 1)
+        self._whole = Bins(schema, records) if records <= self._most else None
+        elsewhere = Room(0, room.folder)
+        heaps = 0 if self._whole else -(-records // self._most)
+        self._heaps = [Stored((), _MEASUREMENT, elsewhere) for _ in range(heaps)]
+
+    def add(self, measured: NDArray[np.void]) -> None:
+        """Measurements, later in the file than those before."""
+        if self._whole:
+            _bin(self._whole, measured, 0)
+            return
+        heap = measured["record"] // self._most
+        for number in np.unique(heap):
+            self._heaps[number].append(measured[heap == number])
+
+    def binned(self) -> Iterator[Bins]:
+        """The bins of each stretch, in the records' order."""
+        if self._whole:
+            yield self._whole
+        for number, heap in enumerate(self._heaps):
+            first = number * self._most
+            bins = Bins(self._schema, min(self._most, self._records - first))
+            for measured in walk(heap):
+                _bin(bins, measured, first)
+            yield bins
+
+
+def _bin(bins: Bins, measured: NDArray[np.void], first: int) -> None:
+    records, variables = (measured[name].astype(np.int64) for name in ("record", "variable"))
+    bins.add(records - first, measured["time"], variables, measured["value"])
 
 
 # the rows that measurements belong to
 
 
-def _keys(manifest: Manifest, frame: pd.DataFrame, long_form: LongForm) -> dict[str, int]:
+def _keys(manifest: Manifest, frame: pd.DataFrame, long_form: LongForm) -> "pd.Index[str]":
+    """The key of each row, each there once."""
     wanted = [long_form.record, *([long_form.start] if long_form.start else [])]
     check_header(manifest.file, list(frame.columns), wanted)
     refuse(manifest, frame, long_form.record, missing(frame[long_form.record], manifest), "the key is missing")
     keys = texts(frame[long_form.record])
     refuse(manifest, frame, long_form.record, keys.duplicated().to_numpy(), "an earlier row has this key", quoted=False)
-    return {key: number for number, key in enumerate(keys)}
+    return pd.Index(keys)
 
 
 def _starts(manifest: Manifest, frame: pd.DataFrame, long_form: LongForm) -> NDArray[np.datetime64] | None:
@@ -218,56 +322,10 @@ def _parts(file: Manifest, long_form: LongForm) -> Iterator[pd.DataFrame]:
     path = long_form.file
     wanted = [long_form.record, long_form.time, long_form.variable, long_form.value]
     with explained(path):
-        names, parts = _parquet(path, wanted) if path.suffix == ".parquet" else _csv(path, wanted)
+        names = header_of(path)
         check_header(path, names, wanted)
         refuse_columns(path, names, drop=file.drop, mapped=wanted)
-        yield from parts
-
-
-def _csv(path: Path, wanted: list[str]) -> tuple[list[str], Iterator[pd.DataFrame]]:
-    options: dict[str, Any] = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig", "header": None}
-    names = [str(n).strip() for n in pd.read_csv(path, nrows=1, **options).fillna("").iloc[0]]
-
-    def parts() -> Iterator[pd.DataFrame]:
-        before = 2  # the header is row 1
-        places = sorted((names.index(name), name) for name in set(wanted))
-        reader = pd.read_csv(
-            path, skiprows=1, usecols=[p for p, _ in places], chunksize=_AT_ONCE, skip_blank_lines=False, **options
-        )
-        with reader:
-            for part in reader:
-                part = part.fillna("").set_axis([name for _, name in places], axis="columns")  # noqa: PLW2901
-                part.index = pd.RangeIndex(before, before + len(part))
-                before += len(part)
-                yield part[(part != "").any(axis="columns")]
-
-    return names, parts()
-
-
-def _parquet(path: Path, wanted: list[str]) -> tuple[list[str], Iterator[pd.DataFrame]]:
-    names = list(pyarrow.parquet.read_schema(path).names)
-
-    def parts() -> Iterator[pd.DataFrame]:
-        before = 0
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(_AT_ONCE, columns=list(dict.fromkeys(wanted))):
-                part = from_arrow(batch)
-                part.index = pd.RangeIndex(before, before + len(part))
-                before += len(part)
-                yield part
-
-    return names, parts()
-
-
-def _select(
-    part: pd.DataFrame, long_form: LongForm, rows: Mapping[str, int], names: Mapping[str, int], left_out: dict[str, int]
-) -> pd.DataFrame:
-    """Measurements of these records and of the task's variables; the others are counted."""
-    here = texts(part[long_form.record]).isin(list(rows)).to_numpy()
-    known = texts(part[long_form.variable]).isin(list(names)).to_numpy()
-    left_out["of other records"] += int((~here).sum())
-    left_out["of other variables"] += int((here & ~known).sum())
-    return part[here & known]
+        yield from rows_of(path, names, _AT_ONCE, wanted)
 
 
 def _measured(file: Manifest, kept: pd.DataFrame, variables: NDArray[np.int64], schema: SeriesInput) -> Floats:
@@ -276,10 +334,9 @@ def _measured(file: Manifest, kept: pd.DataFrame, variables: NDArray[np.int64], 
     absent = missing(kept[column], file)
     cells = texts(kept[column])
     values = pd.to_numeric(cells.where(~absent, "0"), errors="coerce").to_numpy(dtype=np.float64, copy=True)
-    wrong = np.flatnonzero(~np.isfinite(values))
-    if len(wrong):
-        unit = schema.variables[variables[wrong[0]]].unit
-        refuse(file, kept, column, ~np.isfinite(values), f"is not a number ({unit} expected)", quoted=False)
+    wrong = ~np.isfinite(values)
+    unit = schema.variables[variables[np.argmax(wrong)]].unit if len(wrong) else ""
+    refuse(file, kept, column, wrong, f"is not a number ({unit} expected)", quoted=False)
     values[absent] = np.nan
     return values
 
@@ -311,8 +368,8 @@ def _inside_the_range(
     """Which values are inside their variable's public range, or missing; refuses others unless they are left out."""
     low, high = (np.array([getattr(v, end) for v in schema.variables])[variables] for end in ("low", "high"))
     outside = (values < low) | (values > high)
-    if file.out_of_range == "refuse" and outside.any():
-        variable: Numeric = schema.variables[variables[np.flatnonzero(outside)[0]]]
+    if file.out_of_range == "refuse" and len(outside):
+        variable: Numeric = schema.variables[variables[np.argmax(outside)]]
         what = f"{variable.name} is outside the public range {variable.low:g} to {variable.high:g} {variable.unit}"
         refuse(file, kept, file.series.value, outside, what, quoted=False)  # type: ignore[union-attr]
     return ~outside

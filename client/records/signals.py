@@ -7,9 +7,8 @@ the steps between are masked.
 """
 
 import math
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ from client.records.frames import check_header, texts
 from client.records.manifest import SIGNALS, Manifest
 from client.records.on_disk import OnDisk, Whole, digest, refuse_changed
 from client.records.pictures import decoding, inside
-from client.records.series import Account, Bins, Series
+from client.records.series import Account, Bins, Series, Total, refuse_sums
 from client.records.stamps import stamps
 from shared_models.errors import RecordsError
 from shared_models.tasks import Numeric, SeriesInput
@@ -93,17 +92,12 @@ def read_signals(manifest: Manifest, schema: SeriesInput, frame: pd.DataFrame) -
 
 def _walk(read: Callable[[int], Series], count: int, schema: SeriesInput) -> tuple[Account, Whole]:
     """Read every recording once, and keep what they hold together, and a digest of each."""
-    seen = {variable.name: (0, math.inf, -math.inf) for variable in schema.variables}
-    left_out, empty, digests = Counter[str](), np.zeros(count, dtype=np.bool_), []
+    total, digests = Total(schema), []
     for number in range(count):
         one = read(number)
-        for name, (cells, least, greatest) in one.seen.items():
-            known = seen[name]
-            seen[name] = known[0] + cells, min(known[1], least), max(known[2], greatest)
-        left_out.update(one.left_out)
-        empty[number] = one.empty[0]
+        total.add(one)
         digests.append(digest(one.inputs[0]))
-    return Account(seen, dict(left_out), empty), Whole(digests, math.nan, math.nan)
+    return total.account(), Whole(digests, math.nan, math.nan)
 
 
 def _read(path: Path, patient: str | None, manifest: Manifest, schema: SeriesInput) -> Series:
@@ -113,7 +107,9 @@ def _read(path: Path, patient: str | None, manifest: Manifest, schema: SeriesInp
         channels = _channels(path, patient, manifest)
         for variable in range(len(schema.variables)):
             _add(bins, path, variable, channels, schema, manifest, left_out)
-        return bins.finish(manifest, left_out)
+        series, beyond = bins.finish()
+        refuse_sums(manifest, schema, beyond)
+        return replace(series, left_out=left_out | {"out of range": left_out["out of range"] + sum(beyond.values())})
 
 
 def _add(

@@ -1,10 +1,11 @@
-"""A query's result -> a frame, through SQLAlchemy. The database is read and never written.
+"""A query's result -> frames, through SQLAlchemy. The database is read and never written.
 
 The query is a file beside the manifest, so that it is reviewed and versioned like any other; the database's address is
 in a file of its own, because it may hold a password.
 """
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,12 +22,11 @@ _READ_ONLY = {  # said before the query, as the first thing of its transaction
     "sqlite": "PRAGMA query_only = ON",
     "postgresql": "SET TRANSACTION READ ONLY",
 }
-_AT_ONCE = 10_000  # rows fetched together
 _COMMENT = re.compile(r"--[^\n]*|/\*.*?\*/", re.DOTALL)
 
 
-def read_query(manifest: Manifest) -> pd.DataFrame:
-    """Run the manifest's query and read all its rows, numbered from 1.
+def read_query(manifest: Manifest, at_once: int) -> Iterator[pd.DataFrame]:
+    """Run the manifest's query and read its rows, numbered from 1, so many at once.
 
     Guarantees:
         * On SQLite and PostgreSQL the transaction is read-only; on any database it is rolled back.
@@ -43,7 +43,7 @@ def read_query(manifest: Manifest) -> pd.DataFrame:
     try:
         engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool, hide_parameters=True)
         with engine.connect() as connection:
-            rows = _rows(connection, query)
+            yield from _rows(connection, query, at_once)
             connection.rollback()
     except sqlalchemy.exc.SQLAlchemyError as error:
         kind = type(getattr(error, "orig", None) or error).__name__
@@ -55,18 +55,18 @@ def read_query(manifest: Manifest) -> pd.DataFrame:
             f"{manifest.sql.url_file} names a database whose driver is not installed: {error.name}",
             hint="pip install the driver that SQLAlchemy names for this database.",
         ) from None
-    return rows
 
 
-def _rows(connection: "Connection", query: str) -> pd.DataFrame:
+def _rows(connection: "Connection", query: str, at_once: int) -> Iterator[pd.DataFrame]:
     if first := _READ_ONLY.get(connection.dialect.name):
         connection.exec_driver_sql(first)
-    result = connection.execution_options(stream_results=True, yield_per=_AT_ONCE).exec_driver_sql(query)
-    names = list(result.keys())
-    parts = [pd.DataFrame([[_text(v) for v in row] for row in part], dtype=object) for part in result.partitions()]
-    frame = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=range(len(names)))
-    frame.index += 1
-    return frame.set_axis(names, axis="columns")
+    result = connection.execution_options(stream_results=True, yield_per=at_once).exec_driver_sql(query)
+    names, before = list(result.keys()), 1
+    for rows in result.partitions():
+        part = pd.DataFrame([[_text(v) for v in row] for row in rows], dtype=object).set_axis(names, axis="columns")
+        part.index += before
+        before += len(part)
+        yield part
 
 
 def _text(value: object) -> str:

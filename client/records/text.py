@@ -52,8 +52,7 @@ def _tokens(text: str, schema: TokensInput) -> NDArray[np.int64]:
 
 
 def _refuse_found(manifest: Manifest, frame: pd.DataFrame, column: str, found: list[str | None]) -> None:
+    first = next((what for what in found if what is not None), None)
+    what = f'looks as if it held {first}; mend the export, or found_in_text = "mask"'
     flags: Flags = np.array([what is not None for what in found], dtype=np.bool_)
-    if flags.any():
-        what = found[int(np.flatnonzero(flags)[0])]
-        what = f'looks as if it held {what}; mend the export, or found_in_text = "mask"'
-        refuse(manifest, frame, column, flags, what, quoted=False)
+    refuse(manifest, frame, column, flags, what, quoted=False)

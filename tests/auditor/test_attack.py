@@ -189,7 +189,7 @@ def test_hospitals_read_canaries_as_the_auditor_does(tmp_path: Path) -> None:
 
         assert len(read) == included == candidates.members.sum()
         np.testing.assert_allclose(read.inputs[:].numpy(), candidates.inputs[candidates.members], rtol=1e-6, atol=1e-6)
-        np.testing.assert_array_equal(read.targets.numpy(), candidates.targets[candidates.members])
+        np.testing.assert_array_equal(read.targets[:].numpy(), candidates.targets[candidates.members])
 
 
 def test_coins_are_fair_and_nobody_elses(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def test_each_unit_is_a_hospital_whose_own_reader_reads_it(tmp_path: Path) -> No
     assert isinstance(ICU_MORTALITY.input, SeriesInput)
     variables = {variable.name: number for number, variable in enumerate(ICU_MORTALITY.input.variables)}
     values, mask, _ = records.inputs[:].chunk(3, dim=2)
-    assert records.targets.tolist() == [float(number % 3 == 0) for number in range(STAYS)]
+    assert records.targets[:].tolist() == [float(number % 3 == 0) for number in range(STAYS)]
     assert mask.sum(dim=(0, 1))[variables["ph"]] == 0
     assert mask.sum() == STAYS * (12 + 1 + 1)  # heart rates, one coma score, the age
     assert values[:, 0, variables["age"]].tolist() == pytest.approx([4 * (64 - 15) / (120 - 15) - 2] * STAYS, abs=1e-6)

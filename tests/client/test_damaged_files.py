@@ -145,7 +145,7 @@ def test_a_damaged_volume_is_refused_or_what_nibabel_makes_of_it(tmp_path: Path,
 
 def series(folder: Path) -> NDArray[np.float32]:
     """The one recording's series."""
-    found = test_signals.read(folder).on_disk
+    found = test_signals.read(folder).content
     assert isinstance(found, OnDisk)
     inputs: NDArray[np.float32] = found[:]
     return inputs
@@ -213,11 +213,11 @@ def test_a_damaged_edf_is_refused_or_what_the_bytes_say(tmp_path: Path, damage: 
 
 def same_rows(table: Table, rows: list[dict[str, Any]]) -> None:
     """The table holds what another decoder has found in the file."""
-    assert table.ids == [str(row["id"]).strip() for row in rows]
-    assert table.cells["age"].tolist() == [float(row["age"]) for row in rows]
+    assert table.patients.ids == [str(row["id"]).strip() for row in rows]
+    assert table.content[:]["age"].tolist() == [float(row["age"]) for row in rows]
     stages, outcomes = ("i", "ii", "iii"), ("well", "ill")
-    assert table.cells["stage"].tolist() == [stages.index(str(row["stage"]).strip()) for row in rows]
-    assert table.labels.tolist() == [outcomes.index(str(row["outcome"]).strip()) for row in rows]
+    assert table.content[:]["stage"].tolist() == [stages.index(str(row["stage"]).strip()) for row in rows]
+    assert table.labels[:].tolist() == [outcomes.index(str(row["outcome"]).strip()) for row in rows]
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
@@ -280,7 +280,7 @@ def test_damaged_measurements_are_refused_or_what_the_lines_say(tmp_path: Path, 
         joined = (last, sum(values), sum(values) / len(values))[place[2]]
         low, high = ((0, 200), (0, 1000), (20, 40))[place[2]]
         expected[place] = 4 * (joined - low) / (high - low) - 2
-    np.testing.assert_allclose(table.cells["series"][:, :, :3], expected, atol=1e-6)
+    np.testing.assert_allclose(table.content[:][:, :, :3], expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["Patient.ndjson", "Observation.ndjson", "Condition.ndjson"])
@@ -299,8 +299,8 @@ def test_a_damaged_export_is_refused_or_what_its_lines_say(tmp_path: Path, name:
         [json.loads(line) for line in (tmp_path / f"{kind}.ndjson").read_text("utf-8-sig").split("\n") if line.strip()]
         for kind in ("Patient", "Observation", "Condition")
     )
-    assert table.ids == [p["id"] for p in patients if p.get("resourceType") == "Patient"]
-    for row, (identity, number) in enumerate(zip(table.ids, table.cells["stage"].tolist(), strict=True)):
+    assert table.patients.ids == [p["id"] for p in patients if p.get("resourceType") == "Patient"]
+    for row, (identity, number) in enumerate(zip(table.patients.ids, table.content[:]["stage"].tolist(), strict=True)):
         named = f"Patient/{identity}"
         stages = {
             coding.get("code")

@@ -100,7 +100,7 @@ def test_without_clip_and_noise_a_step_is_plain_gradient_descent() -> None:
     optimizer = torch.optim.SGD(plain.parameters(), lr=1.0)
     for _ in range(3):
         optimizer.zero_grad()
-        loss_per_record(TASK, plain(records.inputs), records.targets).mean().backward()
+        loss_per_record(TASK, plain(records.inputs), records.targets[:]).mean().backward()
         optimizer.step()
     torch.testing.assert_close(flat(private), flat(plain), rtol=0, atol=1e-6)
 
@@ -113,7 +113,7 @@ def test_a_patient_counts_once_however_many_records() -> None:
     without_noise(private, records)
 
     weights = 1 / torch.from_numpy(records.record_counts)[torch.from_numpy(records.patients)] / 3
-    (loss_per_record(TASK, plain(records.inputs), records.targets) * weights).sum().backward()
+    (loss_per_record(TASK, plain(records.inputs), records.targets[:]) * weights).sum().backward()
     expected = torch.cat([(p - p.grad).flatten() for p in plain.parameters() if p.grad is not None])
     torch.testing.assert_close(flat(private), expected.detach(), rtol=0, atol=1e-6)
 
@@ -503,7 +503,7 @@ def test_a_layer_with_buffers_is_refused_in_training_too() -> None:
 def test_the_baseline_learns_and_repeats() -> None:
     """Plain SGD lowers the loss; the seed orders the records and torch's global generator has no part."""
     records = table_records(np.arange(50))
-    records.targets.copy_((records.inputs[:][:, 0] > 0).float())
+    records.targets[:].copy_((records.inputs[:][:, 0] > 0).float())
     models = [small_network(), small_network()]
 
     for model in models:
@@ -511,7 +511,7 @@ def test_the_baseline_learns_and_repeats() -> None:
         train_without_privacy(model, records, TASK, steps=200, learning_rate=0.5, batch_size=16, seed=3)
 
     assert torch.equal(*[flat(model) for model in models])
-    losses = [loss_per_record(TASK, m(records.inputs), records.targets).mean() for m in (small_network(), models[0])]
+    losses = [loss_per_record(TASK, m(records.inputs), records.targets[:]).mean() for m in (small_network(), models[0])]
     assert losses[1] < 0.5 * losses[0]
 
 

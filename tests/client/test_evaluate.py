@@ -32,7 +32,7 @@ def test_statistics_give_the_metrics_of_the_predictions() -> None:
 
     metrics = compute_metrics(2, statistics(model, records, task, bins=BINS), bins=BINS)
 
-    right = (model(records.inputs).squeeze(1) > 0) == (records.targets > 0)
+    right = (model(records.inputs).squeeze(1) > 0) == (records.targets[:] > 0)
     assert metrics["records"] == 3000
     assert metrics["accuracy"] == pytest.approx(right.double().mean().item())
     assert model.training
@@ -53,7 +53,7 @@ def test_a_release_with_hardly_any_noise_and_clipping_is_exact(classes: int) -> 
     """With one record per patient and S above everybody's length, only noise separates both."""
     records, task = table_records(np.arange(700)), task_of(table(5), classes)
     if classes == 3:
-        records.targets[:100] = 2
+        records.targets[:][:100] = 2
 
     released = released_statistics(
         network(classes), records, task, plan=PLAN, random=repeatable(), allow_test_random=True

@@ -374,4 +374,4 @@ def test_survival_comes_from_a_package_too(tmp_path: Path) -> None:
     events = ((data["status"] == 1) & data.drop(columns="inst").notna().all(axis=1) & (data["time"] <= 900)).sum()
     test, _ = read_table(read_manifest(tmp_path / "north" / "test"), task, split_key=b"key")
     assert len(training) + len(test) == 167 + 1  # one lacks the institution alone
-    assert float(training.targets[:, 1].sum() + test.targets[:, 1].sum()) == events
+    assert float(training.targets[:][:, 1].sum() + test.targets[:][:, 1].sum()) == events

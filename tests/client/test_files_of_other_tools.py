@@ -140,7 +140,7 @@ def test_recordings_of_pyedflib_are_read_as_pyedflib_reads_them(tmp_path: Path, 
     drop = ["patientname", "patientcode", "birthdate", "patient_additional", "admincode"]
     test_signals.write(tmp_path, name, columns=columns, drop=drop, patient=None, one_row_per_patient=True)
 
-    found = checked_table(read_manifest(tmp_path), task).on_disk
+    found = checked_table(read_manifest(tmp_path), task).content
 
     assert isinstance(found, OnDisk)
     for place, n in enumerate(chosen):

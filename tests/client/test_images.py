@@ -61,7 +61,7 @@ def test_pixels_are_scaled_by_their_public_range(tmp_path: Path) -> None:
     assert records.inputs[:].dtype == torch.float32
     assert records.inputs[:][0, 0, 0, 0] == -1
     assert records.inputs[:][0, 0, 9, 3] == 1  # pixel 255
-    assert records.targets.tolist() == [0, 1, 2, 0]
+    assert records.targets[:].tolist() == [0, 1, 2, 0]
     assert records.patient_count == 3
     assert records.patients.tolist() == [0, 1, 2, 0]
 
@@ -74,7 +74,7 @@ def test_images_with_a_channel_axis_and_codes_for_labels_are_read(tmp_path: Path
     records = read(write(tmp_path, content, categories=codes))
 
     assert records.inputs.shape == (4, 1, 28, 28)
-    assert records.targets.tolist() == [0, 1, 2, 0]
+    assert records.targets[:].tolist() == [0, 1, 2, 0]
 
 
 def test_without_a_patient_array_every_image_is_a_patient(tmp_path: Path) -> None:

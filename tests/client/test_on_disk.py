@@ -275,7 +275,7 @@ def test_ids_of_pictures_are_their_content_without_keeping_it(tmp_path: Path) ->
     names = [save(tmp_path, f"{number}.png", grey(number % 2)) for number in range(3)]
     write(tmp_path, *names, patient=None, one_row_per_patient=True)
 
-    ids = checked_table(read_manifest(tmp_path), PNEUMONIA).ids
+    ids = checked_table(read_manifest(tmp_path), PNEUMONIA).patients.ids
 
     one, other = (hashlib.sha256(grey(number).tobytes()).hexdigest() for number in (0, 1))
     assert ids == [f"('{one}', 0, 0)", f"('{other}', 1, 0)", f"('{one}', 0, 1)"]

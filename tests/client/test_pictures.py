@@ -61,8 +61,8 @@ def read(folder: Path, task: Task = PNEUMONIA) -> NDArray[np.uint8]:
 
 def opened(folder: Path, task: Task = PNEUMONIA) -> OnDisk:
     """The pictures after their headers were checked, not decoded yet."""
-    found = checked_table(read_manifest(folder), task).on_disk
-    assert found is not None
+    found = checked_table(read_manifest(folder), task).content
+    assert isinstance(found, OnDisk)
     return found
 
 
@@ -176,7 +176,7 @@ def test_without_a_patient_column_every_picture_is_a_patient(tmp_path: Path) -> 
     save(tmp_path, "a.png", grey())
     write(tmp_path, "a.png", "a.png", "a.png", patient=None, one_row_per_patient=True)
 
-    ids = checked_table(read_manifest(tmp_path), PNEUMONIA).ids
+    ids = checked_table(read_manifest(tmp_path), PNEUMONIA).patients.ids
 
     assert len(set(ids)) == 3
 

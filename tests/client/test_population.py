@@ -3,6 +3,7 @@
 import os
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import example, given
@@ -95,9 +96,9 @@ def test_nothing_is_read_again_while_nothing_changed(tmp_path: Path, monkeypatch
     """A round must not cost a reading of everything."""
     readings = []
 
-    def counted(*arguments: object) -> object:
+    def counted(*arguments: object, **options: Any) -> object:
         readings.append(arguments)
-        return checked_table(*arguments)  # type: ignore[arg-type]
+        return checked_table(*arguments, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr("client.records.population.checked_table", counted)
     source, own = Source(TASK), settings(tmp_path)
@@ -168,8 +169,8 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeyp
     """Half of an export must not pass for all of it; the next attempt reads again."""
     source, own = Source(TASK), settings(tmp_path)
 
-    def slow(manifest: object, task: Task) -> object:
-        found = checked_table(manifest, task)  # type: ignore[arg-type]
+    def slow(manifest: object, task: Task, **options: Any) -> object:
+        found = checked_table(manifest, task, **options)  # type: ignore[arg-type]
         write(tmp_path / "records", [*ROWS, "c,1,1,ill"])
         return found
 

@@ -57,7 +57,7 @@ def test_without_clip_and_noise_a_step_is_the_gradient_of_loss_and_proximal_term
     for _ in range(STEPS):
         optimizer.zero_grad()
         distance = sum(((p - s) ** 2).sum() for p, s in zip(plain.parameters(), start, strict=True))
-        (loss_per_record(TASK, plain(records.inputs), records.targets).mean() + MU / 2 * distance).backward()
+        (loss_per_record(TASK, plain(records.inputs), records.targets[:]).mean() + MU / 2 * distance).backward()
         optimizer.step()
 
     np.testing.assert_allclose(_trained(proximal=MU), parameters_to_vector(plain), rtol=0, atol=1e-6)

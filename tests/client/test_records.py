@@ -71,8 +71,8 @@ def test_a_table_becomes_the_tensors_that_the_schema_says(tmp_path: Path) -> Non
     records, validation = read(write(tmp_path))
 
     assert records.inputs[:].tolist() == [[-2, 0, 0], [0, 1, 0], [2, 0, 1]]
-    assert records.inputs[:].dtype == records.targets.dtype == torch.float32
-    assert records.targets.tolist() == [0, 1, 1]
+    assert records.inputs[:].dtype == records.targets[:].dtype == torch.float32
+    assert records.targets[:].tolist() == [0, 1, 1]
     assert records.patients.tolist() == [0, 1, 0]
     assert (records.patient_count, len(validation)) == (2, 0)
 
@@ -83,8 +83,8 @@ def test_more_than_two_classes_become_class_numbers(tmp_path: Path) -> None:
 
     records, _ = read(write(tmp_path, [*ROWS, "c,1,1,dead"]), task)
 
-    assert records.targets.tolist() == [0, 1, 1, 2]
-    assert records.targets.dtype == torch.int64
+    assert records.targets[:].tolist() == [0, 1, 1, 2]
+    assert records.targets[:].dtype == torch.int64
 
 
 def test_a_parquet_file_reads_like_the_csv(tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_a_parquet_file_reads_like_the_csv(tmp_path: Path) -> None:
     csv, _ = read(write(tmp_path))
 
     assert torch.equal(parquet.inputs[:], csv.inputs[:])
-    assert torch.equal(parquet.targets, csv.targets)
+    assert torch.equal(parquet.targets[:], csv.targets[:])
     assert parquet.patients.tolist() == csv.patients.tolist()
 
 
@@ -187,7 +187,7 @@ def test_a_fold_may_lack_a_class_but_training_may_not(tmp_path: Path, alike: str
     _, validation = split_table(table, manifest, TASK, split_key=KEY, fold=fold)
 
     assert len(validation) == sum(inside.values())
-    assert validation.targets.sum() == 0
+    assert validation.targets[:].sum() == 0
 
 
 def test_without_a_patient_column_every_row_is_declared_a_patient(tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def test_measurements_become_values_mask_and_time_since_last_seen(tmp_path: Path
     assert values[2, 2].tolist() == [0, 0, 0, 1]  # mean 35 of 20..40 is 1
     assert since[0].tolist() == [[0, 1, 2, 1], [0, 1, 2, 3], [0, 1, 2, 3]]
     assert records.patients.tolist() == [0, 1, 0]
-    assert records.targets.tolist() == [0, 1, 1]
+    assert records.targets[:].tolist() == [0, 1, 1]
 
 
 @examples(max_examples=25, deadline=None)
@@ -134,7 +134,7 @@ def test_the_parts_in_which_a_file_is_read_change_nothing(
         stays = pd.read_csv(folder / "stays.csv", dtype=str)
         _, found = series.read_long_form(manifest, TASK.input, stays)  # type: ignore[arg-type]
 
-    values, mask = found[:, :, :3], found[:, :, 3:6]
+    values, mask = found[:][:, :, :3], found[:][:, :, 3:6]
     assert {tuple(cell) for cell in np.argwhere(mask).tolist()} == set(expected)
     for cell, measured in expected.items():
         what = (
@@ -161,7 +161,7 @@ def test_times_of_day_count_from_the_rows_start(tmp_path: Path) -> None:
 
     table = read(tmp_path)
 
-    assert table.cells["series"][:, :, 3].tolist() == [[1, 0, 0, 1], [0, 1, 0, 0]]
+    assert table.content[:][:, :, 3].tolist() == [[1, 0, 0, 1], [0, 1, 0, 0]]
     assert table.set_aside["at other times"] == 2
 
 
@@ -187,7 +187,7 @@ def test_what_is_left_aside_is_counted_and_shown(tmp_path: Path) -> None:
         "out of range": 2,  # a pulse of 735; and a sum of 1150 mL, whose step is masked
     }
     assert table.left_out == 2  # s4, and s2, whose only value was that sum
-    assert table.ids == ["a", "a"]
+    assert table.patients.ids == ["a", "a"]
     pulse = summary.columns[0]
     assert (pulse.missing, pulse.found, pulse.public) == (4 * 2 - 2, "50 to 150", "0 to 200 1/min")
 
@@ -213,7 +213,7 @@ def test_what_is_left_aside_is_counted_and_shown(tmp_path: Path) -> None:
         (MEASURED, ["stay,person,outcome,MRN", "s1,a,well,17"], {}, "stays.csv holds what identifies patients: 'MRN'"),
         ([], STAYS, {}, "measured.csv"),
         (["stay,at,name,value"], STAYS, {}, "measured.csv"),
-        ([MEASURED[0], "s1,1", *MEASURED[1:]], STAYS, {}, "measured.csv cannot be read: "),
+        ([*MEASURED, "s1,1,HR,50,5"], STAYS, {}, "measured.csv cannot be read: "),  # a decimal comma
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(
@@ -265,7 +265,7 @@ def test_a_damaged_file_is_an_error_or_inside_the_public_ranges(
             raise
         table = None
 
-    assert table is None or np.abs(table.cells["series"][:, :, :3]).max() <= 2
+    assert table is None or np.abs(table.content[:][:, :, :3]).max() <= 2
 
 
 def test_dates_far_apart_do_not_wrap_around(tmp_path: Path) -> None:
@@ -274,4 +274,4 @@ def test_dates_far_apart_do_not_wrap_around(tmp_path: Path) -> None:
     measured = ["stay,at,name,value", "s1,1677-09-22T00:00:00,HR,50", "s1,2262-01-01T01:00:00,HR,60"]
     write(tmp_path, measured, stays, long={"start": "in", "absent_variables": ["fluid", "warmth"]})
 
-    assert read(tmp_path).cells["series"][0, :, 3].tolist() == [0, 1, 0, 0]
+    assert read(tmp_path).content[:][0, :, 3].tolist() == [0, 1, 0, 0]

@@ -61,7 +61,7 @@ def read(folder: Path) -> Table:
 
 def series(folder: Path) -> NDArray[np.float32]:
     """All series, read on demand, shape ``(n, steps, 6)``."""
-    found = read(folder).on_disk
+    found = read(folder).content
     assert found is not None
     inputs: NDArray[np.float32] = found[:]
     return inputs
@@ -162,7 +162,7 @@ def test_channels_may_have_frequencies_of_their_own(tmp_path: Path) -> None:
     task = TASK.model_copy(update={"input": one})
     write(tmp_path, "quick.hea", "slow.hea", columns={"signals": "path", "lead_i": "I"})
 
-    found = checked_table(read_manifest(tmp_path), task).on_disk
+    found = checked_table(read_manifest(tmp_path), task).content
     assert found is not None
     values, mask = found[:].transpose(2, 0, 1)[:2]
 
@@ -201,13 +201,13 @@ def test_headers_that_identify_a_patient_are_refused_unless_dropped(tmp_path: Pa
     text = refusal(write(tmp_path, "rec.hea"))
     assert "rec.hea holds what identifies patients: 'Patient name'" in text
     assert "Miller" not in text
-    assert len(read(write(tmp_path, "rec.hea", drop=["Patient name", "name"])).ids) == 1
+    assert len(read(write(tmp_path, "rec.hea", drop=["Patient name", "name"])).patients.ids) == 1
 
     save_edf(tmp_path, leads(), patientname="Hans Miller", patientcode="p0", birthdate=None or "")
     text = refusal(write(tmp_path, "rec.edf"))
     assert "rec.edf holds what identifies patients: 'patientname'" in text
     assert "Miller" not in text
-    assert len(read(write(tmp_path, "rec.edf", drop=["patientname"])).ids) == 1
+    assert len(read(write(tmp_path, "rec.edf", drop=["patientname"])).patients.ids) == 1
     (tmp_path / "index.csv").write_text("patient,path,rhythm\np9,rec.edf,sinus\n", encoding="utf-8")
     assert "rec.edf: the patient code is not the patient that the row names" in refusal(tmp_path)
 

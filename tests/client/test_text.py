@@ -59,7 +59,7 @@ def test_texts_become_the_tokens_that_everybody_has(tmp_path: Path, file: str) -
     records, _ = read_table(read_manifest(tmp_path), TASK, split_key=b"key")
 
     assert records.inputs[:].tolist() == [encode(note, vocabulary=100, length=4).tolist() for note in notes]
-    assert records.targets.tolist() == [4, 5, 4]
+    assert records.targets[:].tolist() == [4, 5, 4]
 
 
 def test_a_summary_counts_words_and_quotes_none(tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_what_looks_like_an_identifier_is_refused_or_masked(tmp_path: Path, text
     assert f"row 3, column 'note': looks as if it held {what}" in words
     assert not any(part in words for part in text.split() if len(part) > 5)
     fever, *_ = encode("fever", vocabulary=100, length=1).tolist()
-    assert masked.cells["text"][0, 0] == fever
+    assert masked.content[:][0, 0] == fever
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_what_looks_like_an_identifier_is_refused_or_masked(tmp_path: Path, text
 )
 def test_measurements_and_plain_dates_are_no_identifiers(tmp_path: Path, text: str) -> None:
     """A guard that cries at every number would be switched off."""
-    assert len(checked_table(read_manifest(write(tmp_path, [text])), TASK).ids) == 1
+    assert len(checked_table(read_manifest(write(tmp_path, [text])), TASK).patients.ids) == 1
 
 
 def test_what_is_no_text_is_refused(tmp_path: Path) -> None:
