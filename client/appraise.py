@@ -24,7 +24,7 @@ from shared_models.outcomes import compute_metrics, ranked_classes
 from shared_models.pictures import Drawn, draw_evaluation, draw_groups, save
 from shared_models.plan import Subgroups
 from shared_models.subgroups import group_of_each, groupings
-from shared_models.tasks import Task, task_of
+from shared_models.tasks import TableInput, Task, task_of, with_groups
 
 FORMAT = "konsil-evaluation/1"
 EVERYBODY = "everybody"
@@ -115,11 +115,25 @@ def own_validation(task: Task, settings: Settings) -> tuple[Records, str]:
     return records, "validation part of this hospital"
 
 
-def task_of_models(files: Sequence[Path]) -> Task:
-    """The one task that all models are for.
+def subgroups_of(file: Path) -> tuple[Subgroups, ...]:
+    """How the plan of a model tells patients apart.
 
     Raises:
-        ConfigError: A file is no model, or two are for different tasks.
+        ConfigError: The file is no model.
+    """
+    evaluation = read_model(file)[0].evaluation
+    return evaluation.subgroups if evaluation else ()
+
+
+def task_of_models(files: Sequence[Path], subgroups: Sequence[Subgroups] | None = None) -> Task:
+    """The one task that all models are for.
+
+    Args:
+        files: Of the models.
+        subgroups: How patients are told apart; None takes those of the first model's plan.
+
+    Raises:
+        ConfigError: A file is no model, two are for different tasks, or subgroups are none of the task's.
     """
     tasks = [task_of(read_model(file)[0]) for file in files]
     if len({task.name for task in tasks}) > 1:
@@ -127,7 +141,7 @@ def task_of_models(files: Sequence[Path]) -> Task:
             f"the models are for different tasks: {', '.join(sorted({task.name for task in tasks}))}",
             hint="Compare models of one task.",
         )
-    return tasks[0]
+    return with_groups(tasks[0], subgroups_of(files[0]) if subgroups is None else subgroups)
 
 
 def appraise(
@@ -142,7 +156,7 @@ def appraise(
 
     Args:
         files: Models of one task; differences are from the first.
-        records: Of that task.
+        records: Of that task, read with the same subgroups.
         part: Which patients these are, in words.
         specificity: At which the sensitivity is reported.
         subgroups: How patients are told apart; None takes those of the first model's plan.
@@ -150,11 +164,9 @@ def appraise(
     Raises:
         ConfigError: A file is no model, a network's outputs are not finite, or subgroups are none of the task's.
     """
-    task = task_of_models(files)
-    names = _names(files)
-    plans = [read_model(file)[0] for file in files]
     if subgroups is None:
-        subgroups = plans[0].evaluation.subgroups if plans[0].evaluation else ()
+        subgroups = subgroups_of(files[0])
+    task, names = task_of_models(files, subgroups), _names(files)
     parts = _rows_of_groups(task, records, subgroups)
     scores = {name: scores_of(read_model(file)[1], records, task) for name, file in zip(names, files, strict=True)}
     models = {}
@@ -202,7 +214,8 @@ def _rows_of_groups(task: Task, records: Records, subgroups: Sequence[Subgroups]
     everybody = np.arange(len(records))
     if not subgroups:
         return {EVERYBODY: everybody}
-    place = group_of_each(task, subgroups, records.inputs[:].numpy())
+    inputs = records.inputs[:].numpy() if isinstance(task.input, TableInput) else np.empty(0)
+    place = group_of_each(task, subgroups, inputs, records.groups)
     return {EVERYBODY: everybody} | {
         f"{grouping.column}: {group}": np.flatnonzero(place[:, column] == number)
         for column, grouping in enumerate(groupings(task, subgroups))

@@ -39,7 +39,11 @@ def evaluate(
     ] = 0.9,
     subgroup: Annotated[
         list[str] | None,
-        typer.Option("--subgroup", help="Of the report: a column, or with edges as in age:40,65. Default: the plan's."),
+        typer.Option(
+            "--subgroup",
+            help="Of the report: a column of the task's table or of the plan's subgroups, or with edges as in "
+            "age:40,65. Default: the plan's.",
+        ),
     ] = None,
     base: Bases = None,
 ) -> None:
@@ -85,14 +89,22 @@ def _appraise(
 ) -> None:
     from rich.console import Console
 
-    from client.appraise import appraise, own_validation, records_of_folder, task_of_models, write_report
+    from client.appraise import (
+        appraise,
+        own_validation,
+        records_of_folder,
+        subgroups_of,
+        task_of_models,
+        write_report,
+    )
     from client.settings import read_settings
     from shared_models.pictures import require_matplotlib
 
     if report is not None:
         require_matplotlib()
-    wanted = None if subgroup is None else [_subgroup(text) for text in subgroup]
-    task = task_of_models(models)
+    planned = subgroups_of(models[0])
+    wanted = planned if subgroup is None else [_subgroup(text, planned) for text in subgroup]
+    task = task_of_models(models, wanted)
     found: tuple[Records, str]
     found = (
         records_of_folder(task, records)
@@ -108,8 +120,8 @@ def _appraise(
         console.print(f"written: {report}", soft_wrap=True)
 
 
-def _subgroup(text: str) -> "Subgroups":
-    """``sex``, or ``age:40,65``."""
+def _subgroup(text: str, planned: "Sequence[Subgroups]") -> "Subgroups":
+    """``sex``, or ``age:40,65``; a column beside the network's inputs is what the plan says that it is."""
     from pydantic import ValidationError
 
     from shared_models.config import explain
@@ -117,8 +129,10 @@ def _subgroup(text: str) -> "Subgroups":
     from shared_models.plan import Subgroups
 
     column, _, edges = text.partition(":")
+    known = {one.column: one.model_dump() for one in planned if one.beside}.get(column, {"column": column})
     try:
-        return Subgroups(column=column, edges=tuple(float(edge) for edge in edges.split(",")) if edges else ())
+        given = {"edges": tuple(float(edge) for edge in edges.split(","))} if edges else {}
+        return Subgroups.model_validate(known | given)
     except (ValueError, ValidationError) as error:
         what = explain(error) if isinstance(error, ValidationError) else str(error)
         raise ConfigError(f"--subgroup {text}: {what}", hint="As in --subgroup sex --subgroup age:40,65.") from None

@@ -18,6 +18,7 @@ import pandas as pd
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
+from client.records.groups import group_columns, read_groups
 from client.records.identifiers import refuse_columns
 from client.records.labels import Targets, label_columns, read_labels
 from client.records.manifest import IMAGES, Manifest
@@ -32,7 +33,7 @@ _CHUNK = 1 << 20
 
 def read_images(
     manifest: Manifest, task: Task, schema: ImageInput
-) -> tuple[OnDisk | NDArray[np.uint8], Targets, list[str]]:
+) -> tuple[OnDisk | NDArray[np.uint8], Targets, list[str], NDArray[np.float64] | None]:
     """Read and check a file of images.
 
     Guarantees:
@@ -44,16 +45,21 @@ def read_images(
         schema: Channels, height and width that every image must have.
 
     Returns:
-        Pixels of shape ``(n, channels, height, width)``, targets as ``read_labels`` gives them, and a patient id for
-        each image. Masks are an array of the images' shape, not 0 where a pixel belongs to the outline.
+        Pixels of shape ``(n, channels, height, width)``, targets as ``read_labels`` gives them, a patient id for each
+        image, and what ``read_groups`` gives. Masks are an array of the images' shape, not 0 where a pixel belongs to
+        the outline.
 
     Raises:
         RecordsError: The file is no such file; an array is missing or has another type or length; a label is unknown.
     """
-    columns = label_columns(manifest, task)
-    pixels, arrays = _loaded(manifest, schema, columns.values())
+    columns, groups = label_columns(manifest, task), group_columns(manifest, task)
+    pixels, arrays = _loaded(manifest, schema, columns.values(), groups=groups.values())
     labels = _targets(manifest, task, arrays, columns, len(pixels))
-    return pixels, labels, _patient_ids(manifest, arrays, pixels, labels)
+    for name in groups.values():
+        _texts(manifest, arrays, name, len(pixels), kinds="iufU")  # one for each image, or refused
+    frame = pd.DataFrame({name: arrays[name] for name in groups.values()}, index=range(len(pixels)))
+    beside = read_groups(manifest, task, frame)
+    return pixels, labels, _patient_ids(manifest, arrays, pixels, labels), beside
 
 
 def read_unlabelled(
@@ -74,15 +80,20 @@ def read_unlabelled(
 
 
 def _loaded(
-    manifest: Manifest, schema: ImageInput, labels: Iterable[str], *, unused: Iterable[str] = ()
+    manifest: Manifest,
+    schema: ImageInput,
+    labels: Iterable[str],
+    *,
+    groups: Iterable[str] = (),
+    unused: Iterable[str] = (),
 ) -> tuple[OnDisk | NDArray[np.uint8], Mapping[str, NDArray[Any]]]:
-    """The images, and the arrays of labels and patients; none of the others identifies somebody."""
+    """The images, and the arrays of labels, patients and groups; neither these nor any other identify somebody."""
     others = [*labels, *([manifest.patient] if manifest.patient else [])]
     mapped = [manifest.column(IMAGES), *others, *unused]
     with _opened(manifest) as (archive, before):
         refuse_columns(manifest.file, archive.files, drop=manifest.drop, mapped=mapped)
         pixels = _pixels(manifest, archive, schema, before)
-        arrays = {name: _array(manifest, archive, name) for name in others}
+        arrays = {name: _array(manifest, archive, name) for name in [*others, *groups]}
     if not len(pixels):
         raise RecordsError(f"{manifest.file} has no images", hint="Export the records again.")
     return pixels, arrays

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from client.records.columns import categories, numbers
 from client.records.frames import CHECK, Flags, check_header, load, missing, refuse, texts
+from client.records.groups import group_columns, read_groups
 from client.records.identifiers import masked, refuse_columns
 from client.records.images import read_images, read_unlabelled, scaled
 from client.records.labels import Targets, absent_labels, label_columns, read_labels
@@ -51,6 +52,7 @@ class Table:
         seen: Of each variable of a series the cells with a value, and the least and the greatest one.
         set_aside: Measurements that were left aside, by reason.
         on_disk: Images or series that are read when they are needed.
+        beside: What evaluations tell patients apart by, as ``read_groups`` gives it.
     """
 
     cells: Mapping[str, NDArray[Any]]
@@ -61,6 +63,7 @@ class Table:
     seen: Mapping[str, tuple[int, float, float]] = field(default_factory=dict)
     set_aside: Mapping[str, int] = field(default_factory=dict)
     on_disk: OnDisk | None = None
+    beside: NDArray[np.float64] | None = None
 
     def content(self, name: str) -> OnDisk | NDArray[Any]:
         """What all records are made of where it is one array: images, series or tokens."""
@@ -123,28 +126,32 @@ def checked_table(manifest: Manifest, task: Task) -> Table:
     labels: Targets
     schema = check_fits(manifest, task)
     if isinstance(schema, ImageInput) and manifest.file.suffix == ".npz":
-        pixels, labels, ids = read_images(manifest, task, schema)
+        pixels, labels, ids, beside = read_images(manifest, task, schema)
         in_memory = {} if isinstance(pixels, OnDisk) else {IMAGES: pixels}
-        return Table(in_memory, labels, ids, {}, 0, on_disk=pixels if isinstance(pixels, OnDisk) else None)
+        on_disk = pixels if isinstance(pixels, OnDisk) else None
+        return Table(in_memory, labels, ids, {}, 0, on_disk=on_disk, beside=beside)
     frame, counts, left_out = _complete_rows(manifest, task)
-    labels = read_labels(manifest, task, frame)
+    labels, beside = read_labels(manifest, task, frame), read_groups(manifest, task, frame)
     match schema:
         case TableInput():
             cells: dict[str, NDArray[Any]] = {
                 c.name: numbers(frame, manifest, c) if isinstance(c, Numeric) else categories(frame, manifest, c)
                 for c in schema.columns
             }
-            return Table(cells, labels, _patient_ids(frame, manifest, cells, labels), counts, left_out)
+            ids = _patient_ids(frame, manifest, cells, labels)
+            return Table(cells, labels, ids, counts, left_out, beside=beside)
         case ImageInput():
             on_disk = open_pictures(manifest, schema, frame)
             ids = _patient_ids(frame, manifest, {IMAGES: on_disk}, labels)
-            return Table({}, labels, ids, counts, left_out, on_disk=on_disk)
+            return Table({}, labels, ids, counts, left_out, on_disk=on_disk, beside=beside)
         case SeriesInput():
             reader = read_long_form if manifest.series else read_signals
-            return _with_series(frame, manifest, labels, counts, left_out, *reader(manifest, schema, frame))
+            series, inputs = reader(manifest, schema, frame)
+            return _with_series(frame, manifest, labels, beside, counts, left_out, series, inputs)
         case TokensInput():
             cells = {TEXT: read_texts(manifest, schema, frame)}
-            return Table(cells, labels, _patient_ids(frame, manifest, cells, labels), counts, left_out)
+            ids = _patient_ids(frame, manifest, cells, labels)
+            return Table(cells, labels, ids, counts, left_out, beside=beside)
 
 
 def _complete_rows(manifest: Manifest, task: Task) -> tuple[pd.DataFrame, dict[str, int], int]:
@@ -153,8 +160,8 @@ def _complete_rows(manifest: Manifest, task: Task) -> tuple[pd.DataFrame, dict[s
     columns = {name: manifest.column(name) for name in _row_columns(manifest, task)}
     labels = label_columns(manifest, task)
     wanted = [*columns.values(), *labels.values(), *([manifest.patient] if manifest.patient else [])]
-    check_header(manifest.file, list(frame.columns), wanted)
-    _refuse_identifiers(manifest, frame, wanted)
+    check_header(manifest.file, list(frame.columns), [*wanted, *group_columns(manifest, task).values()])
+    _refuse_identifiers(manifest, frame, wanted)  # what tells groups apart must not identify anybody
     absent = {name: missing(frame[column], manifest) for name, column in columns.items()}
     absent |= absent_labels(manifest, task, frame)
     incomplete = np.logical_or.reduce(list(absent.values()))
@@ -188,6 +195,7 @@ def _with_series(
     frame: pd.DataFrame,
     manifest: Manifest,
     labels: Targets,
+    beside: NDArray[np.float64] | None,
     counts: dict[str, int],
     left_out: int,
     series: Account,
@@ -211,6 +219,7 @@ def _with_series(
         seen=series.seen,
         set_aside=series.left_out,
         on_disk=on_disk,
+        beside=None if beside is None else beside[kept],
     )
 
 
@@ -262,6 +271,7 @@ def _records(table: Table, task: Task, part: Flags) -> Records:
         targets=targets if indices else targets.to(torch.float32),
         patients=patients.astype(np.int64),
         patient_count=len(distinct),
+        beside=None if table.beside is None else table.beside[part],
     )
 
 

@@ -100,6 +100,15 @@ PLANS = {
     "early stopping": changed(RELEASING, early_stopping={"metric": "auroc", "patience": 3}),
     "hospitals": changed(RELEASING, hospitals=["south", "north", "east"]),
     "subgroups": changed(RELEASING, evaluation={"subgroups": [{"column": "mean_radius", "edges": [12.0, 16.0]}]}),
+    "subgroups beside the inputs": changed(
+        RELEASING,
+        evaluation={
+            "subgroups": [
+                {"column": "sex", "categories": ["F", "M"]},
+                {"column": "age", "low": 0.0, "high": 120.0, "unit": "year", "edges": [40.0, 65.0]},
+            ]
+        },
+    ),
     "carried forward": changed(
         example_plan("breast-cancer", 4),
         task="icu-mortality",
