@@ -18,7 +18,9 @@ from client.records.tabular import read_table
 from client.settings import Settings
 from shared_models.durable import replace_file
 from shared_models.errors import ConfigError
-from shared_models.evaluation import LEVEL, Evaluation, evaluate_task
+from shared_models.estimates import estimate_heads, leading_figures
+from shared_models.evaluation import Evaluation, evaluate_task
+from shared_models.intervals import LEVEL, Estimate
 from shared_models.model_file import read_model
 from shared_models.outcomes import compute_metrics, ranked_classes
 from shared_models.pictures import Drawn, draw_evaluation, draw_groups, save
@@ -39,12 +41,15 @@ class Measured:
         metrics: The figures of the whole task, as ``outcomes.compute_metrics`` has them; every patient counts once.
         classes: By class, as ``evaluation.evaluate_task``.
         groups: The same within each group, by its name.
+        estimates: Of everybody and then of each group, figures of heads that are no choice, as
+            ``estimates.estimate_heads``.
     """
 
     file: Path
     metrics: Mapping[str, float]
     classes: Mapping[str, Evaluation]
     groups: Mapping[str, Mapping[str, Evaluation]]
+    estimates: Mapping[str, Mapping[str, Estimate]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +63,7 @@ class Appraisal:
         records: How many records they have.
         models: By a short name, in the order in which they were given.
         differences: By class and by name: the model's area under the ROC curve less the first model's.
+        leading: Of each head that is no choice the figure by which groups are compared.
     """
 
     task: str
@@ -66,6 +72,7 @@ class Appraisal:
     records: int
     models: Mapping[str, Measured]
     differences: Mapping[str, Mapping[str, Difference]]
+    leading: Sequence[str]
 
     def as_json(self) -> dict[str, Any]:
         """For machines; every number that is shown anywhere is in it."""
@@ -84,6 +91,10 @@ class Appraisal:
                     "groups": {
                         group: {label: one.as_json() for label, one in those.items()}
                         for group, those in found.groups.items()
+                    },
+                    "estimates": {
+                        group: {name: one._asdict() for name, one in those.items()}
+                        for group, those in found.estimates.items()
                     },
                 }
                 for name, found in self.models.items()
@@ -184,6 +195,7 @@ def appraise(
             metrics=compute_metrics(task, counts[EVERYBODY], bins=LOCAL_BINS),
             classes=found.pop(EVERYBODY),
             groups=found,
+            estimates={group: estimate_heads(task, total, bins=LOCAL_BINS) for group, total in counts.items()},
         )
     ranked = {name: ranked_classes(task, given, records.targets.numpy()) for name, given in scores.items()}
     first, *others = names
@@ -198,6 +210,7 @@ def appraise(
         records=len(records),
         models=models,
         differences=differences if others else {},
+        leading=leading_figures(task),
     )
 
 
@@ -238,7 +251,11 @@ def write_report(folder: Path, found: Appraisal) -> list[Path]:
     lines = _lines(found)
     pictures = draw_evaluation(lines) if lines else {}
     for number, (name, one) in enumerate(found.models.items(), start=1):
-        pictures |= _forest("groups" if len(found.models) == 1 else f"groups-{number}", name, one)
+        file = "groups" if len(found.models) == 1 else f"groups-{number}"
+        pictures |= _forest(file, name, one)
+        for figure in found.leading if one.groups else ():
+            rows = [(group, those[figure]) for group, those in one.estimates.items()]
+            pictures[f"{file}-{figure}"] = draw_groups(rows, figure=f"{figure} of {name}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         replace_file(

@@ -14,9 +14,10 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
-    from client.appraise import Appraisal
+    from client.appraise import Appraisal, Measured
     from client.records.records import Records
-    from shared_models.evaluation import AtThreshold, Estimate, Evaluation
+    from shared_models.evaluation import AtThreshold, Evaluation
+    from shared_models.intervals import Estimate
     from shared_models.plan import Subgroups
 
 
@@ -165,11 +166,22 @@ def _tables(appraisal: "Appraisal") -> "Iterator[Table]":
             for name, one in appraisal.differences[label].items():
                 table.add_row(name, f"{one.value:+.3f} ({one.low:+.3f} to {one.high:+.3f})", f"{one.p_value:.3g}")
             yield table
-    if not labels:
+    if not labels or appraisal.leading:
         table = Table("", *appraisal.models, title=f"{appraisal.task}; {about}", title_justify="left")
-        for name in next(iter(appraisal.models.values())).metrics:
-            table.add_row(name, *(f"{one.metrics[name]:.4g}" for one in appraisal.models.values()))
+        one_model = next(iter(appraisal.models.values()))
+        for name in one_model.metrics if not labels else one_model.estimates["everybody"]:
+            table.add_row(name, *(_said_plain(one, name) for one in appraisal.models.values()))
         yield table
+        for figure in appraisal.leading if one_model.groups else ():
+            table = Table("group", *appraisal.models, title=figure, title_justify="left")
+            for group in one_model.groups:
+                table.add_row(group, *(_said(one.estimates[group][figure]) for one in appraisal.models.values()))
+            yield table
+
+
+def _said_plain(found: "Measured", name: str) -> str:
+    estimates = found.estimates["everybody"]
+    return _said(estimates[name]) if name in estimates else f"{found.metrics[name]:.4g}"
 
 
 def _figures(found: "Evaluation") -> "Iterator[tuple[str, str]]":
@@ -180,6 +192,8 @@ def _figures(found: "Evaluation") -> "Iterator[tuple[str, str]]":
     yield from _decisions("there", found.at_specificity)
     yield "Brier score", _said(found.brier)
     yield "observed less predicted share", _said(found.calibration_in_the_large)
+    yield "calibration intercept", _said(found.calibration_intercept)
+    yield "calibration slope", _said(found.calibration_slope)
 
 
 def _decisions(where: str, found: "AtThreshold") -> "Iterator[tuple[str, str]]":
