@@ -17,7 +17,7 @@ from shared_models.nets.build import build_network
 from shared_models.nets.losses import loss_per_record
 from shared_models.outcomes import compute_metrics
 from shared_models.plan import Augmentation, StudyPlan
-from shared_models.tasks import Task, task_of
+from shared_models.tasks import Task, task_of, with_groups
 
 NO_SECRET = bytes(32)  # nothing leaves: whoever reads this folder's results reads its records too
 LOCAL_BINS = 1000  # of local evaluation; exact to 1/2000 in a score
@@ -31,7 +31,7 @@ def train_folder(
     Raises:
         ConfigError, RecordsError: The folder's manifest or data does not fit the plan's task.
     """
-    task = task_of(plan)
+    task = with_groups(task_of(plan), ())
     training, _ = read_table(read_manifest(folder), task, split_key=NO_SECRET)
     model = build_network(plan.network, task, seed=plan.seed)
     torch.set_num_threads(1)
@@ -48,7 +48,7 @@ def evaluate_folder(model_file: Path, folder: Path) -> dict[str, float]:
         ConfigError: The file is no model of ours.
     """
     plan, model = read_model(model_file)
-    task = task_of(plan)
+    task = with_groups(task_of(plan), ())
     records, _ = read_table(read_manifest(folder), task, split_key=NO_SECRET)
     return compute_metrics(task, statistics(model, records, task, bins=LOCAL_BINS), bins=LOCAL_BINS)
 

@@ -18,13 +18,15 @@ from client.records.tabular import read_table
 from client.settings import Settings
 from shared_models.durable import replace_file
 from shared_models.errors import ConfigError
-from shared_models.evaluation import LEVEL, Evaluation, evaluate_task
+from shared_models.estimates import estimate_heads, leading_figures
+from shared_models.evaluation import Evaluation, evaluate_task
+from shared_models.intervals import LEVEL, Estimate
 from shared_models.model_file import read_model
 from shared_models.outcomes import compute_metrics, ranked_classes
 from shared_models.pictures import Drawn, draw_evaluation, draw_groups, save
 from shared_models.plan import Subgroups
 from shared_models.subgroups import group_of_each, groupings
-from shared_models.tasks import Task, task_of
+from shared_models.tasks import TableInput, Task, task_of, with_groups
 
 FORMAT = "konsil-evaluation/1"
 EVERYBODY = "everybody"
@@ -39,12 +41,15 @@ class Measured:
         metrics: The figures of the whole task, as ``outcomes.compute_metrics`` has them; every patient counts once.
         classes: By class, as ``evaluation.evaluate_task``.
         groups: The same within each group, by its name.
+        estimates: Of everybody and then of each group, figures of heads that are no choice, as
+            ``estimates.estimate_heads``.
     """
 
     file: Path
     metrics: Mapping[str, float]
     classes: Mapping[str, Evaluation]
     groups: Mapping[str, Mapping[str, Evaluation]]
+    estimates: Mapping[str, Mapping[str, Estimate]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +63,7 @@ class Appraisal:
         records: How many records they have.
         models: By a short name, in the order in which they were given.
         differences: By class and by name: the model's area under the ROC curve less the first model's.
+        leading: Of each head that is no choice the figure by which groups are compared.
     """
 
     task: str
@@ -66,6 +72,7 @@ class Appraisal:
     records: int
     models: Mapping[str, Measured]
     differences: Mapping[str, Mapping[str, Difference]]
+    leading: Sequence[str]
 
     def as_json(self) -> dict[str, Any]:
         """For machines; every number that is shown anywhere is in it."""
@@ -84,6 +91,10 @@ class Appraisal:
                     "groups": {
                         group: {label: one.as_json() for label, one in those.items()}
                         for group, those in found.groups.items()
+                    },
+                    "estimates": {
+                        group: {name: one._asdict() for name, one in those.items()}
+                        for group, those in found.estimates.items()
                     },
                 }
                 for name, found in self.models.items()
@@ -115,11 +126,25 @@ def own_validation(task: Task, settings: Settings) -> tuple[Records, str]:
     return records, "validation part of this hospital"
 
 
-def task_of_models(files: Sequence[Path]) -> Task:
-    """The one task that all models are for.
+def subgroups_of(file: Path) -> tuple[Subgroups, ...]:
+    """How the plan of a model tells patients apart.
 
     Raises:
-        ConfigError: A file is no model, or two are for different tasks.
+        ConfigError: The file is no model.
+    """
+    evaluation = read_model(file)[0].evaluation
+    return evaluation.subgroups if evaluation else ()
+
+
+def task_of_models(files: Sequence[Path], subgroups: Sequence[Subgroups] | None = None) -> Task:
+    """The one task that all models are for.
+
+    Args:
+        files: Of the models.
+        subgroups: How patients are told apart; None takes those of the first model's plan.
+
+    Raises:
+        ConfigError: A file is no model, two are for different tasks, or subgroups are none of the task's.
     """
     tasks = [task_of(read_model(file)[0]) for file in files]
     if len({task.name for task in tasks}) > 1:
@@ -127,7 +152,7 @@ def task_of_models(files: Sequence[Path]) -> Task:
             f"the models are for different tasks: {', '.join(sorted({task.name for task in tasks}))}",
             hint="Compare models of one task.",
         )
-    return tasks[0]
+    return with_groups(tasks[0], subgroups_of(files[0]) if subgroups is None else subgroups)
 
 
 def appraise(
@@ -142,7 +167,7 @@ def appraise(
 
     Args:
         files: Models of one task; differences are from the first.
-        records: Of that task.
+        records: Of that task, read with the same subgroups.
         part: Which patients these are, in words.
         specificity: At which the sensitivity is reported.
         subgroups: How patients are told apart; None takes those of the first model's plan.
@@ -150,11 +175,9 @@ def appraise(
     Raises:
         ConfigError: A file is no model, a network's outputs are not finite, or subgroups are none of the task's.
     """
-    task = task_of_models(files)
-    names = _names(files)
-    plans = [read_model(file)[0] for file in files]
     if subgroups is None:
-        subgroups = plans[0].evaluation.subgroups if plans[0].evaluation else ()
+        subgroups = subgroups_of(files[0])
+    task, names = task_of_models(files, subgroups), _names(files)
     parts = _rows_of_groups(task, records, subgroups)
     scores = {name: scores_of(read_model(file)[1], records, task) for name, file in zip(names, files, strict=True)}
     models = {}
@@ -172,6 +195,7 @@ def appraise(
             metrics=compute_metrics(task, counts[EVERYBODY], bins=LOCAL_BINS),
             classes=found.pop(EVERYBODY),
             groups=found,
+            estimates={group: estimate_heads(task, total, bins=LOCAL_BINS) for group, total in counts.items()},
         )
     ranked = {name: ranked_classes(task, given, records.targets[:].numpy()) for name, given in scores.items()}
     first, *others = names
@@ -186,6 +210,7 @@ def appraise(
         records=len(records),
         models=models,
         differences=differences if others else {},
+        leading=leading_figures(task),
     )
 
 
@@ -202,7 +227,8 @@ def _rows_of_groups(task: Task, records: Records, subgroups: Sequence[Subgroups]
     everybody = np.arange(len(records))
     if not subgroups:
         return {EVERYBODY: everybody}
-    place = group_of_each(task, subgroups, records.inputs[:].numpy())
+    inputs = records.inputs[:].numpy() if isinstance(task.input, TableInput) else np.empty(0)
+    place = group_of_each(task, subgroups, inputs, records.groups)
     return {EVERYBODY: everybody} | {
         f"{grouping.column}: {group}": np.flatnonzero(place[:, column] == number)
         for column, grouping in enumerate(groupings(task, subgroups))
@@ -225,7 +251,11 @@ def write_report(folder: Path, found: Appraisal) -> list[Path]:
     lines = _lines(found)
     pictures = draw_evaluation(lines) if lines else {}
     for number, (name, one) in enumerate(found.models.items(), start=1):
-        pictures |= _forest("groups" if len(found.models) == 1 else f"groups-{number}", name, one)
+        file = "groups" if len(found.models) == 1 else f"groups-{number}"
+        pictures |= _forest(file, name, one)
+        for figure in found.leading if one.groups else ():
+            rows = [(group, those[figure]) for group, those in one.estimates.items()]
+            pictures[f"{file}-{figure}"] = draw_groups(rows, figure=f"{figure} of {name}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         replace_file(

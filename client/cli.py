@@ -202,6 +202,7 @@ def refuse(
 def check_data(
     settings_file: Annotated[Path | None, typer.Argument(help="The hospital's settings, hospital.toml.")] = None,
     records: Annotated[Path | None, typer.Option("--records", help="Instead: a folder with manifest.toml.")] = None,
+    plan: Annotated[Path | None, typer.Option("--plan", help="A study's plan: its subgroups are read too.")] = None,
 ) -> None:
     """Read the records as a study would, and print counts, missing values and ranges. Nothing leaves this machine."""
     from rich.console import Console
@@ -212,18 +213,20 @@ def check_data(
     from client.registry import check_records
     from client.settings import read_settings
     from shared_models.errors import ConfigError
+    from shared_models.plan import read_plan
 
     if (settings_file is None) == (records is None):
         raise ConfigError(
             "check-data needs a settings file or --records", hint="konsil-hospital check-data hospital.toml"
         )
+    study = None if plan is None else read_plan(plan)
     if settings_file is not None:
         settings = read_settings(settings_file)
         key, room = split_key(settings.state), room_of(settings)
-        Console().print(describe(settings.records, split_key=key, opt_out=settings.opt_out, room=room))
+        Console().print(describe(settings.records, split_key=key, opt_out=settings.opt_out, plan=study, room=room))
         check_records(settings)
     elif records is not None:
-        Console().print(describe(records))
+        Console().print(describe(records, plan=study))
 
 
 @app.command()

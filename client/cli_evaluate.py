@@ -14,9 +14,10 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
-    from client.appraise import Appraisal
+    from client.appraise import Appraisal, Measured
     from client.records.records import Records
-    from shared_models.evaluation import AtThreshold, Estimate, Evaluation
+    from shared_models.evaluation import AtThreshold, Evaluation
+    from shared_models.intervals import Estimate
     from shared_models.plan import Subgroups
 
 
@@ -39,7 +40,11 @@ def evaluate(
     ] = 0.9,
     subgroup: Annotated[
         list[str] | None,
-        typer.Option("--subgroup", help="Of the report: a column, or with edges as in age:40,65. Default: the plan's."),
+        typer.Option(
+            "--subgroup",
+            help="Of the report: a column of the task's table or of the plan's subgroups, or with edges as in "
+            "age:40,65. Default: the plan's.",
+        ),
     ] = None,
     base: Bases = None,
 ) -> None:
@@ -85,14 +90,22 @@ def _appraise(
 ) -> None:
     from rich.console import Console
 
-    from client.appraise import appraise, own_validation, records_of_folder, task_of_models, write_report
+    from client.appraise import (
+        appraise,
+        own_validation,
+        records_of_folder,
+        subgroups_of,
+        task_of_models,
+        write_report,
+    )
     from client.settings import read_settings
     from shared_models.pictures import require_matplotlib
 
     if report is not None:
         require_matplotlib()
-    wanted = None if subgroup is None else [_subgroup(text) for text in subgroup]
-    task = task_of_models(models)
+    planned = subgroups_of(models[0])
+    wanted = planned if subgroup is None else [_subgroup(text, planned) for text in subgroup]
+    task = task_of_models(models, wanted)
     found: tuple[Records, str]
     found = (
         records_of_folder(task, records)
@@ -108,8 +121,8 @@ def _appraise(
         console.print(f"written: {report}", soft_wrap=True)
 
 
-def _subgroup(text: str) -> "Subgroups":
-    """``sex``, or ``age:40,65``."""
+def _subgroup(text: str, planned: "Sequence[Subgroups]") -> "Subgroups":
+    """``sex``, or ``age:40,65``; a column beside the network's inputs is what the plan says that it is."""
     from pydantic import ValidationError
 
     from shared_models.config import explain
@@ -117,8 +130,10 @@ def _subgroup(text: str) -> "Subgroups":
     from shared_models.plan import Subgroups
 
     column, _, edges = text.partition(":")
+    known = {one.column: one.model_dump() for one in planned if one.beside}.get(column, {"column": column})
     try:
-        return Subgroups(column=column, edges=tuple(float(edge) for edge in edges.split(",")) if edges else ())
+        given = {"edges": tuple(float(edge) for edge in edges.split(","))} if edges else {}
+        return Subgroups.model_validate(known | given)
     except (ValueError, ValidationError) as error:
         what = explain(error) if isinstance(error, ValidationError) else str(error)
         raise ConfigError(f"--subgroup {text}: {what}", hint="As in --subgroup sex --subgroup age:40,65.") from None
@@ -151,11 +166,22 @@ def _tables(appraisal: "Appraisal") -> "Iterator[Table]":
             for name, one in appraisal.differences[label].items():
                 table.add_row(name, f"{one.value:+.3f} ({one.low:+.3f} to {one.high:+.3f})", f"{one.p_value:.3g}")
             yield table
-    if not labels:
+    if not labels or appraisal.leading:
         table = Table("", *appraisal.models, title=f"{appraisal.task}; {about}", title_justify="left")
-        for name in next(iter(appraisal.models.values())).metrics:
-            table.add_row(name, *(f"{one.metrics[name]:.4g}" for one in appraisal.models.values()))
+        one_model = next(iter(appraisal.models.values()))
+        for name in one_model.metrics if not labels else one_model.estimates["everybody"]:
+            table.add_row(name, *(_said_plain(one, name) for one in appraisal.models.values()))
         yield table
+        for figure in appraisal.leading if one_model.groups else ():
+            table = Table("group", *appraisal.models, title=figure, title_justify="left")
+            for group in one_model.groups:
+                table.add_row(group, *(_said(one.estimates[group][figure]) for one in appraisal.models.values()))
+            yield table
+
+
+def _said_plain(found: "Measured", name: str) -> str:
+    estimates = found.estimates["everybody"]
+    return _said(estimates[name]) if name in estimates else f"{found.metrics[name]:.4g}"
 
 
 def _figures(found: "Evaluation") -> "Iterator[tuple[str, str]]":
@@ -166,6 +192,8 @@ def _figures(found: "Evaluation") -> "Iterator[tuple[str, str]]":
     yield from _decisions("there", found.at_specificity)
     yield "Brier score", _said(found.brier)
     yield "observed less predicted share", _said(found.calibration_in_the_large)
+    yield "calibration intercept", _said(found.calibration_intercept)
+    yield "calibration slope", _said(found.calibration_slope)
 
 
 def _decisions(where: str, found: "AtThreshold") -> "Iterator[tuple[str, str]]":

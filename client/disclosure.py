@@ -133,7 +133,8 @@ def _columns(manifest: Manifest, task: Task) -> Said:
         else manifest.contents(task)
     )
     labels = label_columns(manifest, task)
-    named = {name: manifest.column(name) for name in schema} | labels
+    groups = {group.name: column for group in task.groups if (column := manifest.groups.get(group.name))}
+    named = {name: manifest.column(name) for name in schema} | groups | labels
     listed = [
         name if name == column else said("fact.column", name=name, column=column) for name, column in named.items()
     ]

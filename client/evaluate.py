@@ -13,7 +13,7 @@ from shared_models.errors import ConfigError
 from shared_models.nets.losses import scores
 from shared_models.outcomes import record_statistics, statistics_size
 from shared_models.plan import EvaluationPlan
-from shared_models.subgroups import NO_GROUPS, group_of_each, release_size, spread
+from shared_models.subgroups import group_of_each, release_size, spread
 from shared_models.tasks import Task
 
 _BATCH = 256  # records at once in memory and on the device
@@ -77,13 +77,14 @@ def released_statistics(
     total = np.zeros(release_size(task, plan))
     for first in range(0, records.patient_count, _PATIENTS):
         patients = np.arange(first, min(first + _PATIENTS, records.patient_count))
-        found, whose = [np.empty((0, len(total)))], [np.empty(0, dtype=np.int64)]
-        for inputs, targets, owners in records.parts(patients, _BATCH):
+        chosen, owners = records.rows_of(patients)
+        found = []
+        for part in np.split(chosen, range(_BATCH, len(chosen), _BATCH)):
+            inputs, targets = records.inputs[torch.from_numpy(part)], records.targets[torch.from_numpy(part)]
             rows, finite = _rows(model, inputs, targets, task, plan.bins)
-            groups = group_of_each(task, plan.subgroups, inputs.numpy()) if plan.subgroups else NO_GROUPS
+            groups = group_of_each(task, plan.subgroups, inputs.numpy(), records.groups[part])
             found.append(spread(task, plan, np.where(finite[:, None], rows, 0), groups))
-            whose.append(owners)
-        total += _clipped_sum(np.concatenate(found), np.concatenate(whose), clip=plan.clip)
+        total += _clipped_sum(np.concatenate(found), owners, clip=plan.clip)
     return total + plan.noise_multiplier * plan.clip * random.gaussian(len(total))
 
 

@@ -20,12 +20,14 @@ from shared_models.durable import replace_file
 from shared_models.errors import ConfigError, ConformanceError
 from shared_models.nets.losses import scores
 from shared_models.nets.lstm import Lstm
-from shared_models.pretrained import base_of
+from shared_models.nets.pretrained import Kept
+from shared_models.pretrained import Origin, base_of, origin_of
 from shared_models.tasks import ImageInput, Numeric, SeriesInput, TableInput, Task, TokensInput
 
 FORMAT = "konsil-onnx/1"
 OPSET = 18
 TOLERANCE = 1e-5  # of scores, absolute; of logits, of the largest where it is above 1
+_LARGEST = 2**31 - 2**24  # bytes of parameters: protobuf's limit, less room for everything else
 _CHECKED = (1, 2, 33)  # records at once, none of which the export was traced with
 
 
@@ -38,20 +40,21 @@ def export_onnx(found: UsableModel, out: Path) -> float:
     Guarantees:
         * The file was run by onnxruntime on made-up inputs before it was put in place, and its outputs are the
           network's to 1e-5.
-        * It holds the parameters of the model and no record.
+        * It holds the parameters of the model and no record. Of a model that starts from a pretrained base, it holds
+          the base too, and says which one and under which licence, as far as that is known.
 
     Returns:
         The largest difference that was found.
 
     Raises:
-        ConfigError: The file cannot be written, or the model starts from a pretrained base.
+        ConfigError: The file cannot be written, or would be larger than ONNX allows.
         RecordsError: The extra ``onnx`` is not installed.
         ConformanceError: The exported network computes something else.
     """
     task, model = found.task, found.network
-    if base_of(found.plan.network) is not None:
+    if sum(parameter.nbytes for parameter in model.parameters()) > _LARGEST:
         raise ConfigError(
-            "a model on a pretrained base is not exported: the file would hold the base",
+            "the model is too large for one ONNX file, which ends at 2 GB",
             hint="Use it with konsil-hospital predict or serve, and --base.",
         )
     if not out.parent.is_dir():
@@ -63,7 +66,7 @@ def export_onnx(found: UsableModel, out: Path) -> float:
     network = _Scored(model, task).eval()
     with _silent():
         program = torch.onnx.export(
-            _Scored(_with_whole_layers(model), task).eval(),
+            _Scored(_for_export(model), task).eval(),
             (made_up_inputs(task, 3),),
             input_names=["inputs"],
             output_names=["logits", "scores"],
@@ -83,6 +86,7 @@ def export_onnx(found: UsableModel, out: Path) -> float:
         "input": task.input.model_dump_json(),
         "heads": json.dumps([head.model_dump(mode="json") for head in task.heads]),
         "intended_use": found.intended_use,
+        **_about_base(found),
     }
     onnx.helper.set_model_props(exported, about)
     onnx.checker.check_model(exported)
@@ -161,10 +165,20 @@ class _WholeLayer(nn.Module):
         return states
 
 
-def _with_whole_layers(model: nn.Module) -> nn.Module:
-    """A copy of the model with torch's own LSTM layers in it."""
+def _about_base(found: UsableModel) -> dict[str, str]:
+    digest = base_of(found.plan.network)
+    if digest is None:
+        return {}
+    origin = origin_of(digest) or Origin("not known", "not known")
+    return {"base": digest, "base_name": origin.name, "base_licence": origin.licence}
+
+
+def _for_export(model: nn.Module) -> nn.Module:
+    """A copy of the model with torch's own LSTM layers in it, which keeps nothing of what passes a frozen part."""
     model = copy.deepcopy(model)
     for part in model.modules():
+        if isinstance(kept := part.__dict__.get("kept"), Kept):
+            kept.limit = 0
         if isinstance(part, Lstm):
             part.layers = nn.ModuleList(_WholeLayer(layer) for layer in part.layers)
     return model

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared_models.errors import ConfigError
-from shared_models.evaluation import LEVEL
+from shared_models.intervals import LEVEL
 
 Floats = NDArray[np.float64]
 _Z = NormalDist().inv_cdf((1 + LEVEL) / 2)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from client.books import Books
 from client.budget import holds
 from client.bundle import keep_receipt, keep_transcript
+from client.clipping.book_keeping import covers
 from client.consent import Consents
 from client.device import choose_device, other_devices
 from client.dp_sgd import self_check, train
@@ -392,10 +393,24 @@ class Hospital:
         A coordinator that was killed before it had the statement asks again, perhaps another process of this hospital.
         """
         delta = self.books.budget.finish(request.study, request.plan_digest)
+        engine = self._engine(request)
         if (study := self._studies.pop(request.study, None)) is not None:
             forget(study.model)
         log.info("study %s is over", request.study)
-        return self.books.statement(request.study, delta)
+        return self.books.statement(request.study, delta).model_copy(update={"engine": engine})
+
+    def _engine(self, request: StudyEnd) -> Literal["opacus-hooks", "unknown"] | None:
+        """What made this study's gradients per patient, where it was not book-keeping; see ``PrivacyStatement``.
+
+        After a restart the network is made once more, of the plan that was approved: the choice is by its layers.
+        """
+        if (study := self._studies.get(request.study)) is not None:
+            return None if covers(study.model) else "opacus-hooks"
+        try:
+            (plan,) = (plan for plan in self._consents.plans() if plan.digest() == request.plan_digest)
+            return None if covers(build_network(plan.network, task_of(plan), seed=plan.seed)) else "opacus-hooks"
+        except (FederationError, ValueError):
+            return "unknown"
 
     def _log(self, what: str) -> None:
         now = self._party.announcement

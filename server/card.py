@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from server.checkpoint import BEST
 from server.journal import read_events
@@ -11,6 +11,7 @@ from shared_models.durable import replace_file
 from shared_models.messages import PrivacyStatement
 from shared_models.model_file import INTENDED_USE, read_about
 from shared_models.plan import StudyPlan
+from shared_models.pretrained import base_of, origin_of
 from shared_models.secagg.protocol import plan_threshold, who_could_learn_what
 from shared_models.secagg.quantize import MODULUS_BITS
 from shared_models.software import software_digest
@@ -49,6 +50,8 @@ def write_card(
         "task": plan.task,
         "description": task_of(plan).description,
         "network": plan.network.model_dump(mode="json"),
+        "base": _base(plan),
+        "engines": _engines(events, statements),
         "rounds": plan.rounds,
         "stopped_early": next((_stop(event) for event in events if event["event"] == "stopped-early"), None),
         "best": _best(folder / BEST),
@@ -69,6 +72,34 @@ def write_card(
     replace_file(folder / "card.json", json.dumps(card, indent=2).encode() + b"\n")
     replace_file(folder / "card.md", _markdown(plan, card, statements, metrics or {}).encode())
     return folder / "card.md"
+
+
+def _base(plan: StudyPlan) -> dict[str, str | None] | None:
+    """What the network starts from, and under which licence, as far as that is known; None where it starts anew."""
+    digest = base_of(plan.network)
+    if digest is None:
+        return None
+    origin = origin_of(digest)
+    return {
+        "digest": digest,
+        "name": origin.name if origin else None,
+        "licence": origin.licence if origin else None,
+    }
+
+
+def _engines(
+    events: Sequence[Mapping[str, Any]], statements: Mapping[str, PrivacyStatement]
+) -> dict[str, Literal["book-keeping", "opacus-hooks", "unknown"]]:
+    """Where gradients per patient came from, by hospital.
+
+    A statement names the exception only. What it leaves unsaid is this software's own choice, so that it says something
+    of a hospital that runs the same.
+    """
+    same = {event["hospital"] for event in events if event["event"] == "enrolled" and event["same_software"]}
+    return {
+        name: statement.engine or ("book-keeping" if name in same else "unknown")
+        for name, statement in sorted(statements.items())
+    }
 
 
 def _stop(event: Mapping[str, Any]) -> dict[str, Any]:
@@ -111,7 +142,7 @@ _TEMPLATE = """\
 
 - Task: {plan.task}: {description}
 - Network: {plan.network.name}
-- Training: {rounds} of {plan.training.steps} local steps; {averaging} weighted by public sizes
+{base}- Training: {rounds} of {plan.training.steps} local steps; {averaging} weighted by public sizes
 - Data: {data}
 - Data licence: {plan.data_licence}
 - Plan digest: `{plan_digest}`
@@ -130,6 +161,8 @@ Mechanism: Poisson sampling with rate {plan.privacy.sample_rate:g}, clip {plan.p
 *epsilon* is the tight figure for the schedule as executed, valid if it was fixed in advance. *enforced epsilon* is what
 the hospital's Renyi filter held it to, valid whatever was decided on the way. Both are the hospitals' own statements;
 their signed ledgers are the evidence.
+
+Gradients per patient: {engines}.
 
 ## Who could learn what
 
@@ -162,6 +195,8 @@ def _markdown(
         rounds=_rounds(plan, card),
         averaging=_AVERAGING[plan.averaging.name] + (", FedProx at the hospitals" if plan.training.proximal else ""),
         best=_about_best(card),
+        base=_about_base(card),
+        engines=_about_engines(card),
         description=card["description"],
         data=card["data"] or "stays at the hospitals named below",
         plan_digest=card["plan_digest"],
@@ -171,6 +206,34 @@ def _markdown(
         metrics=_metrics_table(metrics),
         intended_use=INTENDED_USE,
     )
+
+
+def _about_base(card: Mapping[str, Any]) -> str:
+    base = card["base"]
+    if base is None:
+        return ""
+    return (
+        f"- Starts from: {base['name'] or 'a base whose name is not known here'}, frozen; "
+        f"licence: {base['licence'] or 'not known here: ask whoever wrote the plan'}; digest `{base['digest']}`\n"
+    )
+
+
+_ENGINES = {
+    "book-keeping": "from book-keeping",
+    "opacus-hooks": "from Opacus's hooks, because book-keeping does not cover the network",
+    "unknown": "not stated",
+}
+
+
+def _about_engines(card: Mapping[str, Any]) -> str:
+    """Each way with the hospitals that took it."""
+    engines = card["engines"]
+    said = (
+        f"{words} ({', '.join(names)})"
+        for engine, words in _ENGINES.items()
+        if (names := [name for name, found in engines.items() if found == engine])
+    )
+    return "; ".join(said) or "not stated"
 
 
 _AVERAGING = {

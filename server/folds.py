@@ -13,14 +13,14 @@ from typing import Any
 
 from rich.table import Table
 
-from server.journal import read_events
 from server.released import read_released
-from server.report import evaluate_release, said
+from server.report import estimate_release, evaluate_release, said
 from server.settings import Settings
 from server.store import State
 from shared_models.config import read_toml
 from shared_models.errors import ConfigError, StudyStateError
-from shared_models.evaluation import SPECIFICITY, Estimate, Evaluation
+from shared_models.evaluation import SPECIFICITY, Evaluation
+from shared_models.intervals import Estimate
 from shared_models.plan import StudyPlan, parse_plan
 from shared_models.privacy.mechanisms import best_order, filter_epsilon, study_mechanisms, total_divergence
 from shared_models.subgroups import EVERYBODY
@@ -98,10 +98,7 @@ def _fold(plan: StudyPlan, folder: Path) -> dict[str, Any]:
         for label, evaluation in found.items()
         for name, one in _figures(evaluation).items()
     }
-    events, _ = read_events(folder / "events.jsonl")
-    told = [event for event in events if event["event"] == "released" and event["round"] == newest.round]
-    plain = told[-1]["metrics"] if told and not found else {}
-    figures |= {name: Estimate(value, value, value) for name, value in plain.items() if name != "records"}
+    figures |= estimate_release(plan, task_of(plan), newest)[EVERYBODY]
     return {
         "study": plan.study,
         "folder": str(folder),
@@ -119,6 +116,8 @@ def _figures(found: Evaluation) -> dict[str, Estimate]:
         "specificity": found.at_half.specificity,
         "Brier score": found.brier,
         "observed less predicted share": found.calibration_in_the_large,
+        "calibration intercept": found.calibration_intercept,
+        "calibration slope": found.calibration_slope,
     }
 
 

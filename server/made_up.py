@@ -46,7 +46,8 @@ def write_made_up(task: Task, root: Path, *, hospitals: int, patients: int, seed
         folder.mkdir(parents=True)
         labels, manifest = write(folder, task, patients, rng)
         absent = [kind for label, kind in enumerate(task.classes) if label not in labels]
-        fields = {"task": task.name, "one_row_per_patient": True, "validation_fraction": 0.0, **manifest}
+        groups = {"groups": {column.name: "" for column in task.groups}} if task.groups else {}
+        fields = {"task": task.name, "one_row_per_patient": True, "validation_fraction": 0.0, **groups, **manifest}
         (folder / "manifest.toml").write_text(
             tomli_w.dumps(fields | ({"absent_classes": absent} if absent else {})), encoding="utf-8"
         )

@@ -19,7 +19,9 @@ from server.released import Released, read_released
 from server.standing import Standing
 from shared_models.durable import replace_file
 from shared_models.errors import ConfigError
-from shared_models.evaluation import LEVEL, SPECIFICITY, AtThreshold, Estimate, Evaluation, evaluate_task
+from shared_models.estimates import estimate_heads, leading_figures
+from shared_models.evaluation import SPECIFICITY, AtThreshold, Evaluation, evaluate_task
+from shared_models.intervals import LEVEL, Estimate
 from shared_models.model_file import read_about
 from shared_models.outcomes import compute_metrics, row_norm
 from shared_models.pictures import (
@@ -68,7 +70,8 @@ class Report:
         standing: The journal, folded.
         release: The release that is shown; None where there is none.
         groups: Its evaluation by (column, group) and by class; ``EVERYBODY`` first.
-        plain: By (column, group), the metrics of tasks with heads that are no choice, for which there is no interval.
+        plain: By (column, group), the metrics of tasks with heads that are no choice.
+        estimates: By (column, group), those of them that have intervals.
         noise: Standard deviation of the noise on every count of it.
         progress: Everybody's figures over the rounds.
         costs: By hospital.
@@ -81,6 +84,7 @@ class Report:
     release: Released | None
     groups: Groups
     plain: Mapping[tuple[str, str], Mapping[str, float]]
+    estimates: Mapping[tuple[str, str], Mapping[str, Estimate]]
     noise: float
     progress: Sequence[Release]
     costs: Sequence[Cost]
@@ -107,6 +111,7 @@ class Report:
                     "group": group,
                     "classes": {label: one.as_json() for label, one in found.items()},
                     "metrics": dict(self.plain.get((column, group), {})),
+                    "estimates": {name: one._asdict() for name, one in self.estimates.get((column, group), {}).items()},
                 }
                 for (column, group), found in self.groups.items()
             ],
@@ -180,6 +185,7 @@ def read_report(folder: Path, *, specificity: float = SPECIFICITY, round_number:
         release=chosen,
         groups=evaluate_release(plan, task, chosen, specificity=specificity) if chosen else {},
         plain=_plain(plan, task, chosen) if chosen else {},
+        estimates=estimate_release(plan, task, chosen) if chosen else {},
         noise=noise_of(plan, task, chosen) if chosen else 0.0,
         progress=[_figures(plan, task, one) for one in _evenly(releases)],
         costs=[_cost(name, standing) for name in sorted(standing.hospitals)],
@@ -227,6 +233,23 @@ def evaluate_release(plan: StudyPlan, task: Task, released: Released, *, specifi
     }
 
 
+def estimate_release(
+    plan: StudyPlan, task: Task, released: Released
+) -> Mapping[tuple[str, str], Mapping[str, Estimate]]:
+    """Every group's figures of heads that are no choice, with intervals that know the noise.
+
+    Raises:
+        ProtocolError: The statistics are none of this plan's.
+    """
+    if plan.evaluation is None:
+        return {}
+    noise, shrunk, bins = noise_of(plan, task, released), _shrunk(plan, task), plan.evaluation.bins
+    return {
+        group: estimate_heads(task, counts / shrunk, bins=bins, noise=noise)
+        for group, counts in split(task, plan.evaluation, released.statistics).items()
+    }
+
+
 def _plain(plan: StudyPlan, task: Task, released: Released) -> Mapping[tuple[str, str], Mapping[str, float]]:
     if plan.evaluation is None or all(isinstance(head, Choice) for head in task.heads):
         return {}
@@ -240,7 +263,9 @@ def _plain(plan: StudyPlan, task: Task, released: Released) -> Mapping[tuple[str
 def _figures(plan: StudyPlan, task: Task, released: Released) -> Release:
     whole = evaluate_release(plan, task, released, specificity=SPECIFICITY)[EVERYBODY]
     alone = len(whole) == 1
+    estimates = estimate_release(plan, task, released)[EVERYBODY]
     figures = {"AUROC" if alone else f"AUROC {label}": one.auroc for label, one in whole.items()}
+    figures |= {name: estimates[name] for name in leading_figures(task)}
     if alone:
         figures["AUPRC"] = next(iter(whole.values())).auprc
     return Release(released.round, figures)
@@ -282,6 +307,11 @@ def draw(report: Report) -> dict[str, Drawn]:
         pictures |= draw_evaluation(report.groups[EVERYBODY])
         if len(report.groups) > 1 and any(found.value is not None for _, found in _rows(report)):
             pictures["groups"] = draw_groups(_rows(report), figure="AUROC")
+    if len(report.estimates) > 1:
+        for name in leading_figures(task_of(report.plan)):
+            rows = [(_named(group, "", 1), those[name]) for group, those in report.estimates.items()]
+            if any(found.value is not None for _, found in rows):
+                pictures[f"groups-{name}"] = draw_groups(rows, figure=name)
     if any(found.value is not None for one in report.progress for found in one.figures.values()):
         pictures["progress"] = draw_progress(report.progress)
     limit = report.plan.privacy.epsilon
@@ -323,13 +353,23 @@ def render(report: Report, pictures: Mapping[str, Drawn]) -> str:
             for label, one in found.items()
         ],
         columns=sorted({name for figures in report.measured.values() for name in figures} - {"records"}),
-        plain={_named(group, "", 1): metrics for group, metrics in report.plain.items()},
-        plain_columns=list(dict.fromkeys(name for metrics in report.plain.values() for name in metrics)),
+        plain={_named(group, "", 1): _said_plain(report, group) for group in report.plain},
+        plain_columns=list(dict.fromkeys(name for group in report.plain for name in _said_plain(report, group))),
+        leading=leading_figures(task_of(report.plan)),
         pictures={name: base64.b64encode(drawn.svg).decode() for name, drawn in pictures.items()},
         level=f"{LEVEL:.0%}",
         limit=report.plan.privacy.epsilon,
         said=said,
     )
+
+
+def _said_plain(report: Report, group: tuple[str, str]) -> dict[str, str]:
+    """Figures of a group by name: with an interval where there is one, and then never without."""
+    metrics = {
+        name: f"{value:.0f}" if name.endswith("records") else f"{value:.3f}"
+        for name, value in report.plain[group].items()
+    }
+    return metrics | {name: said(found) for name, found in report.estimates.get(group, {}).items()}
 
 
 def _said_figures(found: Evaluation) -> list[tuple[str, str, str]]:
@@ -342,6 +382,8 @@ def _said_figures(found: Evaluation) -> list[tuple[str, str, str]]:
         *_decisions(f"at a score of {at.threshold:.2f}", at),
         ("Brier score", said(found.brier), "mean squared distance of the score from the truth; 0 is best"),
         ("observed less predicted share", said(found.calibration_in_the_large), "0 if as many have it as predicted"),
+        ("calibration intercept", said(found.calibration_intercept), "the same on the logit scale, at a slope of 1"),
+        ("calibration slope", said(found.calibration_slope), "1 is best; below 1, scores are too extreme"),
     ]
 
 

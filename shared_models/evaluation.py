@@ -12,42 +12,25 @@ whatever is computed here is computed from released statistics, or stays in the 
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from statistics import NormalDist
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from shared_models.calibration import recalibration
 from shared_models.errors import ConfigError
-from shared_models.metrics import LARGEST_COUNT, calibration_bins
+from shared_models.intervals import Z2, Estimate, accepted, hanley
+from shared_models.metrics import LARGEST_COUNT, calibration_bins, nearest_counts
 from shared_models.outcomes import score_tables
 from shared_models.tasks import Task
 
 Floats = NDArray[np.float64]
 
-LEVEL: Final = 0.95  # of every interval
 SPECIFICITY: Final = 0.90  # at which a sensitivity is reported
 FINEST_THRESHOLDS: Final = 99  # of the decision curve: at most so many
-_GRID: Final = np.linspace(0, 1, 257)  # where an interval's ends are looked for, again and again closer
-_ROUNDS: Final = 3  # leave a ten-millionth of the range
 _NOBODY: Final = 1e-9  # nearer to zero than any part of a patient
 _ROOM: Final = 0.05  # more than that between two ends is not one figure
 _CLEAR: Final = 3.0  # standard deviations of noise above which a count can be divided by
-_Z2: Final = NormalDist().inv_cdf((1 + LEVEL) / 2) ** 2
-
-
-class Estimate(NamedTuple):
-    """A figure with its interval at ``LEVEL``.
-
-    Attributes:
-        value: None where the noise leaves nothing that could be called one.
-        low: Lower end.
-        high: Upper end.
-    """
-
-    value: float | None
-    low: float
-    high: float
 
 
 class Point(NamedTuple):
@@ -121,6 +104,8 @@ class Evaluation:
         auprc: See ``auprc``.
         brier: Mean squared distance of the score from 0 or 1.
         calibration_in_the_large: Share of positives less the mean score: 0 if as many fall ill as were predicted.
+        calibration_intercept: The same on the logit scale: 0 if as many fall ill as were predicted.
+        calibration_slope: 1 if scores are as extreme as they should be; below, they are too extreme.
         at_half: Decisions at 1/2, which every other figure of the project is about.
         at_specificity: Decisions at the lowest threshold that keeps the specificity asked for.
         roc: False positive rate and sensitivity, from (0, 0) to (1, 1).
@@ -136,6 +121,8 @@ class Evaluation:
     auprc: Estimate
     brier: Estimate
     calibration_in_the_large: Estimate
+    calibration_intercept: Estimate
+    calibration_slope: Estimate
     at_half: AtThreshold
     at_specificity: AtThreshold
     roc: tuple[Point, ...]
@@ -168,6 +155,7 @@ def evaluate(table: ArrayLike, *, noise: float = 0.0, specificity: float = SPECI
         ConfigError: The table is none, the noise is negative or the specificity is out of range.
     """
     counts = _Counts.of(table, noise)
+    intercept, slope = recalibration(counts.raw, counts.table, counts.noise)
     if not 0 < specificity < 1:
         raise ConfigError(f"a specificity of {specificity} is not in (0, 1)", hint="The custom is 0.9.")
     return Evaluation(
@@ -179,6 +167,8 @@ def evaluate(table: ArrayLike, *, noise: float = 0.0, specificity: float = SPECI
         calibration_in_the_large=_mean(
             counts, np.stack([np.zeros(counts.bins), np.ones(counts.bins)]) - counts.middles
         ),
+        calibration_intercept=intercept,
+        calibration_slope=slope,
         at_half=_at(counts, counts.bins // 2),
         at_specificity=_at(counts, _cut_for(counts, specificity)),
         roc=_roc(counts),
@@ -251,61 +241,7 @@ class _Counts:
         return (np.arange(self.bins) + 0.5) / self.bins
 
 
-def nearest_counts(noised: Floats) -> Floats:
-    """The nearest counts to noised ones: none is negative, and their sum is that of the noised, or 0.
-
-    Cutting negative counts off at zero would add half of the noise of every empty bin to the total, and draw every
-    curve towards the diagonal. Here all counts are lowered alike until the total is what was released.
-
-    Guarantees:
-        * Counts that are not negative are returned as they are.
-
-    Source:
-        Norm-Sub of Wang et al., NDSS 2020 (arXiv:1905.08320): the constrained least-squares solution.
-    """
-    total = noised.sum()
-    if (noised >= 0).all():
-        return noised
-    if not total > 0:
-        return np.zeros_like(noised)
-    falling = np.sort(noised)[::-1]
-    lowered_by = (falling.cumsum() - total) / np.arange(1, len(noised) + 1)
-    last = np.flatnonzero(falling > lowered_by)[-1]
-    return np.maximum(noised - lowered_by[last], 0.0)
-
-
 # intervals
-
-
-def _accepted(
-    value: float | None, distance: Callable[[Floats], Floats], *, low: float = 0.0, high: float = 1.0
-) -> Estimate:
-    """All figures that a test does not reject, from the least to the greatest; where that is all, no figure.
-
-    Noise can carry an estimate out of the range. Whoever calls moves what the test is of to the end of the range then:
-    that only accepts more, and leaves an interval of some width.
-
-    Args:
-        value: The estimate, in the range; None accepts the whole range.
-        distance: Of each candidate figure: squared distance from the data less z^2 times its variance there; rejected
-            where that is positive.
-        low: Least figure that is possible.
-        high: Greatest.
-    """
-    if value is None:
-        return Estimate(None, low, high)
-    ends = []
-    for end in (low, high):
-        inside, outside = value, end
-        for _ in range(_ROUNDS):
-            grid = inside + (outside - inside) * _GRID
-            outermost = int(np.flatnonzero(distance(grid) <= 0).max(initial=0))
-            if outermost == len(grid) - 1:
-                inside = outside
-                break
-            inside, outside = float(grid[outermost]), float(grid[outermost + 1])
-        ends.append(inside)
-    return Estimate(None if ends == [low, high] else value, ends[0], ends[1])
 
 
 def _share(part: Floats, rest: Floats, noise: float) -> Estimate:
@@ -327,10 +263,10 @@ def _share(part: Floats, rest: Floats, noise: float) -> Estimate:
 
     def distance(t: Floats) -> Floats:
         variance = n * t * (1 - t) + noise**2 * (cells[0] * (1 - t) ** 2 + cells[1] * t**2)
-        result: Floats = (x - t * n) ** 2 - _Z2 * variance
+        result: Floats = (x - t * n) ** 2 - Z2 * variance
         return result
 
-    return _accepted(value, distance)
+    return accepted(value, distance)
 
 
 def _mean(counts: _Counts, values: Floats) -> Estimate:
@@ -345,10 +281,10 @@ def _mean(counts: _Counts, values: Floats) -> Estimate:
     squares = _squares(values, counts.table + counts.noise**2)
 
     def distance(t: Floats) -> Floats:
-        result: Floats = (total - t * n) ** 2 - _Z2 * squares(t)
+        result: Floats = (total - t * n) ** 2 - Z2 * squares(t)
         return result
 
-    return _accepted(min(max(total / n, low), high) if n > 0 else None, distance, low=low, high=high)
+    return accepted(min(max(total / n, low), high) if n > 0 else None, distance, low=low, high=high)
 
 
 def _squares(values: Floats, weights: Floats | float, times: float = 1.0) -> Callable[[Floats], Floats]:
@@ -384,13 +320,11 @@ def _auroc(counts: _Counts) -> Estimate:
     of_positives, of_negatives = _squares(below, noise**2, n), _squares(above, noise**2, m)
 
     def distance(t: Floats) -> Floats:
-        pairs = (m + n) / 2 - 1
-        hanley = t * (1 - t) * (1 + max(pairs, 0.0) * ((1 - t) / (2 - t) + t / (1 + t))) / (m * n)
-        variance = (m * n) ** 2 * np.maximum(hanley, delong) + of_positives(t) + of_negatives(t)
-        result: Floats = (u - t * m * n) ** 2 - _Z2 * variance
+        variance = (m * n) ** 2 * np.maximum(hanley(t, m, n), delong) + of_positives(t) + of_negatives(t)
+        result: Floats = (u - t * m * n) ** 2 - Z2 * variance
         return result
 
-    return _accepted(u / (m * n), distance)
+    return accepted(u / (m * n), distance)
 
 
 def _won(table: Floats) -> tuple[Floats, Floats]:
@@ -442,10 +376,10 @@ def _auprc(counts: _Counts) -> Estimate:
     of_patients, of_noise = float((by_count**2 * counts.table).sum()), noise**2 * float((by_count**2).sum())
 
     def distance(t: Floats) -> Floats:
-        result: Floats = (value - t) ** 2 - _Z2 * (np.maximum(t * (1 - t) / m, of_patients) + of_noise)
+        result: Floats = (value - t) ** 2 - Z2 * (np.maximum(t * (1 - t) / m, of_patients) + of_noise)
         return result
 
-    whole = _accepted(value, distance)
+    whole = accepted(value, distance)
     if merged == 1:
         return whole
     negatives, positives = top.sum(axis=1)

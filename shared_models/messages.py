@@ -203,7 +203,8 @@ class PrivacyStatement(Body):
     """What the study cost at one hospital, by the hospital's own ledger.
 
     ``epsilon`` is the tight figure "for the schedule as executed, valid if it was fixed in advance"; ``epsilon_filter``
-    is what was enforced.
+    is what was enforced. ``engine`` says where gradients per patient came from, if not from the engine that this
+    software prefers; it is left out otherwise, so that coordinators of before can read the statement.
     """
 
     action: ClassVar[str] = "query.finish"
@@ -217,6 +218,7 @@ class PrivacyStatement(Body):
     accountant: str
     budget_epsilon: Annotated[float, Field(gt=0)]
     public_size: Annotated[int, Field(ge=1)]
+    engine: Literal["opacus-hooks", "unknown"] | None = None
 
 
 class Refusal(Body):

@@ -76,17 +76,23 @@ def compute_metrics(classes: int, statistics: ArrayLike, *, bins: int) -> dict[s
     them. The calibration error is the expected one over ``calibration_bins(bins)`` bins, of the positive class's
     probability or of the prediction's confidence.
 
+    Ratios of sums, and of products of different counts, are taken from the counts as they came, negative ones included:
+    noise of mean zero then cancels, where cutting it off at zero would draw every figure towards chance. Only the AUPRC
+    and the calibration error are computed from counts that are cut off: of the first, ratios of single noised counts
+    have no mean, and the second is of absolute values; both are biased, the smaller the counts the more.
+
     Guarantees:
         * On exact statistics every figure differs from its value on the unbinned records by at most ``bin_errors``.
-        * Any finite input gives finite figures: negative counts, which are noise, become zero. A figure that is not
-          defined, like the AUROC of a single class, is left out.
+        * Any finite input gives finite figures in their ranges. A figure that is not defined, like the AUROC of a
+          single class, or of one of which the noise leaves no more than zero, is left out.
 
     Raises:
         ProtocolError: Wrong length, or numbers that cannot be counts.
         ConfigError: As for ``record_statistics``.
     """
-    counts = _check_counts(statistics, statistics_size(classes, bins)).clip(min=0.0)
-    confusion, tables, confidence = _split(classes, counts, bins)
+    counts = _check_counts(statistics, statistics_size(classes, bins))
+    confusion, tables, _ = _split(classes, counts, bins)
+    _, cut_off, confidence = _split(classes, counts.clip(min=0.0), bins)
     recalls = np.array([_ratio(confusion[c, c], confusion[c].sum()) for c in range(classes)])
     f1s = np.array([_ratio(2 * confusion[c, c], confusion[c].sum() + confusion[:, c].sum()) for c in range(classes)])
     figures = {
@@ -95,10 +101,10 @@ def compute_metrics(classes: int, statistics: ArrayLike, *, bins: int) -> dict[s
         **({"sensitivity": recalls[1], "specificity": recalls[0]} if classes == 2 else {}),
         "f1": f1s[1] if classes == 2 else _mean(f1s),
         "auroc": _mean(np.array([_auroc(table) for table in tables])),
-        "auprc": _mean(np.array([_auprc(table) for table in tables])),
+        "auprc": _mean(np.array([_auprc(table) for table in cut_off])),
         "brier": sum(_brier(table) for table in tables),
         "calibration_error": _calibration_error(confidence),
-        "records": confusion.sum(),
+        "records": max(confusion.sum(), 0.0),
     }
     return {name: float(figure) for name, figure in figures.items() if not np.isnan(figure)}
 
@@ -147,6 +153,29 @@ def bin_errors(classes: int, statistics: ArrayLike, *, bins: int) -> dict[str, f
 def calibration_bins(bins: int) -> int:
     """Bins of the calibration error: the most, up to the customary 15, whose edges are edges of score bins too."""
     return next(count for count in range(min(bins, 15), 0, -1) if bins % count == 0)
+
+
+def nearest_counts(noised: Floats) -> Floats:
+    """The nearest counts to noised ones: none is negative, and their sum is that of the noised, or 0.
+
+    Cutting negative counts off at zero would add half of the noise of every empty bin to the total, and draw every
+    curve towards the diagonal. Here all counts are lowered alike until the total is what was released.
+
+    Guarantees:
+        * Counts that are not negative are returned as they are.
+
+    Source:
+        Norm-Sub of Wang et al., NDSS 2020 (arXiv:1905.08320): the constrained least-squares solution.
+    """
+    total = noised.sum()
+    if (noised >= 0).all():
+        return noised
+    if not total > 0:
+        return np.zeros_like(noised)
+    falling = np.sort(noised)[::-1]
+    lowered_by = (falling.cumsum() - total) / np.arange(1, len(noised) + 1)
+    last = np.flatnonzero(falling > lowered_by)[-1]
+    return np.maximum(noised - lowered_by[last], 0.0)
 
 
 def _check_shape(classes: int, bins: int) -> None:
@@ -211,8 +240,8 @@ def _split(classes: int, counts: Floats, bins: int) -> tuple[Floats, Floats, Flo
 
 
 def _ratio(part: float, whole: float) -> float:
-    """A share of a count; NaN of nothing."""
-    return min(part / whole, 1.0) if whole > 0 else np.nan
+    """A share of a count, in [0, 1] whatever the noise; NaN of nothing."""
+    return min(max(part / whole, 0.0), 1.0) if whole > 0 else np.nan
 
 
 def _mean(figures: Floats) -> float:
@@ -231,7 +260,7 @@ def _auroc(table: Floats) -> float:
     if _lacks_a_class(table):
         return np.nan
     negatives, positives = table / table.sum(axis=1, keepdims=True)
-    return min(float(positives @ (negatives.cumsum() - negatives / 2)), 1.0)
+    return min(max(float(positives @ (negatives.cumsum() - negatives / 2)), 0.0), 1.0)
 
 
 def _auroc_error(table: Floats) -> float:

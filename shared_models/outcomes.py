@@ -77,20 +77,25 @@ def compute_metrics(task: Task, statistics: ArrayLike, *, bins: int) -> dict[str
     Raises:
         ProtocolError: Wrong length, or numbers that cannot be counts.
     """
-    found = [_metrics(head, part, bins) for head, part in _of_heads(task, statistics, bins)]
+    found = [_metrics(head, part, bins) for head, part in of_heads(task, statistics, bins)]
     if len(found) == 1:
         return found[0]
     names = dict.fromkeys(name for figures in found for name in figures if name not in _EVERYWHERE)
     means = {name: float(np.mean([figures[name] for figures in found if name in figures])) for name in names}
     own = {
-        f"{head.name}.{name}": figure
+        named_figure(task, head, name): figure
         for head, figures in zip(task.heads, found, strict=True)
         for name, figure in figures.items()
     }
     return means | own
 
 
-def _of_heads(task: Task, statistics: ArrayLike, bins: int) -> list[tuple[Head, Floats]]:
+def named_figure(task: Task, head: Head, name: str) -> str:
+    """What a head's figure is called among the task's: by its own name, or after the head's where there are several."""
+    return name if len(task.heads) == 1 else f"{head.name}.{name}"
+
+
+def of_heads(task: Task, statistics: ArrayLike, bins: int) -> list[tuple[Head, Floats]]:
     """Each head with its own part of a task's statistics."""
     counts = np.asarray(statistics, dtype=np.float64)
     size = statistics_size(task, bins)
@@ -113,7 +118,7 @@ def score_tables(task: Task, statistics: ArrayLike, *, bins: int) -> dict[str, F
         ProtocolError: Wrong length, or numbers that cannot be counted.
     """
     found: dict[str, Floats] = {}
-    for head, part in _of_heads(task, statistics, bins):
+    for head, part in of_heads(task, statistics, bins):
         if not isinstance(head, Choice):
             continue
         named = head.classes[1:] if len(head.classes) == 2 else head.classes
@@ -156,8 +161,8 @@ def concordance(table: ArrayLike) -> float:
     concordant if the first had the higher risk; one bin counts half.
 
     Args:
-        table: Shape ``(bins, intervals + 1, 2)``: by risk, intervals passed, and whether the event happened; no count
-            is negative.
+        table: Shape ``(bins, intervals + 1, 2)``: by risk, intervals passed, and whether the event happened. Noise may
+            have left some below zero: pairs are products of different counts, so it has mean zero in them.
 
     Source:
         Harrell et al., "Evaluating the yield of medical tests", JAMA 1982.
@@ -167,7 +172,7 @@ def concordance(table: ArrayLike) -> float:
     later = everybody[:, ::-1].cumsum(axis=1)[:, ::-1] - everybody
     lower = later.cumsum(axis=0) - later / 2  # at this risk or below, this risk by half
     pairs = float((events * later.sum(axis=0)).sum())
-    return float((events * lower).sum()) / pairs if pairs > 0 else np.nan
+    return min(max(float((events * lower).sum()) / pairs, 0.0), 1.0) if pairs > 0 else np.nan
 
 
 def _parts(task: Task, scores: Floats, targets: Floats) -> Iterator[tuple[Head, Floats, Floats]]:
@@ -263,8 +268,8 @@ def _metrics(head: Head, counts: Floats, bins: int) -> dict[str, float]:
         case Quantity():
             return _quantity_metrics(counts)
         case Survival(edges=edges):
-            table = counts.clip(min=0).reshape(bins, len(edges) + 1, 2)
-            return _defined(c_index=concordance(table), records=float(table.sum()))
+            table = counts.reshape(bins, len(edges) + 1, 2)
+            return _defined(c_index=concordance(table), records=max(float(table.sum()), 0.0))
         case Outline():
             images, *sums = counts
             if not images > 0:

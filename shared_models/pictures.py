@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 from shared_models.durable import replace_file
 from shared_models.errors import ConfigError
-from shared_models.evaluation import Estimate, Evaluation
+from shared_models.evaluation import Evaluation
+from shared_models.intervals import Estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -332,22 +332,57 @@ class PrivacyPlan(Evolving):
     spare_charges: Annotated[int, Field(ge=0, le=999), ALWAYS_WRITTEN] = 0
 
 
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
 class Subgroups(Evolving):
-    """Patients told apart by one column of a table: each in one group.
+    """Patients told apart by one column: each in one group, or in none where the column's value is not known.
+
+    The column is one of the task's table; or, with ``categories`` or a range, one that is *beside* the network's
+    inputs: hospitals read it for evaluations only, and no network sees it.
 
     Attributes:
-        column: Name of the column in the task's schema.
+        column: Name of the column in the task's schema, or of the one beside the inputs.
         edges: Of a numeric column, public, ascending: a group below the first, one from each to the next, one above.
             Of a column of categories none; each category is a group.
+        categories: Of a column beside the inputs: its public categories, each a group.
+        low: Of a number beside the inputs: the least value that is possible; public.
+        high: The greatest.
+        unit: Of the number.
     """
 
     column: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]{0,63}$")]
-    edges: Annotated[tuple[Annotated[float, Field(allow_inf_nan=False)], ...], Field(max_length=10)] = ()
+    edges: Annotated[tuple[Finite, ...], Field(max_length=10)] = ()
+    categories: Annotated[tuple[Annotated[str, Field(min_length=1, max_length=64)], ...], Field(max_length=20)] = ()
+    low: Finite | None = None
+    high: Finite | None = None
+    unit: Annotated[str, Field(max_length=32)] = ""
+
+    @property
+    def beside(self) -> bool:
+        """Whether the column is none of the network's inputs, but declared here."""
+        return bool(self.categories) or self.low is not None
 
     @model_validator(mode="after")
     def _edges_ascend(self) -> "Subgroups":
         if any(low >= high for low, high in pairwise(self.edges)):
             raise ValueError("edges must ascend")
+        return self
+
+    @model_validator(mode="after")
+    def _a_column_beside_the_inputs_is_declared_whole(self) -> "Subgroups":
+        ranged = self.low is not None and self.high is not None and self.unit != ""
+        if self.categories and (self.edges or self.low is not None or self.high is not None or self.unit):
+            raise ValueError("categories have no edges, range or unit")
+        if self.categories and not 2 <= len(set(self.categories)) == len(self.categories):
+            raise ValueError("categories: at least two, and none twice")
+        if not ranged and not (self.low is None and self.high is None and self.unit == ""):
+            raise ValueError("low, high and unit need each other")
+        if self.low is not None and self.high is not None:
+            if not self.edges:
+                raise ValueError("a number needs edges")
+            if not self.low < self.edges[0] <= self.edges[-1] <= self.high:
+                raise ValueError("edges must lie above low and not above high")
         return self
 
 

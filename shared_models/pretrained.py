@@ -9,7 +9,8 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import rfc8785
@@ -39,6 +40,25 @@ _FIXED: dict[str, Any] = {  # keys of a configuration, and the only value that t
     "add_cross_attention": False,
     "pad_token_id": 0,
 }
+
+
+class Origin(NamedTuple):
+    """What a base is, and what its publisher lets others do with it, as far as that is known.
+
+    Attributes:
+        name: What it is called.
+        licence: Of its weights; of a model of this project, of the data that it was trained on.
+    """
+
+    name: str
+    licence: str
+
+
+KNOWN: Mapping[str, Origin] = MappingProxyType(
+    {
+        "b834746d23414c4c0c38aec36c57c492ab8e962bc5d6fe75150462443063548c": Origin("all-MiniLM-L6-v2", "Apache-2.0"),
+    }
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,12 +96,14 @@ class Body:
 
     Attributes:
         digest: Of its model file.
+        origin: The study that it comes from, and the licence of that study's data.
         channels: Of each block.
         image_channels: Of the images that it was trained on.
         tensors: Weights of all blocks in float32, by name. Networks share them: nobody may change one.
     """
 
     digest: str
+    origin: Origin
     channels: tuple[int, ...]
     image_channels: int
     tensors: Mapping[str, Tensor]
@@ -125,6 +147,16 @@ def offer_files(paths: Iterable[Path]) -> dict[str, Path]:
     copies = {digest_of(path): path.absolute() for path in paths}
     offer_bases(copies)
     return copies
+
+
+def origin_of(digest: str) -> Origin | None:
+    """What is known of a base: by its digest, or, of a model of this project, by its own file; None where nothing is.
+
+    Raises:
+        PretrainedError: As for ``find_base``.
+    """
+    base = find_base(digest)
+    return base.origin if isinstance(base, Body) else KNOWN.get(digest)
 
 
 def check_copy(network: Network, copies: Mapping[str, Path]) -> None:
@@ -280,4 +312,5 @@ def _body(digest: str, tensors: Mapping[str, Tensor], content: bytes) -> Body:
     if not isinstance(plan.network, Cnn):
         raise PretrainedError(f"a base of network {plan.network.name} is not supported", hint="It must be a cnn.")
     blocks = {name: tensor for name, tensor in tensors.items() if name.startswith("blocks.")}
-    return Body(digest, plan.network.channels, blocks["blocks.0.0.weight"].shape[1], blocks)
+    origin = Origin(f"model of study {plan.study}", plan.data_licence)
+    return Body(digest, origin, plan.network.channels, blocks["blocks.0.0.weight"].shape[1], blocks)

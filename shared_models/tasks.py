@@ -7,7 +7,7 @@ Normalisation uses the public ranges below, never a hospital's own means: privat
 The loss is named here and computed in ``shared_models/nets/losses.py``, so that this file needs no torch.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -20,7 +20,7 @@ from shared_models.config import Frozen
 from shared_models.errors import ConfigError
 
 if TYPE_CHECKING:
-    from shared_models.plan import Augmentation, StudyPlan
+    from shared_models.plan import Augmentation, StudyPlan, Subgroups
 
 
 class Numeric(Frozen):
@@ -273,12 +273,15 @@ class Task(Frozen):
 
     Attributes:
         heads: What is predicted; several share the network but its last layer, and their losses add up.
+        groups: Columns beside the inputs, by which an evaluation tells patients apart; no network sees them. From the
+            plan.
     """
 
     name: str
     description: str
     input: Annotated[TableInput | ImageInput | SeriesInput | TokensInput, Field(discriminator="kind")]
     heads: Annotated[tuple[Head, ...], Field(min_length=1)]
+    groups: tuple[Annotated[Numeric | Categorical, Field(union_mode="left_to_right")], ...] = ()
 
     @model_validator(mode="after")
     def _heads_fit(self) -> "Task":
@@ -301,6 +304,17 @@ class Task(Frozen):
     def label_columns(self) -> tuple[str, ...]:
         """Names of all label columns, in the order of the heads."""
         return tuple(column for head in self.heads for column in head.columns)
+
+    @property
+    def input_columns(self) -> tuple[str, ...]:
+        """Names of what the network sees, where it has names: columns of a table, variables of a series."""
+        match self.input:
+            case TableInput(columns=columns):
+                return tuple(column.name for column in columns)
+            case SeriesInput(variables=variables):
+                return tuple(variable.name for variable in variables)
+            case _:
+                return ()
 
     @property
     def label(self) -> str:
@@ -676,7 +690,7 @@ TASKS: Mapping[str, Task] = MappingProxyType(
 
 
 def task_of(plan: "StudyPlan") -> Task:
-    """The plan's task, with inputs as its network takes them, and the class weights that the plan gives it.
+    """The plan's task: inputs as its network takes them, the class weights that the plan gives, its groups.
 
     A pretrained encoder has tokens of its own: with it, a task on texts is the same task in these.
 
@@ -685,6 +699,8 @@ def task_of(plan: "StudyPlan") -> Task:
         PretrainedError: The base that the network starts from is not here.
     """
     task = _in_tokens_of(plan, find_task(plan.task))
+    if plan.evaluation is not None:
+        task = with_groups(task, plan.evaluation.subgroups)
     if plan.training.augmentation is not None:
         _check_augmentation(task, plan.training.augmentation)
     weights = plan.training.class_weights
@@ -704,6 +720,28 @@ def task_of(plan: "StudyPlan") -> Task:
         head.model_copy(update={"weights": weights[head.name]}) if head.name in weights else head for head in task.heads
     )
     return task.model_copy(update={"heads": tuple(heads)}) if weights else task
+
+
+def with_groups(task: Task, subgroups: "Sequence[Subgroups]") -> Task:
+    """The task with the columns that subgroups declare beside its inputs.
+
+    Raises:
+        ConfigError: Such a column has the name of an input or of a label.
+    """
+    declared = [one for one in subgroups if one.beside]
+    if taken := [one.column for one in declared if one.column in {*task.input_columns, *task.label_columns}]:
+        raise ConfigError(
+            f"subgroups by {taken[0]}: task {task.name} has a column of that name",
+            hint="Leave categories, low, high and unit out if it is a column of the task's table; "
+            "else choose another name.",
+        )
+    groups = (
+        Categorical(name=one.column, categories=one.categories)
+        if one.low is None or one.high is None
+        else Numeric(name=one.column, unit=one.unit, low=one.low, high=one.high)
+        for one in declared
+    )
+    return task.model_copy(update={"groups": tuple(groups)})
 
 
 def _in_tokens_of(plan: "StudyPlan", task: Task) -> Task:

@@ -148,7 +148,7 @@ def test_no_document_names_a_folder_of_one_machine(document: Path) -> None:
     [
         ("plan.md", 0, StudyPlan),
         ("hospital.md", 0, HospitalSettings),
-        *(("hospital.md", number, Manifest) for number in range(1, 6)),
+        *(("hospital.md", number, Manifest) for number in range(1, 7)),
         ("coordinator.md", 0, CoordinatorSettings),
     ],
 )

@@ -18,6 +18,7 @@ import pandas as pd
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
+from client.records.groups import group_columns, read_groups
 from client.records.identifiers import refuse_columns
 from client.records.labels import Targets, label_columns, marks, packed, read_labels
 from client.records.manifest import IMAGES, Manifest
@@ -31,7 +32,9 @@ _CHECK = "Mend the file or the manifest, then run konsil-hospital check-data aga
 _CHUNK = 1 << 20
 
 
-def read_images(manifest: Manifest, task: Task, schema: ImageInput, room: Room) -> tuple[Content, Targets, list[str]]:
+def read_images(
+    manifest: Manifest, task: Task, schema: ImageInput, room: Room
+) -> tuple[Content, Targets, list[str], NDArray[np.float64] | None]:
     """Read and check a file of images.
 
     Guarantees:
@@ -44,17 +47,22 @@ def read_images(manifest: Manifest, task: Task, schema: ImageInput, room: Room) 
         room: Where compressed images and masks may lie once they were read.
 
     Returns:
-        Pixels of shape ``(n, channels, height, width)``, targets as ``read_labels`` gives them, and a patient id for
-        each image. Masks are an array of the images' shape, not 0 where a pixel belongs to the outline.
+        Pixels of shape ``(n, channels, height, width)``, targets as ``read_labels`` gives them, a patient id for each
+        image, and what ``read_groups`` gives. Masks are an array of the images' shape, not 0 where a pixel belongs to
+        the outline.
 
     Raises:
         RecordsError: The file is no such file; an array is missing or has another type or length; a label is unknown.
     """
-    columns = label_columns(manifest, task)
+    columns, groups = label_columns(manifest, task), group_columns(manifest, task)
     outlines = [columns[head.name] for head in task.heads if isinstance(head, Outline)]
-    pixels, arrays, masks = _loaded(manifest, schema, columns.values(), room, outlines=outlines)
+    pixels, arrays, masks = _loaded(manifest, schema, columns.values(), room, outlines=outlines, groups=groups.values())
     labels = _targets(manifest, task, arrays, columns, len(pixels)) if masks is None else masks
-    return pixels, labels, _patient_ids(manifest, task, arrays, pixels, labels)
+    for name in groups.values():
+        _texts(manifest, arrays, name, len(pixels), kinds="iufU")  # one for each image, or refused
+    frame = pd.DataFrame({name: arrays[name] for name in groups.values()}, index=range(len(pixels)))
+    beside = read_groups(manifest, task, frame)
+    return pixels, labels, _patient_ids(manifest, task, arrays, pixels, labels), beside
 
 
 def read_unlabelled(manifest: Manifest, task: Task, schema: ImageInput, room: Room) -> tuple[Content, list[str | None]]:
@@ -79,15 +87,16 @@ def _loaded(
     room: Room,
     *,
     outlines: Sequence[str] = (),
+    groups: Iterable[str] = (),
     unused: Iterable[str] = (),
 ) -> tuple[Content, Mapping[str, NDArray[Any]], Stored | None]:
-    """The images, the arrays of labels and patients, and the masks; none of the others identifies somebody."""
+    """The images, arrays of labels, patients and groups, and masks; neither these nor any other identify somebody."""
     others = [*labels, *([manifest.patient] if manifest.patient else [])]
     mapped = [manifest.column(IMAGES), *others, *unused]
     with _opened(manifest) as (archive, before):
         refuse_columns(manifest.file, archive.files, drop=manifest.drop, mapped=mapped)
         pixels = _pixels(manifest, archive, schema, before, room)
-        arrays = {name: _array(manifest, archive, name) for name in others if name not in outlines}
+        arrays = {name: _array(manifest, archive, name) for name in [*others, *groups] if name not in outlines}
         masks = (
             _masks(manifest, archive, outlines[0], (len(pixels), schema.height, schema.width), room)
             if outlines

@@ -230,6 +230,8 @@ class Manifest(Frozen):
             counted.
         absent_classes: Classes that this hospital never sees; without this, their absence is an error. Of a task with
             several heads, as ``head: class``.
+        groups: Name of a plan's subgroups -> column of the file, which no network sees; empty where this hospital does
+            not record it. ``categories`` translates its codes.
         drop: Columns, DICOM tags and header fields that identify somebody, and are not to be used. Without this they
             are refused.
         out_of_range: What becomes of a value of a series outside the task's public range: an error, or taken for
@@ -248,6 +250,7 @@ class Manifest(Frozen):
     missing_values: tuple[str, ...] = ()
     incomplete_rows: Literal["refuse", "leave-out"] = "refuse"
     absent_classes: tuple[str, ...] = ()
+    groups: Mapping[str, str] = {}
     drop: tuple[str, ...] = ()
     out_of_range: Literal["refuse", "leave-out"] = "refuse"
     found_in_text: Literal["refuse", "mask"] = "refuse"
@@ -271,14 +274,14 @@ class Manifest(Frozen):
 
     @model_validator(mode="after")
     def _nothing_is_dropped_and_used(self) -> "Manifest":
-        used = {self.label, self.patient, *self.columns.values()} - {None}
+        used = {self.label, self.patient, *self.columns.values(), *self.groups.values()} - {None}
         if both := [name for name in self.drop if name in used]:
-            raise ValueError(f"drop: {', '.join(both)} is used by label, patient or [columns]")
+            raise ValueError(f"drop: {', '.join(both)} is used by label, patient, [columns] or [groups]")
         return self
 
     def column(self, name: str) -> str:
-        """The file's column for a name of the schema."""
-        return self.columns.get(name, name)
+        """The file's column for a name of the schema, or of a group."""
+        return self.columns.get(name) or self.groups.get(name) or name
 
     def contents(self, task: Task) -> list[str]:
         """What a record holds besides columns, by the schema's names: the variables of a series, or the whole."""
@@ -339,9 +342,15 @@ def check_fits(
     if labelled:
         _check_label(manifest, task, where)
     names = schema_names(task)
+    if both := [name for name in manifest.groups if name in names | set(task.label_columns)]:
+        raise RecordsError(
+            f"{where}: groups.{both[0]} is a column of {task.name} itself",
+            hint="[groups] is for what no network sees; [columns] translates the task's own columns.",
+        )
+    coded = names | set(task.label_columns) | set(manifest.groups)
     unknown = [
         *(f"columns.{name}" for name in manifest.columns if name not in names | _own_labels(task)),
-        *(f"categories.{name}" for name in manifest.categories if name not in names | set(task.label_columns)),
+        *(f"categories.{name}" for name in manifest.categories if name not in coded),
         *(f"absent_classes: {name}" for name in manifest.absent_classes if name not in _class_names(task)),
         *(f"series.absent_variables: {name}" for name in _absent_variables(manifest) if name not in names),
     ]

@@ -41,6 +41,8 @@ class Records:
         patients: For each record the index of its patient, shape ``(n,)``, each of ``0 .. patient_count - 1`` at least
             once. An index says nothing about the patient's id, which never leaves the reader of the file.
         patient_count: Number of patients: a true count, which stays at the hospital.
+        beside: Values of ``Task.groups``, for evaluations only, shape ``(n, len(task.groups))``: numbers, or indices of
+            categories; NaN where one is not known. None where the task has no such columns.
 
     Raises:
         RecordsError: The lengths disagree, or the patient indices are not as above.
@@ -50,13 +52,19 @@ class Records:
     targets: Tensor | Rows
     patients: NDArray[np.int64]
     patient_count: int
+    beside: NDArray[np.float64] | None = None
 
     def __post_init__(self) -> None:
-        lengths = {len(self.inputs), len(self.targets), self.patients.size}
+        lengths = {len(self.inputs), len(self.targets), self.patients.size, len(self.groups)}
         if self.patients.ndim != 1 or len(lengths) > 1:
             raise RecordsError("inputs, targets and patients have different lengths", hint="Read the records again.")
         if not np.array_equal(np.unique(self.patients), np.arange(self.patient_count)):
             raise RecordsError("patient indices are not 0, 1, 2, ... without gaps", hint="Read the records again.")
+
+    @property
+    def groups(self) -> NDArray[np.float64]:
+        """``beside``, with no columns where there are none."""
+        return np.empty((len(self.patients), 0)) if self.beside is None else self.beside
 
     def __len__(self) -> int:
         """Number of records."""

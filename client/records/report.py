@@ -3,8 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Group
 from rich.table import Table as Grid
 from rich.text import Text
@@ -17,6 +19,7 @@ from client.records.population import opted_out
 from client.records.records import Records
 from client.records.scratch import ROOM, Room
 from client.records.tabular import Table, checked_table, class_counts, content_of, repeats, split_table
+from shared_models.plan import StudyPlan
 from shared_models.tasks import (
     Categorical,
     ImageInput,
@@ -26,6 +29,7 @@ from shared_models.tasks import (
     Task,
     TokensInput,
     find_task,
+    task_of,
 )
 from shared_models.tokens import PADDING
 
@@ -68,20 +72,28 @@ class Summary:
     columns: tuple[ColumnSummary, ...]
 
 
-def summarise(folder: Path, *, split_key: bytes = bytes(32), opt_out: Path | None = None, room: Room = ROOM) -> Summary:
+def summarise(
+    folder: Path,
+    *,
+    split_key: bytes = bytes(32),
+    opt_out: Path | None = None,
+    plan: StudyPlan | None = None,
+    room: Room = ROOM,
+) -> Summary:
     """Read a records folder as a study would, and count.
 
     Args:
         folder: Folder with ``manifest.toml``.
         split_key: The hospital's own key shows its own split; any other key shows one of the same proportions.
         opt_out: The list of patients who say no, if there is one.
+        plan: Of the study: with it, the columns of its subgroups are read too.
         room: Where what was encoded may lie.
 
     Raises:
         RecordsError, ConfigError: Whatever would keep a study from reading the records.
     """
     manifest = read_manifest(folder)
-    task = find_task(manifest.task)
+    task = find_task(manifest.task) if plan is None else task_of(plan)
     table = checked_table(manifest, task, room=room)
     listed = read_opt_outs(opt_out)
     out = opted_out(table, manifest, listed, listed=opt_out is not None)
@@ -95,13 +107,20 @@ def summarise(folder: Path, *, split_key: bytes = bytes(32), opt_out: Path | Non
         parts={"training": _part(training, task), "validation": _part(validation, task)},
         set_aside=table.set_aside,
         opt_outs=(len(listed), len(here)) if opt_out else None,
-        columns=columns,
+        columns=(*columns, *_groups(task, table)),
     )
 
 
-def describe(folder: Path, *, split_key: bytes = bytes(32), opt_out: Path | None = None, room: Room = ROOM) -> Group:
+def describe(
+    folder: Path,
+    *,
+    split_key: bytes = bytes(32),
+    opt_out: Path | None = None,
+    plan: StudyPlan | None = None,
+    room: Room = ROOM,
+) -> Group:
     """``summarise`` for a terminal."""
-    summary = summarise(folder, split_key=split_key, opt_out=opt_out, room=room)
+    summary = summarise(folder, split_key=split_key, opt_out=opt_out, plan=plan, room=room)
     lines = [f"{summary.file}: fit for training"]
     for name, (records, patients, classes) in summary.parts.items():
         counts = ", ".join(f"{n} {label}" for label, n in classes.items())
@@ -164,11 +183,25 @@ def _public(column: Numeric) -> str:
     return f"{column.low:g} to {column.high:g} {column.unit}"
 
 
+def _groups(task: Task, table: Table) -> list[ColumnSummary]:
+    """What evaluations tell patients apart by; who has no value there is in no group."""
+    beside = np.empty((len(table.labels), 0)) if table.beside is None else table.beside
+    return [
+        _summary(column, [values[~np.isnan(values)]], int(np.isnan(values).sum()))
+        for column, values in zip(task.groups, beside.T, strict=True)
+    ]
+
+
 def _column(column: Numeric | Categorical, table: Table) -> ColumnSummary:
-    missing, parts = table.missing[column.name], [rows[column.name] for rows in walk(table.content)]
+    return _summary(column, [rows[column.name] for rows in walk(table.content)], table.missing[column.name])
+
+
+def _summary(column: Numeric | Categorical, parts: list[NDArray[Any]], missing: int) -> ColumnSummary:
+    if not any(len(cells) for cells in parts):
+        return ColumnSummary(column.name, missing, "nothing", "")
     if isinstance(column, Numeric):
         least, greatest = min(cells.min() for cells in parts), max(cells.max() for cells in parts)
         return ColumnSummary(column.name, missing, f"{least:g} to {greatest:g}", _public(column))
-    counts = np.sum([np.bincount(cells, minlength=len(column.categories)) for cells in parts], axis=0)
+    counts = np.sum([np.bincount(cells.astype(np.int64), minlength=len(column.categories)) for cells in parts], axis=0)
     found = ", ".join(f"{n} {category}" for category, n in zip(column.categories, counts, strict=True))
     return ColumnSummary(column.name, missing, found, "")

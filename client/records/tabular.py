@@ -34,6 +34,7 @@ from client.records.frames import (
     refuse,
     texts,
 )
+from client.records.groups import group_columns, read_groups
 from client.records.identifiers import masked, refuse_columns
 from client.records.images import read_images, read_unlabelled, scaled
 from client.records.labels import Labels, Targets, absent_labels, label_columns, marks, read_labels, unpacked
@@ -68,6 +69,7 @@ class Table:
         left_out: Rows with a missing value, where the manifest leaves such rows out.
         seen: Of each variable of a series the cells with a value, and the least and the greatest one.
         set_aside: Measurements that were left aside, by reason.
+        beside: What evaluations tell patients apart by, as ``read_groups`` gives it.
     """
 
     content: Content
@@ -77,6 +79,7 @@ class Table:
     left_out: int = 0
     seen: Mapping[str, tuple[int, float, float]] = field(default_factory=dict)
     set_aside: Mapping[str, int] = field(default_factory=dict)
+    beside: NDArray[np.float64] | None = None
 
     @property
     def files(self) -> Mapping[Path, Stamp]:
@@ -143,8 +146,8 @@ def checked_table(manifest: Manifest, task: Task, *, room: Room = ROOM, at_once:
     """
     schema = check_fits(manifest, task)
     if isinstance(schema, ImageInput) and manifest.file.suffix == ".npz":
-        pixels, labels, ids = read_images(manifest, task, schema, room)
-        table = Table(pixels, labels, Numbering().add(ids).patients())
+        pixels, labels, ids, beside = read_images(manifest, task, schema, room)
+        table = Table(pixels, labels, Numbering().add(ids).patients(), beside=beside)
     elif isinstance(schema, TableInput | TokensInput):
         table = _of_rows(manifest, task, schema, room, at_once)
     else:
@@ -161,12 +164,14 @@ class _Part:
     Attributes:
         frame: Rows without a missing value.
         labels: Theirs; None where there is no such row.
+        beside: What evaluations tell them apart by, likewise; None too where a task has no such columns.
         missing: Cells without a value, by schema name.
         left_out: How many rows were left out for one.
     """
 
     frame: pd.DataFrame
     labels: Labels | None
+    beside: NDArray[np.float64] | None
     missing: Mapping[str, int]
     left_out: int
 
@@ -177,6 +182,7 @@ class _Gathered:
     def __init__(self, manifest: Manifest, room: Room) -> None:
         self._manifest, self._room = manifest, room
         self._labels: list[Labels] = []
+        self._beside: list[NDArray[np.float64]] = []
         self._masks: Stored | None = None
         self.missing, self.left_out = Counter[str](), 0
 
@@ -186,6 +192,8 @@ class _Gathered:
         self.left_out += part.left_out
         if part.labels is None:
             return False
+        if part.beside is not None:
+            self._beside.append(part.beside)
         if part.labels.dtype == np.uint8:
             self._masks = self._masks or Stored(part.labels.shape[1:], np.uint8, self._room)
             self._masks.append(part.labels)
@@ -206,6 +214,11 @@ class _Gathered:
             raise RecordsError(f"{self._manifest.file} has no complete row", hint=CHECK)
         labels: NDArray[Any] = np.concatenate(self._labels)
         return labels
+
+    @property
+    def beside(self) -> NDArray[np.float64] | None:
+        """Of all rows."""
+        return np.concatenate(self._beside) if self._beside else None
 
 
 def _of_rows(manifest: Manifest, task: Task, schema: TableInput | TokensInput, room: Room, at_once: int) -> Table:
@@ -228,7 +241,7 @@ def _of_rows(manifest: Manifest, task: Task, schema: TableInput | TokensInput, r
                 lines.append(part.frame.index.to_numpy(dtype=np.int64))
     labels = gathered.labels
     patients = _patients(manifest, task, content, labels, numbering, np.concatenate([np.empty(0, np.int64), *lines]))
-    return Table(content, labels, patients, gathered.missing, gathered.left_out)
+    return Table(content, labels, patients, gathered.missing, gathered.left_out, beside=gathered.beside)
 
 
 def _of_files(manifest: Manifest, task: Task, schema: ImageInput | SeriesInput, room: Room, at_once: int) -> Table:
@@ -245,6 +258,7 @@ def _of_files(manifest: Manifest, task: Task, schema: ImageInput | SeriesInput, 
             _patients_of(manifest, task, pictures, labels, frame),
             gathered.missing,
             gathered.left_out,
+            beside=gathered.beside,
         )
     account, series = _series(manifest, schema, frame, room)
     _refuse_empty(manifest, frame, account.empty)
@@ -261,6 +275,7 @@ def _of_files(manifest: Manifest, task: Task, schema: ImageInput | SeriesInput, 
         gathered.left_out + empty,
         seen=account.seen,
         set_aside=account.left_out,
+        beside=None if gathered.beside is None else gathered.beside[full],
     )
 
 
@@ -282,8 +297,8 @@ def _complete(manifest: Manifest, task: Task, frame: pd.DataFrame) -> _Part:
     columns = {name: manifest.column(name) for name in _row_columns(manifest, task)}
     labels = label_columns(manifest, task)
     wanted = [*columns.values(), *labels.values(), *([manifest.patient] if manifest.patient else [])]
-    check_header(manifest.file, list(frame.columns), wanted)
-    _refuse_identifiers(manifest, frame, wanted)
+    check_header(manifest.file, list(frame.columns), [*wanted, *group_columns(manifest, task).values()])
+    _refuse_identifiers(manifest, frame, wanted)  # what tells groups apart must not identify anybody
     absent = {name: missing(frame[column], manifest) for name, column in columns.items()}
     absent |= absent_labels(manifest, task, frame)
     incomplete = np.logical_or.reduce(list(absent.values()))
@@ -294,6 +309,7 @@ def _complete(manifest: Manifest, task: Task, frame: pd.DataFrame) -> _Part:
     return _Part(
         frame,
         None if frame.empty else read_labels(manifest, task, frame),
+        None if frame.empty else read_groups(manifest, task, frame),
         {name: int(flags.sum()) for name, flags in absent.items()},
         int(incomplete.sum()),
     )
@@ -421,6 +437,7 @@ def _records(table: Table, task: Task, part: Flags, room: Room) -> Records:
         targets=_targets(table, task, part, room),
         patients=patients.astype(np.int64),
         patient_count=len(distinct),
+        beside=None if table.beside is None else table.beside[part],
     )
 
 

@@ -16,12 +16,16 @@ from torch import nn
 from client import export
 from client.export import OPSET, TOLERANCE, export_onnx, made_up_inputs
 from client.usable import UsableModel
-from shared_models import plan
+from shared_models import plan, tasks
 from shared_models.errors import ConfigError, ConformanceError
 from shared_models.model_file import INTENDED_USE
+from shared_models.nets.build import build_network
 from shared_models.nets.losses import scores
+from shared_models.pretrained import digest_of, offer_files
 from shared_models.tasks import Categorical, ImageInput, SeriesInput, Survival, TableInput, Task, TokensInput
+from shared_models.update import trainable
 from tests.client.made_up import HEADS, OUTLINE, numeric, table, task_of, usable
+from tests.tiny_bases import image_plan, text_plan, write_body, write_encoder
 
 SERIES = SeriesInput(variables=(numeric("a"), numeric("b")), steps=6, step_unit="hour")
 TOKENS = TokensInput(vocabulary=30, length=7)
@@ -86,6 +90,63 @@ def test_another_runtime_gives_the_networks_outputs(exported: Exported, name: st
         for own, found in zip(expected, run(file, inputs), strict=True):
             assert own.shape == found.shape
             np.testing.assert_allclose(found, own, atol=TOLERANCE * max(1.0, float(np.abs(own).max())))
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tiny encoder and a tiny body, offered to this process."""
+    folder = tmp_path_factory.mktemp("bases")
+    found = {"encoder": folder / "encoder", "body": folder / "body.safetensors"}
+    write_encoder(found["encoder"])
+    write_body(found["body"])
+    offer_files(found.values())
+    return found
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "adapters",
+        "head-of-images",
+        pytest.param("head-of-texts", marks=pytest.mark.soak),
+        pytest.param("norms-of-images", marks=pytest.mark.soak),
+    ],
+)
+def test_a_model_on_a_pretrained_base_is_exported_with_it(
+    kind: str, bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Base, adapters and head are one graph; which base it holds, and under which licence, is said in the file."""
+    body, encoder = digest_of(bases["body"]), digest_of(bases["encoder"])
+    study = {
+        "adapters": lambda: text_plan(encoder),
+        "head-of-texts": lambda: text_plan(encoder, top_layers=0),
+        "head-of-images": lambda: image_plan(body),
+        "norms-of-images": lambda: image_plan(body, train_norms=True),
+    }[kind]()
+    task = tasks.task_of(study)
+    network = build_network(study.network, task, seed=3).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():  # what was trained is no longer zero
+        for parameter in trainable(network).values():
+            parameter.add_(0.5 * torch.randn(parameter.shape, generator=generator))
+    file = tmp_path / "model.onnx"
+
+    worst = export_onnx(UsableModel(study, task, network, INTENDED_USE), file)
+
+    assert worst <= TOLERANCE
+    inputs = made_up_inputs(task, 11, seed=99)
+    with torch.no_grad():
+        logits = network(inputs).numpy()
+    assert logits.std() > 100 * TOLERANCE
+    np.testing.assert_allclose(run(file, inputs)[0], logits, atol=TOLERANCE * max(1.0, float(np.abs(logits).max())))
+    about = {prop.key: prop.value for prop in onnx.load(file).metadata_props}
+    assert about["base"] == study.network.base  # type: ignore[union-attr]  # it has one
+    licence = "not known" if "texts" in kind or kind == "adapters" else study.data_licence
+    assert about["base_licence"] == licence
+
+    monkeypatch.setattr(export, "_LARGEST", 1000)
+    with pytest.raises(ConfigError, match="too large"):
+        export_onnx(UsableModel(study, task, network, INTENDED_USE), file)
 
 
 def test_the_file_says_what_it_is(exported: Exported) -> None:

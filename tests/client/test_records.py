@@ -357,7 +357,7 @@ def _in_training(folder: Path, patient: str) -> bool:
         ({"columns": {"agee": "age"}}, "not in the schema of small: columns.agee"),
         ({"categories": {"agee": {"1": "i"}}}, "not in the schema of small: categories.agee"),
         ({"absent_classes": ["dead"]}, "not in the schema of small: absent_classes: dead"),
-        ({"drop": ["id"]}, "drop: id is used by label, patient or [columns]"),
+        ({"drop": ["id"]}, "drop: id is used by label, patient, [columns] or [groups]"),
     ],
 )
 def test_a_manifest_that_does_not_fit_is_refused(tmp_path: Path, changes: dict[str, Any], words: str) -> None:

@@ -7,8 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from torch import nn
 
 from client.alone import evaluate_folder
+from client.round import Hospital
+from shared_models.messages import Proposal, StudyEnd
 from shared_models.model_file import read_model
 from shared_models.privacy.mechanisms import training_mechanism
 from shared_models.update import parameters_to_vector
@@ -28,6 +31,8 @@ def test_every_round_is_answered_paid_for_and_recorded(federation: Federation) -
     (finished,) = federation.events("finished")
     assert set(finished["hospitals"]) == set(federation.names)
     assert "epsilon" in (folder / "card.md").read_text(encoding="utf-8")
+    engines = json.loads((folder / "card.json").read_text(encoding="utf-8"))["engines"]
+    assert engines == dict.fromkeys(federation.names, "book-keeping")
 
 
 def test_the_charge_is_on_disk_before_the_reply_is_made_and_the_receipt_names_it(federation: Federation) -> None:
@@ -78,3 +83,25 @@ def test_without_noise_and_clipping_it_is_plain_fedavg(
     _, model = read_model(federation.run() / "model.safetensors")
 
     np.testing.assert_allclose(parameters_to_vector(model), reference(federation, [0.05] * 3, plain_sgd), atol=1e-5)
+
+
+def test_a_hospital_states_where_its_gradients_came_from_if_not_from_book_keeping(federation: Federation) -> None:
+    """By the layers of the network that it trained; also after a restart, when the network is made once more."""
+    plan, proposal = federation.plan, Proposal(plan=federation.plan.model_dump(mode="json"))
+    end = StudyEnd(study=plan.study, plan_digest=plan.digest())
+    first, second = (Hospital.open(federation.settings_file(name)) for name in federation.names[:2])
+    for hospital in (first, second):
+        hospital.enrol(proposal)
+    layer = next(module for module in first._studies[plan.study].model.modules() if isinstance(module, nn.Linear))
+    foreign = layer.register_forward_hook(lambda *_: None)  # hospitals of a process share the network
+
+    hooked = first.finish(end)
+    foreign.remove()
+    plain, again = second.finish(end), first.finish(end)
+    for hospital in (first, second):
+        hospital.close()
+
+    assert hooked.engine == "opacus-hooks"
+    assert plain.engine is None
+    assert "engine" not in plain.model_dump_json()
+    assert again.engine is None  # made once more, without the hook

@@ -42,7 +42,7 @@ NAMES = {
     "Unmasked": {"version", "revealed"},
     "PrivacyStatement": {
         *("version", "study", "rounds", "epsilon", "epsilon_filter", "delta", "unit"),
-        *("neighbouring", "accountant", "budget_epsilon", "public_size"),
+        *("neighbouring", "accountant", "budget_epsilon", "public_size", "engine"),
     },
 }
 

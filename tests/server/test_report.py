@@ -22,10 +22,11 @@ from server.examples import Example, example_plan, write_example
 from server.folds import cost_of_all, fold_plans, summarise
 from server.journal import Journal
 from server.released import FILE, Released, keep_released, read_released
-from server.report import draw, noise_of, read_report, render, write_report
+from server.report import draw, noise_of, read_report, render, said, write_report
 from server.simulate import Options, run_simulation
 from shared_models.config import read_toml
 from shared_models.errors import ConfigError
+from shared_models.estimates import estimate_heads
 from shared_models.evaluation import evaluate
 from shared_models.model_file import write_model
 from shared_models.nets.build import build_network
@@ -191,8 +192,8 @@ def test_a_study_that_released_nothing_has_a_report_that_says_so(study: Path, tm
     assert {path.stem for path in (folder / "report").glob("*.svg")} == {"costs"}
 
 
-def test_heads_that_are_no_choice_have_their_metrics_without_intervals(plan: StudyPlan, tmp_path: Path) -> None:
-    """Survival, by group: the concordance index as a release gives it; no curve is drawn of what has none."""
+def test_heads_that_are_no_choice_have_figures_with_intervals_by_group(plan: StudyPlan, tmp_path: Path) -> None:
+    """Survival, by group: the concordance index with an interval that knows the noise, in words and in a picture."""
     survival = changed(
         plan,
         task="breast-cancer-survival",
@@ -202,7 +203,7 @@ def test_heads_that_are_no_choice_have_their_metrics_without_intervals(plan: Stu
     task, evaluation = task_of(survival), survival.evaluation
     assert evaluation is not None
     rng = np.random.default_rng(0)
-    counts = rng.integers(9, size=release_size(task, evaluation)).astype(np.float64)
+    counts = (40 * rng.integers(9, size=release_size(task, evaluation))).astype(np.float64)
     write_model(tmp_path / "model.safetensors", build_network(survival.network, task, seed=0), survival)
     Journal(tmp_path / "events.jsonl").write("started", study=survival.study, rounds=2, plan_digest="", parameters=1)
     keep_released(tmp_path, Released(round=1, hospitals=3, statistics=counts))
@@ -213,8 +214,13 @@ def test_heads_that_are_no_choice_have_their_metrics_without_intervals(plan: Stu
         assert report.plain[group] == pytest.approx(compute_metrics(task, part, bins=20))
     words = " ".join(_Page(render(report, draw(report))).words)
     assert "c_index" in words
-    assert f"{report.plain['age', 'from 60 year']['c_index']:.3f}" in words
-    assert set(draw(report)) == set()
+    noise = noise_of(survival, task, Released(round=1, hospitals=3, statistics=counts))
+    for group, part in split(task, evaluation, counts).items():
+        assert report.estimates[group] == estimate_heads(task, part, bins=20, noise=noise)
+        assert said(report.estimates[group]["c_index"]) in words
+    assert noise > 0
+    assert report.estimates["age", "from 60 year"]["c_index"].value is not None
+    assert set(draw(report)) == {"groups-c_index", "progress"}
 
 
 def test_figures_that_somebody_measured_stand_beside_each_other(study: Path, tmp_path: Path) -> None:

@@ -15,14 +15,9 @@ from sklearn.metrics import average_precision_score, brier_score_loss, roc_auc_s
 
 from shared_models import metrics, outcomes
 from shared_models.errors import ConfigError
-from shared_models.evaluation import (
-    Estimate,
-    Evaluation,
-    average_precision,
-    evaluate,
-    evaluate_task,
-    nearest_counts,
-)
+from shared_models.evaluation import Evaluation, average_precision, evaluate, evaluate_task
+from shared_models.intervals import Estimate
+from shared_models.metrics import nearest_counts
 from shared_models.tasks import Choice, Numeric, Quantity
 from tests.client.made_up import table as table_of
 from tests.client.made_up import task_of

@@ -28,6 +28,7 @@ from shared_models.messages import (
     AgreeRequest,
     Dealt,
     EvaluateRequest,
+    PrivacyStatement,
     Proposal,
     ShareRequest,
     TrainRequest,
@@ -100,6 +101,15 @@ PLANS = {
     "early stopping": changed(RELEASING, early_stopping={"metric": "auroc", "patience": 3}),
     "hospitals": changed(RELEASING, hospitals=["south", "north", "east"]),
     "subgroups": changed(RELEASING, evaluation={"subgroups": [{"column": "mean_radius", "edges": [12.0, 16.0]}]}),
+    "subgroups beside the inputs": changed(
+        RELEASING,
+        evaluation={
+            "subgroups": [
+                {"column": "sex", "categories": ["F", "M"]},
+                {"column": "age", "low": 0.0, "high": 120.0, "unit": "year", "edges": [40.0, 65.0]},
+            ]
+        },
+    ),
     "carried forward": changed(
         example_plan("breast-cancer", 4),
         task="icu-mortality",
@@ -109,6 +119,18 @@ PLANS = {
     "pretrained-encoder": _on_a_base("note-specialty", name="pretrained-encoder", base="a" * 64, rank=8, length=128),
     "pretrained-cnn": _on_a_base("pneumonia", name="pretrained-cnn", base="b" * 64),
 }
+STATEMENT = PrivacyStatement(
+    study="a-study",
+    rounds=25,
+    epsilon=0.87,
+    epsilon_filter=0.98,
+    delta=3e-4,
+    unit="patient",
+    neighbouring="add or remove one patient",
+    accountant="an accountant",
+    budget_epsilon=1.0,
+    public_size=160,
+)
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 NEW_KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(1, 33)))
 ROSTER = UnsignedRoster(
@@ -194,6 +216,8 @@ def known_answers() -> dict[str, Any]:
             "update": _records(encode(update, next(iter(played.uploads.values())))),
             "agree_request": _records(encode(AgreeRequest(survivors=played.survivors))),
             "agreed": _records(encode(Agreed(agreement=played.agreement))),
+            "statement": _records(encode(STATEMENT)),
+            "statement_of_another_engine": _records(encode(STATEMENT.model_copy(update={"engine": "opacus-hooks"}))),
             "unmask_request": _records(encode(UnmaskRequest(unmasking=played.unmasking))),
             "unmasked": _records(encode(Unmasked(revealed=played.revealed))),
         },
