@@ -333,7 +333,7 @@ def _measured(file: Manifest, kept: pd.DataFrame, variables: NDArray[np.int64], 
     column = file.series.value  # type: ignore[union-attr]  # whoever calls has looked
     absent = missing(kept[column], file)
     cells = texts(kept[column])
-    values = pd.to_numeric(cells.where(~absent, "0"), errors="coerce").to_numpy(dtype=np.float64, copy=True)
+    values = pd.to_numeric(cells.where(~absent, "0"), errors="coerce").to_numpy(dtype=np.float64) + 0.0
     wrong = ~np.isfinite(values)
     unit = schema.variables[variables[np.argmax(wrong)]].unit if len(wrong) else ""
     refuse(file, kept, column, wrong, f"is not a number ({unit} expected)", quoted=False)
