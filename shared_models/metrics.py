@@ -79,34 +79,46 @@ def compute_metrics(classes: int, statistics: ArrayLike, *, bins: int) -> dict[s
     Ratios of sums, and of products of different counts, are taken from the counts as they came, negative ones included:
     noise of mean zero then cancels, where cutting it off at zero would draw every figure towards chance. Only the AUPRC
     and the calibration error are computed from counts that are cut off: of the first, ratios of single noised counts
-    have no mean, and the second is of absolute values; both are biased, the smaller the counts the more.
+    have no mean, and the second is of absolute values; both are biased, the smaller the counts the more. So is a figure
+    of which the noise left no more than zero to divide by: that one is computed from counts that are cut off, too.
 
     Guarantees:
         * On exact statistics every figure differs from its value on the unbinned records by at most ``bin_errors``.
         * Any finite input gives finite figures in their ranges. A figure that is not defined, like the AUROC of a
-          single class, or of one of which the noise leaves no more than zero, is left out.
+          single class, is left out.
 
     Raises:
         ProtocolError: Wrong length, or numbers that cannot be counts.
         ConfigError: As for ``record_statistics``.
     """
     counts = _check_counts(statistics, statistics_size(classes, bins))
+    cut_off = counts.clip(min=0.0)
+    as_they_came, instead = (_ratios(classes, part, bins) for part in (counts, cut_off))
+    _, tables, confidence = _split(classes, cut_off, bins)
+    ratios = {name: instead[name] if np.isnan(figure) else figure for name, figure in as_they_came.items()}
+    figures = {
+        **ratios,
+        "auprc": _mean(np.array([_auprc(table) for table in tables])),
+        "calibration_error": _calibration_error(confidence),
+        "records": 0.0 if np.isnan(instead["records"]) else ratios["records"],
+    }
+    return {name: float(figure) for name, figure in figures.items() if not np.isnan(figure)}
+
+
+def _ratios(classes: int, counts: Floats, bins: int) -> dict[str, float]:
+    """Figures that are ratios of sums of counts, or of products of different ones; NaN of nothing."""
     confusion, tables, _ = _split(classes, counts, bins)
-    _, cut_off, confidence = _split(classes, counts.clip(min=0.0), bins)
     recalls = np.array([_ratio(confusion[c, c], confusion[c].sum()) for c in range(classes)])
     f1s = np.array([_ratio(2 * confusion[c, c], confusion[c].sum() + confusion[:, c].sum()) for c in range(classes)])
-    figures = {
+    return {
         "accuracy": _ratio(confusion.trace(), confusion.sum()),
         "balanced_accuracy": _mean(recalls),
         **({"sensitivity": recalls[1], "specificity": recalls[0]} if classes == 2 else {}),
         "f1": f1s[1] if classes == 2 else _mean(f1s),
         "auroc": _mean(np.array([_auroc(table) for table in tables])),
-        "auprc": _mean(np.array([_auprc(table) for table in cut_off])),
         "brier": sum(_brier(table) for table in tables),
-        "calibration_error": _calibration_error(confidence),
-        "records": max(confusion.sum(), 0.0),
+        "records": confusion.sum() if confusion.sum() > 0 else np.nan,
     }
-    return {name: float(figure) for name, figure in figures.items() if not np.isnan(figure)}
 
 
 def score_tables(classes: int, statistics: ArrayLike, *, bins: int) -> Floats:

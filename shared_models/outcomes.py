@@ -269,7 +269,9 @@ def _metrics(head: Head, counts: Floats, bins: int) -> dict[str, float]:
             return _quantity_metrics(counts)
         case Survival(edges=edges):
             table = counts.reshape(bins, len(edges) + 1, 2)
-            return _defined(c_index=concordance(table), records=max(float(table.sum()), 0.0))
+            found = concordance(table)
+            index = concordance(table.clip(min=0)) if np.isnan(found) else found  # noise left no pair: near chance
+            return _defined(c_index=index, records=max(float(table.sum()), 0.0))
         case Outline():
             images, *sums = counts
             if not images > 0:

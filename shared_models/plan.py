@@ -333,6 +333,8 @@ class PrivacyPlan(Evolving):
 
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+# Printed on terminals, in pictures and in reports: nothing of it may be taken for mark-up, nor differ by a space.
+Words = Annotated[str, Field(max_length=64, pattern=r"^[^\s\[\]$\\\p{C}]([^\[\]$\\\p{C}]*[^\s\[\]$\\\p{C}])?$")]
 
 
 class Subgroups(Evolving):
@@ -353,10 +355,10 @@ class Subgroups(Evolving):
 
     column: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]{0,63}$")]
     edges: Annotated[tuple[Finite, ...], Field(max_length=10)] = ()
-    categories: Annotated[tuple[Annotated[str, Field(min_length=1, max_length=64)], ...], Field(max_length=20)] = ()
+    categories: Annotated[tuple[Words, ...], Field(max_length=20)] = ()
     low: Finite | None = None
     high: Finite | None = None
-    unit: Annotated[str, Field(max_length=32)] = ""
+    unit: Words | Literal[""] = ""
 
     @property
     def beside(self) -> bool:

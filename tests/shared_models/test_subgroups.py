@@ -192,11 +192,17 @@ def test_subgroups_that_contradict_themselves_are_refused() -> None:
         ({"low": 0.0, "high": 9.0, "unit": "year"}, "needs edges"),
         ({"low": 0.0, "high": 9.0, "unit": "year", "edges": (0.0,)}, "above low"),
         ({"low": 0.0, "high": 9.0, "unit": "year", "edges": (9.5,)}, "not above high"),
+        ({"categories": ("F", " M")}, "pattern"),
+        ({"categories": ("F", "[red]M")}, "pattern"),
+        ({"categories": ("F", "$M$")}, "pattern"),
+        ({"categories": ("F", "M\x1b")}, "pattern"),
+        ({"categories": ("F", "")}, "pattern"),
+        ({"low": 0.0, "high": 9.0, "unit": "[year]", "edges": (1.0,)}, "pattern"),
         ({"low": 0.0, "high": np.nan, "unit": "year", "edges": (1.0,)}, "finite"),
     ],
 )
 def test_a_column_beside_the_inputs_is_declared_whole_or_refused(fields: dict[str, Any], why: str) -> None:
-    """Categories, or a number with range, unit and edges; never a part of either."""
+    """Categories, or a number with range, unit and edges; never a part of either, nor texts that are mark-up."""
     with pytest.raises(ValidationError, match=why):
         Subgroups(column="group", **fields)
 
