@@ -20,3 +20,20 @@ def choose_device(settings: Settings) -> torch.device:
         )
     wanted = settings.device == "cuda" or (settings.device == "auto" and "cuda" in settings.policy.devices)
     return torch.device("cuda" if wanted and there else "cpu")
+
+
+def other_devices(settings: Settings, device: torch.device) -> list[torch.device]:
+    """Further GPUs that share the work of this one, as many as the setting says.
+
+    Raises:
+        ConfigError: The machine has fewer.
+    """
+    if device.type != "cuda":
+        return []
+    there = torch.cuda.device_count()
+    if settings.gpus > there:
+        raise ConfigError(
+            f"the settings ask for {settings.gpus} GPUs, and there are {there}",
+            hint="Set gpus to as many as nvidia-smi lists, and CUDA_VISIBLE_DEVICES permits.",
+        )
+    return [torch.device("cuda", number) for number in range(1, settings.gpus)]

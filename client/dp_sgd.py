@@ -9,6 +9,7 @@ import copy
 import logging
 import math
 import warnings
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from client.augment import augmented
 from client.clipping.book_keeping import BookKeeping, covers
 from client.clipping.gradients import Gradients
+from client.clipping.several import SeveralDevices
 from client.loader import PoissonLoader
 from client.randomness import SecureRandom, require_system_key
 from client.records.records import Records
@@ -76,6 +78,7 @@ def train(
     expected_batch: float,
     random: SecureRandom,
     device: str | torch.device = "cpu",
+    others: Sequence[torch.device] = (),
     micro_batch: int = 256,
     precision: torch.dtype = torch.float32,
     null: NDArray[np.float64] | None = None,
@@ -103,7 +106,8 @@ def train(
         expected_batch: Denominator of every step, in patients: q times the *public* size, never a true count.
         random: Source of sampling and noise, fresh for every charge.
         device: Where gradients are computed.
-        micro_batch: Most records at once on the device; bounds memory, changes no result beyond rounding.
+        others: Further devices, which take their part of the patients drawn.
+        micro_batch: Most records at once on a device; bounds memory, changes no result beyond rounding.
         precision: Of the forward and backward pass (``Gradients``); noise and the clip do not depend on it.
         null: Further coordinates, moved in place, whose gradient is zero for every patient: the same noise as the
             parameters', and nothing else.
@@ -133,6 +137,7 @@ def train(
         expected_batch=expected_batch,
         random=random,
         device=device,
+        others=others,
         micro_batch=micro_batch,
         precision=precision,
         null=null,
@@ -154,6 +159,7 @@ def local_steps(
     proximal: float = 0.0,
     augmentation: Augmentation | None = None,
     device: str | torch.device = "cpu",
+    others: Sequence[torch.device] = (),
     micro_batch: int = 256,
     precision: torch.dtype = torch.float32,
     null: NDArray[np.float64] | None = None,
@@ -179,18 +185,19 @@ def local_steps(
     standard_deviation = noise_multiplier * clip if noise_multiplier else 0.0  # 0 times an infinite clip is NaN
     drawn = 0
     size = sum(parameter.numel() for parameter in trainable(model).values())
-    # Where gradients are computed elsewhere, the processor makes the noise in the meantime. The stream is asked for the
-    # same numbers in the same order.
+    # Where gradients are computed elsewhere, the processor makes the noise's bits in the meantime.
     elsewhere = standard_deviation > 0 and torch.device(device).type != "cpu"
     with (
-        gradients_for(model, records, task, device=device, micro_batch=micro_batch, precision=precision) as gradients,
+        _on_all(
+            model, records, task, devices=[torch.device(device), *others], micro_batch=micro_batch, precision=precision
+        ) as gradients,
         ThreadPoolExecutor(1) if elsewhere else nullcontext() as maker,
     ):
         start = gradients.position() if pull else None
         for _ in range(steps):
             patients = loader.draw()
             drawn += len(patients)
-            made = maker.submit(random.gaussian, size) if maker is not None else None
+            made = maker.submit(random.uniform, size + size % 2) if maker is not None else None
             total = gradients.clipped_sum(patients, clip=clip)
             noisy = add_noise(total, standard_deviation=standard_deviation, random=random, made=made)
             if start is not None:
@@ -208,15 +215,46 @@ def add_noise(
 ) -> Tensor:
     """Add independent Gaussian noise in float64, in place, to every coordinate, also where the sum is empty or zero.
 
-    ``made`` is standard noise from the same stream that a thread makes meanwhile.
+    On a GPU it is the GPU that makes noise of uniform numbers; ``made`` are those, of the same stream, one or more for
+    each coordinate, which a thread makes meanwhile.
     """
     if standard_deviation == 0:
         return total
-    if made is None and total.device.type == "cpu":
+    if total.device.type == "cpu":
         random.add_gaussian(total.numpy(), standard_deviation=standard_deviation)
         return total
-    noise = random.gaussian(total.numel()) if made is None else made.result()
-    return total.add_(torch.from_numpy(noise).to(total.device), alpha=standard_deviation)
+    size = total.numel()
+    uniform = random.uniform(size + size % 2) if made is None else made.result()
+    return total.add_(normal_from(torch.from_numpy(uniform).to(total.device))[:size], alpha=standard_deviation)
+
+
+def normal_from(uniform: Tensor) -> Tensor:
+    """As many independent standard normal numbers as there are uniform ones in [0, 1), an even number; float64.
+
+    Source:
+        Box and Muller, Annals of Mathematical Statistics 29(2), 1958.
+    """
+    first, second = uniform.chunk(2)
+    radius = (1 - first).log().mul_(-2).sqrt_()  # 1 - u lies in (0, 1], so that the logarithm is finite
+    angle = second * (2 * math.pi)
+    return torch.cat([radius * angle.cos(), radius * angle.sin()])
+
+
+def _on_all(
+    model: nn.Module,
+    records: Records,
+    task: Task,
+    *,
+    devices: Sequence[torch.device],
+    micro_batch: int,
+    precision: torch.dtype,
+) -> Gradients | SeveralDevices:
+    """The engine of the only device, or one for each."""
+
+    def engine(model: nn.Module, records: Records, device: torch.device) -> Gradients:
+        return gradients_for(model, records, task, device=device, micro_batch=micro_batch, precision=precision)
+
+    return engine(model, records, devices[0]) if len(devices) == 1 else SeveralDevices(model, records, devices, engine)
 
 
 def gradients_for(
@@ -278,10 +316,10 @@ class PatientGradients(Gradients):
             inputs, targets, _ = self._records.select(patients)
             return self._record_gradients(inputs, targets)
         kind = self._parameters[0].dtype  # float64 in the self-check
-        share = torch.from_numpy(1 / counts).to(self._device, kind)
-        means = [torch.zeros(len(patients), size, device=self._device, dtype=kind) for size in self._sizes]
+        share = torch.from_numpy(1 / counts).to(self.device, kind)
+        means = [torch.zeros(len(patients), size, device=self.device, dtype=kind) for size in self._sizes]
         for inputs, targets, owners in self._records.parts(patients, self._micro_batch):
-            owner = torch.from_numpy(owners).to(self._device)
+            owner = torch.from_numpy(owners).to(self.device)
             for mean, gradient in zip(means, self._record_gradients(inputs, targets), strict=True):
                 mean.index_add_(0, owner, gradient * share[owner, None])
         return means

@@ -21,12 +21,13 @@ from client.books import Books
 from client.budget import holds
 from client.bundle import keep_receipt, keep_transcript
 from client.consent import Consents
-from client.device import choose_device
+from client.device import choose_device, other_devices
 from client.dp_sgd import self_check, train
 from client.egress import EgressLog
 from client.evaluate import released_statistics
 from client.live import LiveSettings
 from client.membership import Membership
+from client.memory import freed_memory_kept
 from client.own_noise import note_noise
 from client.pace import OnTheGrid
 from client.policy import Policy, Site, admit, permit_now
@@ -153,6 +154,7 @@ class Hospital:
         self.egress = EgressLog(settings)
         self._live = live
         self.device = choose_device(settings)
+        self._other_devices = other_devices(settings, self.device)
         self._consents = Consents(settings.state)
         self._identity = load_key(settings.keys.identity)
         self._membership = Membership(settings)
@@ -319,7 +321,7 @@ class Hospital:
             return complaint, None
         mechanism = training_mechanism(study.plan, self.settings.population.public_size)
         charge = self._charge(mechanism)
-        with OnTheGrid(received, study.plan.reply_grid_s):
+        with OnTheGrid(received, study.plan.reply_grid_s), freed_memory_kept():
             records = study.training  # from here on records are used: the charge is on the disk
             vector_to_parameters(parameters, study.model)
             training, null = study.plan.training_in(self._party.announcement.round), np.zeros(NULL_COORDINATES)
@@ -333,6 +335,7 @@ class Hospital:
                 expected_batch=mechanism.expected_batch,
                 random=random,
                 device=self.device,
+                others=self._other_devices,
                 precision=getattr(torch, self.settings.precision),
                 null=null,
                 allow_test_random=self._allow_test_random,

@@ -99,6 +99,7 @@ class Settings(Frozen):
         roster: The signed roster: who is in the consortium, and with which keys.
         device: ``auto`` takes CUDA when it is there, else the CPU.
         precision: Of forward and backward passes; clipping, sums and noise are always in 32 or 64 bits.
+        gpus: How many GPUs of this machine share the work of training, where CUDA computes.
         threads: Threads that torch may use.
         logs: How much is kept of the logs.
         pretrained: This hospital's own copies of pretrained bases that plans start from, by their digest.
@@ -115,7 +116,8 @@ class Settings(Frozen):
     records_memory_mb: Annotated[int, Field(ge=0, le=1_000_000)] = 512
     roster: LocalPath
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    gpus: Annotated[int, Field(ge=1, le=64)] = 1
     threads: Annotated[int, Field(ge=1, le=1024)] = 1
     tls: Tls
     keys: Keys

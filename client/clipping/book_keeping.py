@@ -7,6 +7,7 @@ clip, then one weighted sum per layer.
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -20,14 +21,17 @@ from torch.utils.hooks import RemovableHandle
 
 from client.clipping.gradients import Gradients
 from client.clipping.layers import Call, Direct, Share, covered, is_extreme, shares
+from client.clipping.replay import Pass, Replays, rounded_up
 from shared_models.errors import ConfigError
 
 _FEWEST_RECORDS = 32  # of a pass
-_NUMBERS_AT_ONCE = 1 << 21  # numbers that the layers of a pass give: 8 MB of float32
+_NUMBERS_AT_ONCE = 1 << 22  # numbers that the layers of a pass give: 16 MB of float32
 _NUMBERS_PER_CALL = 1 << 16  # numbers that a layer should give in a call, lest Python take longer than the arithmetic
 _SMALL = 256  # numbers of a parameter whose gradients are measured and weighed along with others
+_LOSS_SCALE = 1024.0  # of float16, whose smallest number is 6e-8; fixed, so that it depends on no record
 _TINY = 1e-30  # factors below lose digits in float32
 _PASSES: WeakKeyDictionary[nn.Module, dict[torch.Size, tuple[int, int]]] = WeakKeyDictionary()
+_REPLAYS: WeakKeyDictionary[nn.Module, Replays] = WeakKeyDictionary()
 
 
 def covers(model: nn.Module) -> bool:
@@ -79,6 +83,7 @@ class BookKeeping(Gradients):
 
     def _hook(self) -> None:
         self._hooks: list[RemovableHandle] = []
+        self._scale = _LOSS_SCALE if self._precision == torch.float16 else 1.0
         self._runs: list[Run] = []
         self._made: Counter[nn.Module] = Counter()
         self._numbers = 0
@@ -105,13 +110,13 @@ class BookKeeping(Gradients):
         The two numbers that this takes, of one record's forward pass, are asked for once per network. A GPU takes what
         it may.
         """
-        if self._device.type != "cpu":
+        if self.device.type != "cpu":
             return self._micro_batch
         shape = self._records.inputs.shape[1:]
         known = _PASSES.setdefault(self._model, {})
         if shape not in known:
             self._runs = list(_runs(np.ones(1, dtype=np.int64)))
-            self._model(self._records.inputs[:1].to(self._device))
+            self._model(self._records.inputs[:1].to(self.device))
             known[shape] = max(1, self._numbers), self._made.total()
             self._forget()
         numbers, calls = known[shape]
@@ -124,34 +129,90 @@ class BookKeeping(Gradients):
             self._add_large(total, patients, clip)
             return
         inputs, targets, _ = self._records.select(patients)
+        inputs, targets = inputs.to(self.device), targets.to(self.device)
+        if self.device.type == "cuda" and counts[0] == counts[-1]:
+            self._add_recorded(total, inputs, targets, counts, clip)
+        else:
+            self._add_pass(total, inputs, targets, counts, clip)
+
+    def _add_pass(self, total: Tensor, inputs: Tensor, targets: Tensor, counts: NDArray[np.int64], clip: float) -> None:
+        """Add one pass over whole patients."""
         self._keep_books(inputs, targets, counts)
-        norms = self._norms(len(patients))
+        norms = self._norms(len(counts))
         factors = self._clip_factors(norms, clip)
         broken, tiny = torch.stack([(~norms.isfinite()).any(), (factors < _TINY).any()]).tolist()
         if broken:  # a NaN times zero is NaN
             for _, members, share in self._shares:
                 share.silence(~norms[members].isfinite())
         # A factor that float32 holds with few digits only, or not at all, is not rounded to it.
-        weights = factors if tiny else factors.to(self._parameters[0].dtype)
+        self._add_weighted(total, factors if tiny else factors.to(self._parameters[0].dtype))
+        self._forget()
+
+    def _add_recorded(
+        self, total: Tensor, inputs: Tensor, targets: Tensor, counts: NDArray[np.int64], clip: float
+    ) -> None:
+        """The same on a GPU, for patients with equally many records: by a replay, once a pass was recorded."""
+        patients, each = len(counts), int(counts[0])
+        replays = _REPLAYS.setdefault(self._model, Replays())
+        key = (rounded_up(patients), each, clip, self._precision, inputs.shape[1:], inputs.dtype, id(self._task))
+        weights = (*self._model.parameters(), *self._model.buffers())
+        new = replays.wants(key, tuple(weight.data_ptr() for weight in weights))
+        replay = replays.find(key)
+        if replay is not None:
+            found = replay(inputs, targets, patients)
+            if not found.doubtful.item():
+                total += found.total
+                self._counts[0] += found.clipped
+                return
+        before = total.clone() if new else total
+        self._add_pass(total, inputs, targets, counts, clip)
+        if new:
+            size = rounded_up(patients)
+            replays.record(
+                key,
+                partial(self._quick_pass, counts=np.full(size, each), clip=clip),
+                inputs,
+                targets,
+                rows=size * each,
+                patients=patients,
+                expected=total - before,
+            )
+
+    def _quick_pass(
+        self, inputs: Tensor, targets: Tensor, patients: Tensor, counts: NDArray[np.int64], clip: float
+    ) -> Pass:
+        """A pass that waits for no answer, of whose patients the first so many count; said where it is of no use."""
+        self._keep_books(inputs, targets, counts)
+        counted = torch.arange(len(counts), device=self.device) < patients
+        squares = self._squares(len(counts), exact=False)
+        norms = squares.sqrt()
+        factors = (clip * self.rounding / norms).clamp(max=1)
+        total = torch.zeros(sum(self._sizes), dtype=torch.float64, device=self.device)
+        self._add_weighted(total, torch.where(counted, factors, 0).to(self._parameters[0].dtype))
+        self._forget()
+        doubtful = (counted & (is_extreme(squares) | (factors < _TINY))).any() | ~total.isfinite().all()
+        return Pass(total, (counted & (norms > clip)).sum(), doubtful)
+
+    def _add_weighted(self, total: Tensor, weights: Tensor) -> None:
         for place, members, share in self._shares:
             part = total[place]
             share.add_to(part, weights[members])
             if not isinstance(place, slice):  # then it was a copy
                 total[place] = part
-        self._forget()
 
     def _norms(self, patients: int) -> Tensor:
         """Norm of each patient's gradient over all layers, float64; exact where it is extreme."""
-
-        def squares(*, exact: bool) -> Tensor:
-            found = torch.zeros(patients, dtype=torch.float64, device=self._device)
-            for _, members, share in self._shares:
-                found[members] += share.squares(exact=exact)
-            return found
-
-        quick = squares(exact=False)
+        quick = self._squares(patients, exact=False)
         extreme = is_extreme(quick)
-        return (torch.where(extreme, squares(exact=True), quick) if extreme.any() else quick).sqrt()
+        if not extreme.any():
+            return quick.sqrt()
+        return torch.where(extreme, self._squares(patients, exact=True), quick).sqrt()
+
+    def _squares(self, patients: int, *, exact: bool) -> Tensor:
+        found = torch.zeros(patients, dtype=torch.float64, device=self.device)
+        for _, members, share in self._shares:
+            found[members] += share.squares(exact=exact)
+        return found
 
     def _add_large(self, total: Tensor, patients: NDArray[np.int64], clip: float) -> None:
         """One patient with more records than a micro-batch: their plain gradient, part by part."""
@@ -159,9 +220,9 @@ class BookKeeping(Gradients):
         for inputs, targets, _ in self._records.parts(patients, self._micro_batch):
             losses = self._losses(inputs, targets)
             found = torch.autograd.grad(
-                losses.sum() / records, self._parameters, allow_unused=True, materialize_grads=True
+                losses.sum() * (self._scale / records), self._parameters, allow_unused=True, materialize_grads=True
             )
-            mean += torch.cat([gradient.flatten() for gradient in found])
+            mean += torch.cat([gradient.flatten() for gradient in found]) / self._scale
         factor = self._clip_factors(mean.norm()[None], clip)
         total += factor * mean.nan_to_num_(0, 0, 0)
 
@@ -172,13 +233,14 @@ class BookKeeping(Gradients):
         self._small = [{} for _ in self._runs]
         losses = self._losses(inputs, targets)
         if counts[-1] > 1:
-            share = torch.from_numpy(np.repeat(1 / counts, counts)).to(self._device, losses.dtype)
-            losses = losses * share
+            losses = losses * torch.cat(
+                [losses.new_full((run.records.stop - run.records.start,), 1 / run.each) for run in self._runs]
+            )
         # Asked for the gradients of the first layers' outputs alone, autograd computes none of a weight, passes all
         # other layers on its way, and stops there.
         edges = [edge for edge, _ in self._first]
         for (_, arrive), grad in zip(
-            self._first, torch.autograd.grad(losses.sum(), edges, allow_unused=True), strict=True
+            self._first, torch.autograd.grad(losses.sum() * self._scale, edges, allow_unused=True), strict=True
         ):
             arrive(grad)
         for module in list(self._calls):  # a layer one of whose outputs was not used: what was used counts
@@ -186,9 +248,14 @@ class BookKeeping(Gradients):
         for run, small in zip(self._runs, self._small, strict=True):
             if not small:
                 continue
-            places = [torch.arange(place.start, place.stop) for place in map(self._places.__getitem__, small)]
-            together = Direct(torch.cat(list(small.values()), dim=1))
-            self._shares.append((torch.cat(places).to(self._device), run.patients, together))
+            # Made anew in each pass: a recorded one may read nothing that is gone when it is replayed.
+            places = torch.cat(
+                [
+                    torch.arange(place.start, place.stop, device=self.device)
+                    for place in map(self._places.__getitem__, small)
+                ]
+            )
+            self._shares.append((places, run.patients, Direct(torch.cat(list(small.values()), dim=1))))
 
     def _passed(self, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
         """After each call of a layer: note its input, and ask for the gradient of its output."""
@@ -229,7 +296,7 @@ class BookKeeping(Gradients):
         for run, small in zip(self._runs, self._small, strict=True):
             cut = [Call(_by_patient(call.input, run), _by_patient(call.grad, run)) for call in calls]
             if self._precision != torch.float32:
-                cut = [Call(_in_full(call.input), _in_full(call.grad)) for call in cut]
+                cut = [Call(_in_full(call.input), _in_full(call.grad) / self._scale) for call in cut]
             for parameter, share in shares(module, cut):
                 if isinstance(share, Direct) and parameter.numel() <= _SMALL:
                     small[parameter] = share.gradients

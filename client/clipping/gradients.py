@@ -24,8 +24,8 @@ class Gradients(ABC):
         task: Names the loss.
         device: Where gradients are computed.
         micro_batch: Most records at once on the device.
-        precision: ``torch.bfloat16`` lets torch's autocast compute what it holds for safe in 16 bits; the loss, norms,
-            the clip and sums stay in 32 or 64.
+        precision: ``torch.bfloat16`` or ``torch.float16`` lets torch's autocast compute what it holds for safe in 16
+            bits; the loss, norms, the clip and sums stay in 32 or 64.
 
     Raises:
         ConfigError: ``micro_batch`` is below 1.
@@ -50,7 +50,7 @@ class Gradients(ABC):
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._records = records
         self._task = task
-        self._device = torch.device(device)
+        self.device = torch.device(device)
         self._precision = precision
         self._micro_batch = micro_batch
         self._sizes = [p.numel() for p in self._parameters]
@@ -84,16 +84,17 @@ class Gradients(ABC):
         Returns:
             Shape ``(d,)``, float64, over the trainable parameters in their own order.
         """
-        total = torch.zeros(sum(self._sizes), dtype=torch.float64, device=self._device)
+        total = torch.zeros(sum(self._sizes), dtype=torch.float64, device=self.device)
         for group in self._groups(patients):
             self._add_group(total, group, clip)
         return total
 
     def descend(self, gradient: Tensor, *, learning_rate: float) -> None:
-        """One plain SGD step; the difference is taken in float64, then rounded to the parameters' float32."""
+        """One plain SGD step of all parameters at once, in their own precision."""
+        rounded = gradient.to(self._parameters[0].dtype).split(self._sizes)
+        parts = [part.view_as(parameter) for parameter, part in zip(self._parameters, rounded, strict=True)]
         with torch.no_grad():
-            for parameter, part in zip(self._parameters, gradient.split(self._sizes), strict=True):
-                parameter.sub_(part.view_as(parameter), alpha=learning_rate)
+            torch._foreach_sub_([*self._parameters], parts, alpha=learning_rate)
 
     def position(self) -> list[Tensor]:
         """A copy of the parameters as they are."""
@@ -112,11 +113,11 @@ class Gradients(ABC):
 
     def _losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """One forward pass: the loss of each record, float32 or more."""
-        with torch.autocast(self._device.type, self._precision, enabled=self._precision != torch.float32):
-            outputs = self._model(inputs.to(self._device))
+        with torch.autocast(self.device.type, self._precision, enabled=self._precision != torch.float32):
+            outputs = self._model(inputs.to(self.device))
         if self._precision != torch.float32:
             outputs = outputs.float()
-        losses = loss_per_record(self._task, outputs, targets.to(self._device))
+        losses = loss_per_record(self._task, outputs, targets.to(self.device))
         if losses.shape != (len(inputs),):
             raise ConfigError("a network does not give one loss per record", hint="Mend the network.")
         return losses

@@ -125,28 +125,25 @@ class Rows:
     """Gradients of an embedding: a few rows for each patient, the rest zero.
 
     Args:
-        rows: Shape ``(u, d)``; no patient has two of the same token.
-        tokens: Which row of the table each is, shape ``(u,)``.
-        owners: Which patient's each is, shape ``(u,)``.
-        patients: m.
+        rows: Shape ``(m, T, d)``; no patient has two of the same token, but rows of zeros.
+        tokens: Which row of the table each is, shape ``(m, T)``.
     """
 
-    def __init__(self, rows: Tensor, tokens: Tensor, owners: Tensor, patients: int) -> None:
-        self._rows, self._tokens, self._owners, self._patients = rows, tokens, owners, patients
+    def __init__(self, rows: Tensor, tokens: Tensor) -> None:
+        self._rows, self._tokens = rows, tokens
 
     def squares(self, *, exact: bool) -> Tensor:
         """See ``Share``."""
-        lengths = Direct(self._rows).squares(exact=exact)
-        return lengths.new_zeros(self._patients).index_add_(0, self._owners, lengths)
+        return Direct(self._rows.flatten(1)).squares(exact=exact)
 
     def silence(self, patients: Tensor) -> None:
         """See ``Share``."""
-        self._rows[patients[self._owners]] = 0
+        self._rows[patients] = 0
 
     def add_to(self, total: Tensor, factors: Tensor) -> None:
         """See ``Share``."""
-        weighted = self._rows * factors[self._owners, None].double()
-        total.view(-1, weighted.shape[1]).index_add_(0, self._tokens, weighted)
+        weighted = self._rows * factors[:, None, None].double()
+        total.view(-1, weighted.shape[2]).index_add_(0, self._tokens.flatten(), weighted.flatten(0, 1))
 
 
 def _squares(values: Tensor) -> Tensor:
@@ -309,11 +306,12 @@ def _embedding(module: nn.Embedding, calls: Sequence[Call]) -> Share:
     grads = _joined([call.grad for call in calls])
     if module.padding_idx is not None:
         grads = grads.masked_fill((tokens == module.padding_idx).unsqueeze(2), 0)
-    m, vocabulary = len(tokens), module.num_embeddings
-    keys = tokens + vocabulary * torch.arange(m, device=tokens.device)[:, None]
-    found, place = keys.unique(return_inverse=True)
-    rows = grads.new_zeros(len(found), module.embedding_dim).index_add_(0, place.flatten(), grads.flatten(0, 1))
-    return Rows(rows, found % vocabulary, found // vocabulary, m)
+    found, order = tokens.sort(dim=1)
+    place = functional.pad(found[:, 1:] != found[:, :-1], (1, 0)).cumsum(dim=1)  # of each in its patient's rows
+    first_row = found.shape[1] * torch.arange(len(found), device=found.device)[:, None]
+    row = torch.empty_like(order).scatter_(1, order, place + first_row)
+    rows = torch.zeros_like(grads).flatten(0, 1).index_add_(0, row.flatten(), grads.flatten(0, 1))
+    return Rows(rows.view_as(grads), torch.zeros_like(found).scatter_(1, place, found))
 
 
 def _scale(module: nn.Module, call: Call) -> Tensor:

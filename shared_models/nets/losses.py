@@ -73,7 +73,10 @@ def _choice_loss(head: Choice, outputs: Tensor, targets: Tensor) -> Tensor:
         losses = functional.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="none")
     else:
         losses = functional.cross_entropy(outputs, targets.long(), reduction="none")
-    return losses if head.weights is None else losses * losses.new_tensor(head.weights)[targets.long()]
+    if head.weights is None:
+        return losses
+    weights = torch.stack([losses.new_full((), weight) for weight in head.weights])
+    return losses * weights[targets.long()]
 
 
 def _error(head: Quantity, outputs: Tensor, targets: Tensor) -> Tensor:

@@ -55,6 +55,45 @@ class Twice(nn.Module):
         return first + self.layer(first[:, :1] * 0.7)
 
 
+class Gru(nn.Module):
+    """A GRU cell of linear layers over all positions; the last state comes out."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.from_input, self.from_state = nn.Linear(width, 3 * hidden), nn.Linear(hidden, 3 * hidden)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Shape ``(n, hidden)``."""
+        state = inputs.new_zeros(len(inputs), self.from_state.in_features)
+        for driven in self.from_input(inputs).unbind(dim=1):
+            reset, keep, new = driven.chunk(3, dim=1)
+            old_reset, old_keep, old_new = self.from_state(state).chunk(3, dim=1)
+            kept = (keep + old_keep).sigmoid()
+            state = kept * state + (1 - kept) * (new + (reset + old_reset).sigmoid() * old_new).tanh()
+        return state
+
+
+class Attention(nn.Module):
+    """Attention with heads, of linear layers; the first is frozen and has an adapter of low rank beside it."""
+
+    def __init__(self, width: int, heads: int, rank: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.projections, self.out = (
+            nn.Linear(width, 3 * width).requires_grad_(requires_grad=False),
+            nn.Linear(width, width),
+        )
+        self.down, self.up = nn.Linear(width, rank, bias=False), nn.Linear(rank, 3 * width, bias=False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Shape as it was."""
+        made = self.projections(inputs) + self.up(self.down(inputs))
+        queries, keys, values = made.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        mixed = nn.functional.scaled_dot_product_attention(queries, keys, values)
+        found: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
+        return found
+
+
 class Keyword(nn.Module):
     """Hands a plain layer its input by keyword."""
 
@@ -156,8 +195,30 @@ def repeating_networks(draw: st.DrawFn) -> Made:
     return nn.Sequential(twice, nn.Tanh(), nn.Flatten(), nn.Linear(math.prod(shape), 1)), rows(*shape)
 
 
+@st.composite
+def recurrent_networks(draw: st.DrawFn) -> Made:
+    """A GRU cell that is called at each of a few steps."""
+    width, hidden = draw(st.integers(1, 4)), draw(st.integers(1, 5))
+    return nn.Sequential(Gru(width, hidden), nn.Linear(hidden, 1)), rows(draw(st.integers(1, 5)), width)
+
+
+@st.composite
+def attending_networks(draw: st.DrawFn) -> Made:
+    """Attention with several heads, and an adapter on frozen weights."""
+    heads, rank = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    width = 2 * heads
+    model = nn.Sequential(Attention(width, heads, rank), nn.Tanh(), Mean(-1), nn.Linear(width, 1))
+    return model, rows(draw(st.integers(1, 6)), width)
+
+
 NETWORKS = st.one_of(
-    linear_networks(), convolutional_networks(), normalised_networks(), embedded_networks(), repeating_networks()
+    linear_networks(),
+    convolutional_networks(),
+    normalised_networks(),
+    embedded_networks(),
+    repeating_networks(),
+    recurrent_networks(),
+    attending_networks(),
 )
 
 
@@ -360,6 +421,7 @@ def test_no_input_moves_the_sum_by_more_than_the_clip(
     assert all(each.norm() <= clip for each in alone)
 
 
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("clip", [math.inf, 1.0, 1e-3])
 @pytest.mark.parametrize(
     ("network", "inputs"),
@@ -370,7 +432,7 @@ def test_no_input_moves_the_sum_by_more_than_the_clip(
     ],
 )
 def test_sixteen_bits_change_gradients_a_little_and_the_clip_not_at_all(
-    network: Network, inputs: Input, clip: float
+    network: Network, inputs: Input, clip: float, precision: torch.dtype
 ) -> None:
     """Under autocast each gradient is off by its rounding, and nobody's share is longer than C."""
     task = task_of(inputs, 2)
@@ -379,7 +441,7 @@ def test_sixteen_bits_change_gradients_a_little_and_the_clip_not_at_all(
 
     with BookKeeping(model, records, task, device="cpu", micro_batch=256) as full:
         wanted = full.clipped_sum(everyone, clip=clip)
-    with BookKeeping(model, records, task, device="cpu", micro_batch=256, precision=torch.bfloat16) as half:
+    with BookKeeping(model, records, task, device="cpu", micro_batch=256, precision=precision) as half:
         total = half.clipped_sum(everyone, clip=clip)
         alone = [half.clipped_sum(np.array([patient]), clip=clip) for patient in everyone]
 

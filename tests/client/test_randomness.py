@@ -11,6 +11,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from numpy.typing import NDArray
 from scipy import stats  # type: ignore[import-untyped]  # scipy ships no types
 
+from client.dp_sgd import add_noise, normal_from
 from client.randomness import SecureRandom, require_system_key
 from shared_models.errors import ConfigError
 from tests.client.made_up import repeatable
@@ -128,3 +129,31 @@ def test_a_short_key_is_refused() -> None:
     """AES would accept 16 bytes and quietly be AES-128."""
     with pytest.raises(ConfigError):
         SecureRandom.for_tests(bytes(16))
+
+
+def test_a_gpu_s_arithmetic_makes_normal_numbers_of_uniform_ones() -> None:
+    """Box and Muller's formula, term for term; the least and the greatest uniform number included."""
+    uniform = np.concatenate([[0.0, 1 - 2**-53, 0.25], repeatable().uniform(200_001)])
+    first, second = uniform[:100_002], uniform[100_002:]
+    radius = np.sqrt(-2 * np.log(1 - first))
+
+    made = normal_from(torch.from_numpy(uniform)).numpy()
+
+    wanted = np.concatenate([radius * np.cos(2 * np.pi * second), radius * np.sin(2 * np.pi * second)])
+    assert np.isfinite(made).all()
+    assert np.abs(made - wanted).max() < 1e-13
+    assert stats.kstest(made[3:100_002], "norm").pvalue > 0.001
+    assert abs(np.corrcoef(made[3:100_002], made[100_005:])[0, 1]) < 0.02
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("size", [1, 2, 100_001])
+def test_a_gpu_adds_noise_to_every_coordinate(size: int) -> None:
+    """As many numbers as coordinates, odd or even, of the deviation asked for."""
+    total = torch.zeros(size, dtype=torch.float64, device="cuda")
+
+    noisy = add_noise(total, standard_deviation=3.0, random=repeatable()).cpu().numpy()
+
+    assert (noisy != 0).all()
+    if size > 2:
+        assert stats.kstest(noisy / 3, "norm").pvalue > 0.001
