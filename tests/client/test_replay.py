@@ -38,7 +38,7 @@ def many(network: Network, inputs: Input, each: int) -> tuple[nn.Module, Records
     generator = torch.Generator().manual_seed(0)
     parts = [made_up_records(task, generator) for _ in range(-(-40 * each // 7))]
     rows = slice(0, 40 * each)
-    given, known = (torch.cat(found)[rows] for found in ([p.inputs[:] for p in parts], [p.targets for p in parts]))
+    given, known = (torch.cat(found)[rows] for found in ([p.inputs[:] for p in parts], [p.targets[:] for p in parts]))
     records = Records(given, known, np.repeat(np.arange(40), each), 40)
     return build_network(network, task, seed=0), records, task
 

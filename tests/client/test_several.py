@@ -37,7 +37,7 @@ def some() -> tuple[nn.Module, Records]:
     """A network, and twenty patients with one to three records each."""
     parts = [made_up_records(TASK, torch.Generator().manual_seed(seed)) for seed in range(5)]
     patients = np.concatenate([part.patients + 4 * number for number, part in enumerate(parts)])
-    inputs, targets = (torch.cat(each) for each in ([p.inputs[:] for p in parts], [p.targets for p in parts]))
+    inputs, targets = (torch.cat(each) for each in ([p.inputs[:] for p in parts], [p.targets[:] for p in parts]))
     return build_network(Mlp(name="mlp", hidden=(8,)), TASK, seed=0), Records(inputs, targets, patients, 20)
 
 
