@@ -194,8 +194,11 @@ def local_steps(
         ThreadPoolExecutor(1) if elsewhere else nullcontext() as maker,
     ):
         start = gradients.position() if pull else None
-        for _ in range(steps):
-            patients = loader.draw()
+        following = loader.draw()
+        for left in reversed(range(steps)):
+            patients, following = following, loader.draw() if left else following
+            if left and gradients.device.type != "cpu":
+                records.ahead(following)  # while a GPU computes
             drawn += len(patients)
             made = maker.submit(random.uniform, size + size % 2) if maker is not None else None
             total = gradients.clipped_sum(patients, clip=clip)
