@@ -60,10 +60,6 @@ class _Changed:
     def __len__(self) -> int:
         return len(self._inputs) * self._copies
 
-    def ahead(self, rows: Tensor) -> None:
-        if not isinstance(self._inputs, Tensor):
-            self._inputs.ahead(rows.div(self._copies, rounding_mode="floor"))
-
     def __getitem__(self, rows: slice | Tensor) -> Tensor:
         chosen = torch.arange(len(self))[rows]
         inputs = self._inputs[chosen.div(self._copies, rounding_mode="floor")]

@@ -194,11 +194,8 @@ def local_steps(
         ThreadPoolExecutor(1) if elsewhere else nullcontext() as maker,
     ):
         start = gradients.position() if pull else None
-        following = loader.draw()
-        for left in reversed(range(steps)):
-            patients, following = following, loader.draw() if left else following
-            if left and gradients.device.type != "cpu":
-                records.ahead(following)  # while a GPU computes
+        for _ in range(steps):
+            patients = loader.draw()
             drawn += len(patients)
             made = maker.submit(random.uniform, size + size % 2) if maker is not None else None
             total = gradients.clipped_sum(patients, clip=clip)

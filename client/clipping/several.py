@@ -49,11 +49,6 @@ class SeveralDevices:
             engine(each, shared, device) for each, device in zip(_copies(model, devices), devices, strict=True)
         ]
 
-    @property
-    def device(self) -> torch.device:
-        """The first one."""
-        return self._engines[0].device
-
     def __enter__(self) -> Self:
         with ExitStack() as stack:
             for engine in self._engines:
@@ -115,10 +110,6 @@ class _OneAtATime:
     def __getitem__(self, rows: slice | Tensor, /) -> Tensor:
         with self._lock:
             return self._rows[rows]
-
-    def ahead(self, rows: Tensor, /) -> None:
-        if not isinstance(self._rows, Tensor):
-            self._rows.ahead(rows)
 
 
 def _copies(model: nn.Module, devices: Sequence[torch.device]) -> list[nn.Module]:

@@ -9,11 +9,9 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
 from typing import Any, TypeVar
 
 import numpy as np
@@ -30,9 +28,6 @@ log = logging.getLogger("konsil.hospital")
 _AT_ONCE = 64  # rows of a walk through everything that has to be decoded
 _WALK = 1 << 24  # bytes of a walk through what is encoded already
 _AHEAD = 32  # items whose files are on their way while one is read
-_WAITING = 64 << 20  # bytes of decoded rows that wait for the next batch
-_READER = ThreadPoolExecutor(1, "reader")
-_ONE_AT_A_TIME = Lock()  # what a library says of a file is silenced for the whole process while it decodes
 Numbers = NDArray[np.int64]
 T = TypeVar("T")
 
@@ -81,7 +76,6 @@ class OnDisk:
     ) -> None:
         self.shape, self.stamps = shape, stamps
         self._read, self._files_of, self.dtype, self._whole = read, files_of, np.dtype(dtype), whole
-        self._waiting: dict[int, Future[NDArray[Any]]] = {}
         self.keep(KEPT_MB << 20)
 
     def __len__(self) -> int:
@@ -121,25 +115,13 @@ class OnDisk:
         to_read = announced(numbers.tolist(), lambda number: () if self._has(number) else self._files_of(number))
         for position, number in enumerate(to_read):
             try:
-                under_way = self._waiting.pop(number, None)
-                content[position] = self._one(number) if under_way is None else under_way.result()
+                content[position] = self._one(number)
             except Exception:  # whatever it is: with somebody to tell, no record's content raises
                 if failed is None:
                     raise
                 content[position] = 0
                 failed(position)
         return content
-
-    def ahead(self, numbers: Numbers) -> None:
-        """Begin to read rows on another thread, as many as 64 MB hold; ``take`` waits for those it wants.
-
-        What is not taken before the next time is dropped.
-        """
-        for dropped in self._waiting.values():
-            dropped.cancel()
-        most = _WAITING // max(1, math.prod(self.shape[1:]) * self.dtype.itemsize)
-        coming = [number for number in dict.fromkeys(numbers.tolist()) if not self._has(number)][:most]
-        self._waiting = {number: _READER.submit(self._one, number) for number in coming}
 
     def only(self, flags: NDArray[np.bool_]) -> "OnDisk":
         """The rows that are flagged, numbered anew."""
@@ -180,10 +162,9 @@ class OnDisk:
             return self._kept[number]
         files = self._files_of(number)
         before = {path: self.stamps[path] for path in files}
-        with _ONE_AT_A_TIME:
-            refuse_changed(before)
-            row = self._read(number)
-            refuse_changed(before)
+        refuse_changed(before)
+        row = self._read(number)
+        refuse_changed(before)
         if number < len(self._kept):
             self._kept[number] = row
             self._is_kept[number] = True
@@ -260,11 +241,6 @@ class OnDemand:
         for first in range(0, len(self), most):
             inputs[first : first + most] = self[first : first + most]
         return inputs
-
-    def ahead(self, rows: Tensor) -> None:
-        """Begin to read these records, where they have files of their own; a hint."""
-        if isinstance(self._content, OnDisk):
-            self._content.ahead(self._numbers[rows.numpy()])
 
     def forgiving(self) -> "OnDemand":
         """The same, for use after a charge: no content of a record raises.

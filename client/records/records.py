@@ -29,10 +29,6 @@ class Rows(Protocol):
         """Inputs of some records; NaN for one whose content cannot be had, where an error must not be."""
         ...
 
-    def ahead(self, rows: Tensor, /) -> None:
-        """Begin to read these records, which will be asked for next; a hint."""
-        ...
-
 
 @dataclass(frozen=True, eq=False)
 class Records:
@@ -98,12 +94,6 @@ class Records:
             part = slice(first, first + most)
             chosen = torch.from_numpy(rows[part])
             yield self.inputs[chosen], self.targets[chosen], owners[part]
-
-    def ahead(self, patients: NDArray[np.int64]) -> None:
-        """Begin to read records of these patients, who will be asked for next, those with few records first."""
-        if not isinstance(self.inputs, Tensor):
-            order = np.argsort(self.record_counts[patients], kind="stable")
-            self.inputs.ahead(torch.from_numpy(self.rows_of(patients[order])[0]))
 
     def rows_of(self, patients: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Row numbers of all records of some patients, and the position of each row's patient in ``patients``."""

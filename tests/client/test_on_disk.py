@@ -16,7 +16,6 @@ from client.alone import train_without_privacy
 from client.augment import augmented
 from client.dp_sgd import local_steps
 from client.evaluate import released_statistics, statistics
-from client.records import on_disk as rows_on_disk
 from client.records.images import scaled
 from client.records.on_disk import OnDemand, OnDisk
 from client.records.population import Source
@@ -101,76 +100,6 @@ def test_rows_on_the_disk_are_rows_in_memory(
     again = [number for number in readings if number < kept]
     assert len(again) == len(set(again))
     assert (len(inputs), inputs.shape) == (len(whole), whole.shape)
-
-
-@examples(max_examples=30, deadline=None)
-@given(
-    coming=st.lists(st.integers(0, ROWS - 1), max_size=12),
-    wanted=st.lists(st.integers(0, ROWS - 1), max_size=12),
-    kept=st.integers(0, ROWS),
-)
-def test_rows_that_are_read_ahead_are_the_same_rows(
-    tmp_path_factory: pytest.TempPathFactory, coming: list[int], wanted: list[int], kept: int
-) -> None:
-    """Whatever was expected, what is asked for is right; and nothing expected is read twice."""
-    pixels = content()
-    disk, readings = on_disk(tmp_path_factory.mktemp("rows"), pixels)
-    disk.keep(kept * math.prod(SHAPE))
-    inputs, whole = OnDemand(disk, np.arange(ROWS), scaled), torch.from_numpy(scaled(pixels))
-
-    inputs.ahead(torch.tensor(coming, dtype=torch.int64))
-    found = inputs[torch.tensor(wanted, dtype=torch.int64)]
-
-    assert torch.equal(found, whole[torch.tensor(wanted, dtype=torch.int64)])
-    assert all(readings.count(number) == 1 for number in coming if wanted.count(number) == 1)
-
-
-def test_what_waits_is_read_on_another_thread_and_stays_within_its_bound(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Rows ahead are there before they are asked for; of many only as many as the bound holds."""
-    monkeypatch.setattr(rows_on_disk, "_WAITING", 5 * math.prod(SHAPE))
-    disk, readings = on_disk(tmp_path, content())
-    disk.keep(0)
-
-    disk.ahead(np.arange(20))
-    rows_on_disk._READER.submit(int).result()  # behind all that was asked for
-    assert readings == [0, 1, 2, 3, 4]
-    disk.take(np.arange(7))
-
-    assert readings == [0, 1, 2, 3, 4, 5, 6]
-
-
-def test_a_row_that_cannot_be_read_ahead_is_an_error_when_it_is_wanted(tmp_path: Path) -> None:
-    """Not before, and not for rows beside it."""
-    disk, _ = on_disk(tmp_path, content())
-    disk.keep(0)
-    (tmp_path / "2.raw").unlink()
-
-    disk.ahead(np.arange(4))
-    assert len(disk.take(np.array([0, 1, 3]))) == 3
-    with pytest.raises(RecordsError, match=r"2\.raw"):
-        disk.take(np.array([2]))
-
-    failed: list[int] = []
-    disk.ahead(np.arange(4))
-    disk.take(np.arange(4), failed=failed.append)
-    assert failed == [2]
-
-
-def test_patients_who_come_next_are_read_in_the_order_in_which_a_step_takes_them(tmp_path: Path) -> None:
-    """Those with few records first, changed copies included: what a bound cuts off is what comes last."""
-    _, records, disk = both(tmp_path)
-    readings: list[int] = []
-    read = disk._read
-    disk._read = lambda number: (readings.append(number), read(number))[1]  # type: ignore[func-returns-value]
-    task = task_of(PNEUMONIA.input)
-    changed = augmented(records, task, Augmentation(flip=True, copies=2), repeatable())
-
-    changed.ahead(np.array([2, 0, 1]))  # five, one and three records
-    rows_on_disk._READER.submit(int).result()
-
-    assert readings == [0, 1, 2, 3, 4, 5, 6, 7, 8]
 
 
 def test_a_private_round_takes_the_same_steps_from_the_disk(tmp_path: Path) -> None:
