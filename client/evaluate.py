@@ -77,14 +77,14 @@ def released_statistics(
     total = np.zeros(release_size(task, plan))
     for first in range(0, records.patient_count, _PATIENTS):
         patients = np.arange(first, min(first + _PATIENTS, records.patient_count))
-        chosen, owners = records.rows_of(patients)
-        found = []
-        for part in np.split(chosen, range(_BATCH, len(chosen), _BATCH)):
+        found, whose = [np.empty((0, len(total)))], [np.empty(0, dtype=np.int64)]
+        for part, owners in records.row_parts(patients, _BATCH):
             inputs, targets = records.inputs[torch.from_numpy(part)], records.targets[torch.from_numpy(part)]
             rows, finite = _rows(model, inputs, targets, task, plan.bins)
             groups = group_of_each(task, plan.subgroups, inputs.numpy(), records.groups[part])
             found.append(spread(task, plan, np.where(finite[:, None], rows, 0), groups))
-        total += _clipped_sum(np.concatenate(found), owners, clip=plan.clip)
+            whose.append(owners)
+        total += _clipped_sum(np.concatenate(found), np.concatenate(whose), clip=plan.clip)
     return total + plan.noise_multiplier * plan.clip * random.gaussian(len(total))
 
 

@@ -143,7 +143,7 @@ class Fuse:
         self._wrap_in(client.round, "vector_to_parameters", "load")
         self._wrap_in(PoissonLoader, "draw", "draw")
         self._wrap_in(Records, "select", "select")
-        self._wrap_in(Records, "parts", "parts")
+        self._wrap_in(Records, "row_parts", "parts")
         self._wrap_in(client.dp_sgd, "add_noise", "noise")
         self._wrap_in(Positions, "advance", "position")
         self._wrap_in(Ledger, "append", lambda _, kind, **__: kind)

@@ -89,11 +89,17 @@ class Records:
 
     def parts(self, patients: NDArray[np.int64], most: int) -> Iterator[tuple[Tensor, Tensor, NDArray[np.int64]]]:
         """The same, at most so many records at once: what must not be in memory together is not."""
+        for rows, owners in self.row_parts(patients, most):
+            chosen = torch.from_numpy(rows)
+            yield self.inputs[chosen], self.targets[chosen], owners
+
+    def row_parts(
+        self, patients: NDArray[np.int64], most: int
+    ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        """``rows_of``, so many at once."""
         rows, owners = self.rows_of(patients)
         for first in range(0, len(rows), most):
-            part = slice(first, first + most)
-            chosen = torch.from_numpy(rows[part])
-            yield self.inputs[chosen], self.targets[chosen], owners[part]
+            yield rows[first : first + most], owners[first : first + most]
 
     def rows_of(self, patients: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Row numbers of all records of some patients, and the position of each row's patient in ``patients``."""

@@ -53,6 +53,7 @@ def _without_privacy(
     expected_batch: float,
     random: SecureRandom,
     device: torch.device,
+    others: Sequence[torch.device],
     precision: torch.dtype,
     null: NDArray[np.float64],
     allow_test_random: bool,
@@ -72,6 +73,7 @@ def _without_privacy(
         expected_batch=expected_batch,
         random=random,
         device=device,
+        others=others,
         precision=precision,
         null=null,
     )
