@@ -55,7 +55,10 @@ def test_a_killed_hospital_rejoins_and_its_ledger_holds(tmp_path: Path) -> None:
 def test_a_hospital_killed_between_upload_and_unmasking_is_still_in_the_sum(tmp_path: Path) -> None:
     """Seven hospitals; the first that has uploaded in some round is killed while the others train, and comes back."""
     example = write_example("breast-cancer", tmp_path / "data", hospitals=7, seed=0)
-    changes: dict[str, Any] = {"training": {"steps": 1000}, "privacy": {"noise_multiplier": 300.0}}
+    changes: dict[str, Any] = {
+        "training": {"steps": 1000, "learning_rate": 0.01},
+        "privacy": {"noise_multiplier": 300.0},
+    }
     plan = changed(example.plan, rounds=5, deadline_s=30.0, **changes)
     lay_out(tmp_path, example, plan, free_port())
     names = [hospital.name for hospital in example.hospitals]
