@@ -28,6 +28,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from client.keyfiles import create_new, create_tls_key, load_tls_key
 from client.settings import PageTls
 from client.tls import issued_by
+from shared_models.certificates import key_usage
 from shared_models.durable import create_file, replace_file
 from shared_models.errors import ConfigError, IdentityError
 
@@ -264,7 +265,7 @@ def _make_authority(folder: Path, hospital: str) -> None:
     key, name = load_tls_key(key_file), _named(f"Konsil, stewards of {hospital}")
     builder = _dated(name, name, key.public_key(), TEN_YEARS)
     builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-    builder = builder.add_extension(_usage(signs=True), critical=True).add_extension(_ONLY_HERE, critical=True)
+    builder = builder.add_extension(key_usage(authority=True), critical=True).add_extension(_ONLY_HERE, critical=True)
     made = builder.sign(key, hashes.SHA256())
     _write_list(folder, [], made)
     create_file(folder / f"{AUTHORITY}.pem", made.public_bytes(Encoding.PEM), mode=0o644)
@@ -305,7 +306,7 @@ def _builder(
         )
     builder = _dated(name, authority.subject, key, lasts)
     builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-    return builder.add_extension(_usage(signs=False), critical=True)
+    return builder.add_extension(key_usage(authority=False), critical=True)
 
 
 def _dated(
@@ -333,17 +334,3 @@ def _signed(folder: Path, builder: x509.CertificateBuilder, purpose: x509.Object
 
 def _named(name: str) -> x509.Name:
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name[:64])])
-
-
-def _usage(*, signs: bool) -> x509.KeyUsage:
-    return x509.KeyUsage(
-        digital_signature=not signs,
-        key_cert_sign=signs,
-        crl_sign=signs,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        encipher_only=False,
-        decipher_only=False,
-    )

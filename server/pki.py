@@ -22,6 +22,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from shared_models.certificates import key_usage
 from shared_models.durable import create_file
 from shared_models.errors import IdentityError
 from shared_models.identity import create_key, public_bytes
@@ -52,7 +53,7 @@ class Authority:
         """The authority's own certificate, made anew, in PEM."""
         builder = self._builder(self._name, self._key.public_key())
         builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        builder = builder.add_extension(_usage(signs_certificates=True), critical=True)
+        builder = builder.add_extension(key_usage(authority=True), critical=True)
         return builder.sign(self._key, hashes.SHA256()).public_bytes(Encoding.PEM)
 
     def save_key(self, path: Path) -> None:
@@ -85,7 +86,7 @@ class Authority:
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
         builder = self._builder(subject, key)
         builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        builder = builder.add_extension(_usage(signs_certificates=False), critical=True)
+        builder = builder.add_extension(key_usage(authority=False), critical=True)
         purpose = ExtendedKeyUsageOID.SERVER_AUTH if hosts else ExtendedKeyUsageOID.CLIENT_AUTH
         builder = builder.add_extension(x509.ExtendedKeyUsage([purpose]), critical=False)
         if hosts:
@@ -143,20 +144,6 @@ def write_private(path: Path, content: bytes) -> None:
     """Write a secret that only its owner can read; an existing file is never overwritten."""
     path.parent.mkdir(parents=True, exist_ok=True)
     create_file(path, content, mode=0o600)
-
-
-def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
-    return x509.KeyUsage(
-        digital_signature=not signs_certificates,
-        key_cert_sign=signs_certificates,
-        crl_sign=signs_certificates,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        encipher_only=False,
-        decipher_only=False,
-    )
 
 
 def _host(host: str) -> x509.GeneralName:

@@ -1,11 +1,11 @@
-"""Certificates and memberships run out: when, who has to renew them, and since when everybody should know."""
+"""Certificates: what their keys may do; when they, and memberships, run out, and since when everybody should know."""
 
 from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple
 
-from cryptography.x509 import load_pem_x509_certificate
+from cryptography.x509 import KeyUsage, load_pem_x509_certificate
 
 from shared_models.errors import IdentityError
 from shared_models.phrase import Phrase
@@ -45,6 +45,21 @@ class Expiry(NamedTuple):
         if days == 1:
             return Phrase("{what} expires on {day}, in 1 day", what=self.what, day=day)
         return Phrase("{what} expires on {day}, in {days} days", what=self.what, day=day, days=days)
+
+
+def key_usage(*, authority: bool) -> KeyUsage:
+    """What the key of a certificate may do: sign certificates and revocation lists, or prove who speaks in TLS."""
+    return KeyUsage(
+        digital_signature=not authority,
+        key_cert_sign=authority,
+        crl_sign=authority,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        encipher_only=False,
+        decipher_only=False,
+    )
 
 
 def certificate_end(path: Path) -> datetime:

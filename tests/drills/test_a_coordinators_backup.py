@@ -13,7 +13,7 @@ from auditor.cli import app as auditor_app
 from server.audit import AuditLog
 from server.backup import backup, restore
 from server.expiry import expiries
-from server.settings import read_settings
+from server.settings import Settings, read_settings
 from server.store import State, Store
 from shared_models.errors import BackupError
 from shared_models.privacy.head import head_path
@@ -23,18 +23,24 @@ from tests.conftest import POSTGRES
 from tests.drills.consortium import connects, found, say, serving
 
 
-@pytest.fixture
-def consortium(tmp_path: Path) -> Consortium:
-    """A coordinator with one hospital, two studies, and an audit log."""
-    made = found(tmp_path, "north")
-    settings = read_settings(made.settings)
-    settings.state.mkdir(mode=0o700)
+def with_two_studies(settings: Settings) -> Store:
+    """The database with a study that is over and one that waits; open."""
     store = Store(settings.database_url)
     for name in ("first", "second"):
         store.submit(plan(name), by="the test", folder=settings.state / "studies" / name)
         (settings.state / "studies" / name).mkdir(parents=True)
         (settings.state / "studies" / name / "events.jsonl").write_text('{"event":"started"}\n', encoding="ascii")
     store.enter("first", State.FINISHED)
+    return store
+
+
+@pytest.fixture
+def consortium(tmp_path: Path) -> Consortium:
+    """A coordinator with one hospital, two studies, and an audit log."""
+    made = found(tmp_path, "north")
+    settings = read_settings(made.settings)
+    settings.state.mkdir(mode=0o700)
+    store = with_two_studies(settings)
     store.close()
     (settings.state / "last-receipts.json").write_text("{}", encoding="ascii")
     return made
@@ -105,12 +111,7 @@ def test_a_coordinator_on_postgresql_comes_back_from_its_dump_and_its_backup(pos
     text = made.settings.read_text("utf-8")
     made.settings.write_text(f'database = "{url}"\n{text}', encoding="utf-8")
     settings, folder = read_settings(made.settings), tmp_path / "backup"
-    store = Store(settings.database_url)
-    for name in ("first", "second"):
-        store.submit(plan(name), by="the test", folder=settings.state / "studies" / name)
-        (settings.state / "studies" / name).mkdir(parents=True)
-        (settings.state / "studies" / name / "events.jsonl").write_text('{"event":"started"}\n', encoding="ascii")
-    store.enter("first", State.FINISHED)
+    store = with_two_studies(settings)
     store.finish_round("second", 1, {"answered": ["north"]})
     before = [(row.name, row.state, row.plan.digest(), row.rounds_done) for row in store.all()]
     tool(server, "pg_dump", "--format=custom", f"--file={tmp_path / 'konsil.dump'}", plain)
