@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from shared_models.durable import replace_file
 from shared_models.errors import AlreadyRunningError, LedgerError
-from shared_models.service import Pulse, tell
+from shared_models.service import Pulse, Signalled, tell
 
 log = logging.getLogger("konsil.hospital")
 
@@ -38,7 +38,7 @@ class Process(NamedTuple):
     began: str
 
 
-class Ending(threading.Event):
+class Ending(Signalled):
     """Set when the daemon shall end. By SIGTERM at once where it is idle, else after the answer is sent.
 
     Made in the main thread, whose signs of life it has: ``pulse``.
@@ -46,8 +46,6 @@ class Ending(threading.Event):
 
     def __init__(self) -> None:
         super().__init__()
-        # A signal may come, and set it, while this very thread holds the lock: on its way into a wait or out of it.
-        self._cond = threading.Condition(threading.RLock())
         self._answering = False
         self.pulse = Pulse()
 

@@ -5,7 +5,6 @@ import inspect
 import json
 import os
 import signal
-import threading
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -62,9 +61,9 @@ def start(settings_file: SettingsFile) -> None:
     from server.control_server import ControlServer, described
     from server.coordinator import coordinating
     from server.settings import read_settings
-    from shared_models.service import Watchdog, tell
+    from shared_models.service import Signalled, Watchdog, tell
 
-    over, hurry = threading.Event(), threading.Event()
+    over, hurry = Signalled(), Signalled()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: (hurry if over.is_set() else over).set())
     settings = read_settings(settings_file)

@@ -16,6 +16,18 @@ LOOKS_PER_PERIOD = 4  # one look may miss a loop that is just waiting for an ans
 TURN_WITHIN_S = 5.0
 
 
+class Signalled(threading.Event):
+    """An event that a signal's handler may set.
+
+    The handler runs in the main thread, perhaps while that holds the event's lock on its way into a wait or out of it:
+    the lock is one that a thread may take twice.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._cond = threading.Condition(threading.RLock())
+
+
 def tell(**fields: str | int) -> None:
     """Send one datagram, ``tell(READY=1, STATUS="waiting")``; nothing depends on whether somebody reads it."""
     address = os.environ.get("NOTIFY_SOCKET", "")
