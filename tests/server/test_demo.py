@@ -92,7 +92,10 @@ def test_it_ends_with_an_audit_of_what_it_did(result: dict[str, Any]) -> None:
 def started(tmp_path: Path) -> Iterator["subprocess.Popen[str]"]:
     """A demo that has begun to train."""
     command = [*DEMO, "--folder", str(tmp_path / "run")]
+    # A shell starts what runs in the background with Ctrl-C ignored, and whatever that starts inherits it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, before)
     deadline = time.monotonic() + 120
     while not (tmp_path / "run" / "study" / "checkpoints").exists():
         assert process.poll() is None
