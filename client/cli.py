@@ -207,9 +207,7 @@ def check_data(
     """Read the records as a study would, and print counts, missing values and ranges. Nothing leaves this machine."""
     from rich.console import Console
 
-    from client.keys import split_key
-    from client.records.population import room_of
-    from client.records.report import describe
+    from client.records.report import describe, summarise, summarise_own
     from client.registry import check_records
     from client.settings import read_settings
     from shared_models.errors import ConfigError
@@ -222,11 +220,10 @@ def check_data(
     study = None if plan is None else read_plan(plan)
     if settings_file is not None:
         settings = read_settings(settings_file)
-        key, room = split_key(settings.state), room_of(settings)
-        Console().print(describe(settings.records, split_key=key, opt_out=settings.opt_out, plan=study, room=room))
+        Console().print(describe(summarise_own(settings, plan=study)))
         check_records(settings)
     elif records is not None:
-        Console().print(describe(records, plan=study))
+        Console().print(describe(summarise(records, plan=study)))
 
 
 @app.command()

@@ -27,11 +27,10 @@ from client.decide import STEWARD, Listed, list_studies
 from client.doctor import examine
 from client.egress import EGRESS, FREE, summary
 from client.evidence import evidence_files, read_evidence
-from client.keys import split_key
 from client.membership import Membership
 from client.process import running
 from client.records.opt_out import read_opt_outs
-from client.records.report import Summary, summarise
+from client.records.report import Summary, summarise_own
 from client.registry import check_records
 from client.settings import Settings, read_settings
 from client.words import Said, said
@@ -293,7 +292,7 @@ class Desk:
         """Begin to read the records as a study would; one check at a time."""
 
         def check() -> Summary:
-            found = summarise(settings.records, split_key=split_key(settings.state), opt_out=settings.opt_out)
+            found = summarise_own(settings)
             check_records(settings)
             return found
 

@@ -11,14 +11,16 @@ from rich.console import Group
 from rich.table import Table as Grid
 from rich.text import Text
 
+from client import keys
 from client.records.manifest import IMAGES, TEXT, read_manifest
 from client.records.on_disk import OnDisk, walk
 from client.records.opt_out import read_opt_outs
 from client.records.patient_ids import plain
-from client.records.population import opted_out
+from client.records.population import opted_out, room_of
 from client.records.records import Records
 from client.records.scratch import ROOM, Room
 from client.records.tabular import Table, checked_table, class_counts, content_of, repeats, split_table
+from client.settings import Settings
 from shared_models.plan import StudyPlan
 from shared_models.tasks import (
     Categorical,
@@ -111,16 +113,14 @@ def summarise(
     )
 
 
-def describe(
-    folder: Path,
-    *,
-    split_key: bytes = bytes(32),
-    opt_out: Path | None = None,
-    plan: StudyPlan | None = None,
-    room: Room = ROOM,
-) -> Group:
-    """``summarise`` for a terminal."""
-    summary = summarise(folder, split_key=split_key, opt_out=opt_out, plan=plan, room=room)
+def summarise_own(settings: Settings, *, plan: StudyPlan | None = None) -> Summary:
+    """``summarise`` of a hospital's own records, with its key, its opt-out list and the room that it gives."""
+    key, room = keys.split_key(settings.state), room_of(settings)
+    return summarise(settings.records, split_key=key, opt_out=settings.opt_out, plan=plan, room=room)
+
+
+def describe(summary: Summary) -> Group:
+    """A summary for a terminal."""
     lines = [f"{summary.file}: fit for training"]
     for name, (records, patients, classes) in summary.parts.items():
         counts = ", ".join(f"{n} {label}" for label, n in classes.items())

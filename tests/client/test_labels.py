@@ -165,7 +165,7 @@ def test_check_data_of_a_task_without_classes_counts_none(tmp_path: Path, monkey
     monkeypatch.setattr(tasks, "TASKS", {"many": task_with(DEATH)})
 
     shown = io.StringIO()
-    Console(file=shown, width=200).print(describe(write(tmp_path)))
+    Console(file=shown, width=200).print(describe(summarise(write(tmp_path))))
 
     assert "training: 4 records of 3 patients\n" in "\n".join(line.rstrip() for line in shown.getvalue().splitlines())
 

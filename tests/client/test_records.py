@@ -425,7 +425,7 @@ def test_check_data_prints_every_column(tmp_path: Path) -> None:
     """The terminal's version has one line per column of the schema."""
     console = Console(width=200)
     with console.capture() as capture:
-        console.print(describe(heart_records(tmp_path)))
+        console.print(describe(summarise(heart_records(tmp_path))))
 
     assert isinstance(HEART_DISEASE.input, TableInput)
     for column in HEART_DISEASE.input.columns:

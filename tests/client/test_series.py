@@ -177,7 +177,7 @@ def test_what_is_left_aside_is_counted_and_shown(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("client.records.report.find_task", lambda _name: TASK)
         summary = summarise(tmp_path)
-        describe(tmp_path)
+        describe(summarise(tmp_path))
 
     assert table.set_aside == {
         "of other records": 1,
