@@ -197,7 +197,7 @@ def local_steps(
         for _ in range(steps):
             patients = loader.draw()
             drawn += len(patients)
-            made = maker.submit(random.uniform, size + size % 2) if maker is not None else None
+            made = maker.submit(_pairs, random, size) if maker is not None else None
             total = gradients.clipped_sum(patients, clip=clip)
             noisy = add_noise(total, standard_deviation=standard_deviation, random=random, made=made)
             if start is not None:
@@ -224,8 +224,13 @@ def add_noise(
         random.add_gaussian(total.numpy(), standard_deviation=standard_deviation)
         return total
     size = total.numel()
-    uniform = random.uniform(size + size % 2) if made is None else made.result()
+    uniform = _pairs(random, size) if made is None else made.result()
     return total.add_(normal_from(torch.from_numpy(uniform).to(total.device))[:size], alpha=standard_deviation)
+
+
+def _pairs(random: SecureRandom, size: int) -> NDArray[np.float64]:
+    """Uniform numbers for so many normal ones, which are made in pairs."""
+    return random.uniform(size + size % 2)
 
 
 def normal_from(uniform: Tensor) -> Tensor:

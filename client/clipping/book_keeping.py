@@ -192,7 +192,7 @@ class BookKeeping(Gradients):
         counted = torch.arange(len(counts), device=self.device) < patients
         squares = self._squares(len(counts), exact=False)
         norms = squares.sqrt()
-        factors = (clip * self.rounding / norms).clamp(max=1)
+        factors = self._factors(norms, clip)
         total = torch.zeros(sum(self._sizes), dtype=torch.float64, device=self.device)
         self._add_weighted(total, torch.where(counted, factors, 0).to(self._parameters[0].dtype))
         self._forget()

@@ -159,4 +159,8 @@ class Gradients(ABC):
         """For each patient, what to multiply the mean gradient with: at most 1, and 0 if its norm is not finite."""
         finite = norms.isfinite()
         self._counts += torch.stack([(finite & (norms > clip)).sum(), (~finite).sum()])
-        return torch.where(finite, (clip * self.rounding / norms).clamp(max=1), 0)
+        return self._factors(norms, clip)
+
+    def _factors(self, norms: Tensor, clip: float) -> Tensor:
+        """The same, without counting them."""
+        return torch.where(norms.isfinite(), (clip * self.rounding / norms).clamp(max=1), 0)

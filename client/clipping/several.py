@@ -44,7 +44,7 @@ class SeveralDevices:
         engine: Callable[[nn.Module, Records, torch.device], Gradients],
     ) -> None:
         self._records = records
-        shared = replace(records, inputs=_OneAtATime(records.inputs))
+        shared = replace(records, inputs=_shared(records.inputs), targets=_shared(records.targets))
         self._engines = [
             engine(each, shared, device) for each, device in zip(_copies(model, devices), devices, strict=True)
         ]
@@ -94,10 +94,14 @@ class SeveralDevices:
         return sum(clipped), sum(not_finite)
 
 
-class _OneAtATime:
-    """Inputs that several threads ask for, and one at a time gets."""
+def _shared(rows: Tensor | Rows) -> Tensor | Rows:
+    return rows if isinstance(rows, Tensor) else _OneAtATime(rows)
 
-    def __init__(self, rows: Tensor | Rows) -> None:
+
+class _OneAtATime:
+    """Rows that several threads ask for, and one at a time gets."""
+
+    def __init__(self, rows: Rows) -> None:
         self._rows, self._lock = rows, Lock()
 
     @property
