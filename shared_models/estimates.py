@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from shared_models.intervals import Z2, Estimate, accepted, hanley
 from shared_models.metrics import LARGEST_COUNT, nearest_counts
-from shared_models.outcomes import named_figure, of_heads
+from shared_models.outcomes import compared, named_figure, of_heads
 from shared_models.tasks import Choice, Head, Outline, Quantity, Survival, Task
 
 Floats = NDArray[np.float64]
@@ -143,8 +143,8 @@ def _concordance(raw: Floats, noise: float) -> Estimate:
     """
     table = nearest_counts(raw.ravel()).reshape(raw.shape)
     concordant, pairs, by_concordant, by_pairs = _pairs(raw)
-    events, compared = float(raw[:, :-1, 1].sum()), float(raw[:, 1:].sum())
-    if not (pairs > 0 and events > 0 and compared > 0 and table.any()):
+    events, others = float(raw[:, :-1, 1].sum()), float(raw[:, 1:].sum())
+    if not (pairs > 0 and events > 0 and others > 0 and table.any()):
         return Estimate(None, 0.0, 1.0)
     concordant = min(max(concordant, 0.0), pairs)
     of_noise = _quadratic(by_concordant, by_pairs, np.full_like(raw, noise**2))
@@ -153,7 +153,7 @@ def _concordance(raw: Floats, noise: float) -> Estimate:
     of_patients = _quadratic(of_concordant, of_pairs, table)
 
     def distance(t: Floats) -> Floats:
-        variance = np.maximum(pairs**2 * hanley(t, events, compared), of_patients(t)) + of_noise(t)
+        variance = np.maximum(pairs**2 * hanley(t, events, others), of_patients(t)) + of_noise(t)
         result: Floats = (concordant - t * pairs) ** 2 - Z2 * variance
         return result
 
@@ -162,15 +162,13 @@ def _concordance(raw: Floats, noise: float) -> Estimate:
 
 def _pairs(counts: Floats) -> tuple[float, float, Floats, Floats]:
     """Concordant pairs and pairs that can be compared, and the derivatives of both by every count."""
-    events, everybody = counts[:, :, 1], counts.sum(axis=2)
-    later = everybody[:, ::-1].cumsum(axis=1)[:, ::-1] - everybody
-    lower = later.cumsum(axis=0) - later / 2  # at this risk or below, this risk by half
+    events, later, lower = compared(counts)
     earlier = events.cumsum(axis=1) - events
     higher = earlier[::-1].cumsum(axis=0)[::-1] - earlier / 2
-    compared, anybody_earlier = (np.broadcast_to(one.sum(axis=0), events.shape) for one in (later, earlier))
+    anybody_later, anybody_earlier = (np.broadcast_to(one.sum(axis=0), events.shape) for one in (later, earlier))
     by_concordant = np.stack([higher, higher + lower], axis=2)
-    by_pairs = np.stack([anybody_earlier, anybody_earlier + compared], axis=2)
-    return float((events * lower).sum()), float((events * compared).sum()), by_concordant, by_pairs
+    by_pairs = np.stack([anybody_earlier, anybody_earlier + anybody_later], axis=2)
+    return float((events * lower).sum()), float((events * anybody_later).sum()), by_concordant, by_pairs
 
 
 def _quadratic(first: Floats, second: Floats, weights: Floats) -> Callable[[Floats], Floats]:

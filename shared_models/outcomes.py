@@ -91,7 +91,7 @@ def compute_metrics(task: Task, statistics: ArrayLike, *, bins: int) -> dict[str
 
 
 def named_figure(task: Task, head: Head, name: str) -> str:
-    """What a head's figure is called among the task's: by its own name, or after the head's where there are several."""
+    """What a head's figure, or class, is called in its task: by its name, or after the head's where there are more."""
     return name if len(task.heads) == 1 else f"{head.name}.{name}"
 
 
@@ -123,8 +123,7 @@ def score_tables(task: Task, statistics: ArrayLike, *, bins: int) -> dict[str, F
             continue
         named = head.classes[1:] if len(head.classes) == 2 else head.classes
         tables = metrics.score_tables(len(head.classes), part, bins=bins)
-        before = "" if len(task.heads) == 1 else f"{head.name}."
-        found |= {f"{before}{name}": table for name, table in zip(named, tables, strict=True)}
+        found |= {named_figure(task, head, name): table for name, table in zip(named, tables, strict=True)}
     return found
 
 
@@ -147,10 +146,10 @@ def ranked_classes(
     found = {}
     for head, own, truth in _parts(task, given, known):
         if isinstance(head, Choice):
-            before = "" if len(task.heads) == 1 else f"{head.name}."
             first = 1 if len(head.classes) == 2 else 0
             for place, name in enumerate(head.classes[first:]):
-                found[f"{before}{name}"] = own[:, place], truth[:, 0] == place + first, ~np.isnan(truth[:, 0])
+                told = truth[:, 0]
+                found[named_figure(task, head, name)] = own[:, place], told == place + first, ~np.isnan(told)
     return found
 
 
@@ -167,12 +166,21 @@ def concordance(table: ArrayLike) -> float:
     Source:
         Harrell et al., "Evaluating the yield of medical tests", JAMA 1982.
     """
-    counts = np.asarray(table, dtype=np.float64)
-    events, everybody = counts[:, :, 1], counts.sum(axis=2)
-    later = everybody[:, ::-1].cumsum(axis=1)[:, ::-1] - everybody
-    lower = later.cumsum(axis=0) - later / 2  # at this risk or below, this risk by half
+    events, later, lower = compared(np.asarray(table, dtype=np.float64))
     pairs = float((events * later.sum(axis=0)).sum())
     return min(max(float((events * lower).sum()) / pairs, 0.0), 1.0) if pairs > 0 else np.nan
+
+
+def compared(counts: Floats) -> tuple[Floats, Floats, Floats]:
+    """Whom a table of ``concordance`` compares, all of shape ``(bins, intervals + 1)``.
+
+    Returns:
+        Records with the event; those, at the same risk, that passed more intervals; and how many of these, of all
+        risks, had a lower one, the same risk by half.
+    """
+    events, everybody = counts[:, :, 1], counts.sum(axis=2)
+    later = everybody[:, ::-1].cumsum(axis=1)[:, ::-1] - everybody
+    return events, later, later.cumsum(axis=0) - later / 2
 
 
 def _parts(task: Task, scores: Floats, targets: Floats) -> Iterator[tuple[Head, Floats, Floats]]:
