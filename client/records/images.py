@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from client.records.groups import group_columns, read_groups
 from client.records.identifiers import refuse_columns
-from client.records.labels import Targets, label_columns, marks, packed, read_labels
+from client.records.labels import Targets, label_columns, marks, packed, packed_bytes, read_labels
 from client.records.manifest import IMAGES, Manifest
 from client.records.on_disk import Content, OnDisk, digests
 from client.records.scratch import Room, Stored
@@ -174,7 +174,7 @@ def _masks(manifest: Manifest, archive: Any, name: str, wanted: tuple[int, ...],
         raise RecordsError(
             f"{manifest.file}: masks are {dtype} of shape {shape}, not whole numbers of {wanted}", hint=_CHECK
         )
-    masks = Stored((-(-math.prod(wanted[1:]) // 8),), np.uint8, room)
+    masks = Stored((packed_bytes(math.prod(wanted[1:])),), np.uint8, room)
     for part in parts:
         masks.append(packed(part != 0))
     return masks

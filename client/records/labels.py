@@ -59,6 +59,11 @@ def read_labels(manifest: Manifest, task: Task, frame: pd.DataFrame) -> Labels:
     return np.concatenate([_head(manifest, head, frame) for head in task.heads], axis=1)
 
 
+def packed_bytes(pixels: int) -> int:
+    """Bytes of a packed mask."""
+    return -(-pixels // 8)
+
+
 def packed(masks: NDArray[np.bool_]) -> NDArray[np.uint8]:
     """Masks of shape ``(n, height, width)``, eight pixels in a byte, shape ``(n, bytes)``."""
     return np.packbits(masks.reshape(len(masks), -1), axis=1)
@@ -111,7 +116,7 @@ def _masks(manifest: Manifest, task: Task, head: Outline, frame: pd.DataFrame) -
     assert isinstance(schema, ImageInput)  # noqa: S101 - the task has checked it
     with needed("images", "pillow"):
         from PIL import Image  # noqa: PLC0415  # an extra
-    masks = np.empty((len(frame), -(-schema.height * schema.width // 8)), dtype=np.uint8)
+    masks = np.empty((len(frame), packed_bytes(schema.height * schema.width)), dtype=np.uint8)
     for number, path in enumerate(inside(manifest, frame, manifest.column(head.name))):
         with decoding(path), Image.open(path, formats=("PNG",)) as picture:
             if (picture.height, picture.width) != (schema.height, schema.width):

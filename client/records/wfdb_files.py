@@ -8,7 +8,7 @@ Source:
 import math
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -35,8 +35,12 @@ def files_beside(path: Path) -> list[Path]:
     """
     header = _header(path)
     if isinstance(header, wfdb.MultiRecord):
-        segments = [segment for segment, _ in _segments(path, header) if segment is not None]
-        return list(dict.fromkeys(file for one in segments for file in (one, *files_beside(one))))
+        there = [(one.path, *_samples(one.path, one.header)) for one in _segments(path, header) if one]
+        return list(dict.fromkeys(file for files in there for file in files))
+    return _samples(path, header)
+
+
+def _samples(path: Path, header: Any) -> list[Path]:
     return [path.parent / name for name in dict.fromkeys(header.file_name or []) if name != _NULL]
 
 
@@ -67,14 +71,14 @@ def _joined(path: Path, header: Any, manifest: Manifest) -> list[Channel]:
     """The channels of all segments, in the order in which they come up."""
     found: dict[str, list[tuple[float, Channel]]] = {}
     start, fs = 0, float(header.fs)
-    for segment, length in _segments(path, header):
-        if segment is not None:
-            one = _header(segment)
-            if one.fs != header.fs or (length and one.sig_len != length):
+    for one, length in zip(_segments(path, header), map(int, header.seg_len), strict=True):
+        if one is not None:
+            segment = one.path
+            if one.header.fs != header.fs or (length and one.header.sig_len != length):
                 raise RecordsError(
                     f"{segment} is not the segment that {path.name} says: of another length or frequency", hint=_DAMAGED
                 )
-            _refuse_identifiers(segment, one.comments or [], manifest)
+            _refuse_identifiers(segment, one.header.comments or [], manifest)
             channels = _channels(segment) if length else []  # the first may be a layout, and has no samples
             if len({channel.name for channel in channels}) < len(channels):
                 raise RecordsError(f"{segment} has a channel twice", hint="Give channels names of their own.")
@@ -99,13 +103,20 @@ def _join(path: Path, pieces: list[tuple[float, Channel]]) -> Channel:
     )
 
 
-def _segments(path: Path, header: Any) -> list[tuple[Path | None, int]]:
-    """Each segment's header, None of a null segment, and its frames."""
-    pairs = zip(header.seg_name, header.seg_len, strict=True)
-    found = [(None if name == _NULL else path.with_name(f"{name}.hea"), int(length)) for name, length in pairs]
-    for segment, _ in found:
-        if segment is not None and isinstance(_header(segment), wfdb.MultiRecord):
-            raise RecordsError(f"{segment} is a segment and has segments", hint=_DAMAGED)
+class _Segment(NamedTuple):
+    """A segment's header: where it is, and what it says."""
+
+    path: Path
+    header: Any
+
+
+def _segments(path: Path, header: Any) -> list[_Segment | None]:
+    """Each segment; None of a null one."""
+    paths = [None if name == _NULL else path.with_name(f"{name}.hea") for name in header.seg_name]
+    found = [None if one is None else _Segment(one, _header(one)) for one in paths]
+    for one in found:
+        if one is not None and isinstance(one.header, wfdb.MultiRecord):
+            raise RecordsError(f"{one.path} is a segment and has segments", hint=_DAMAGED)
     return found
 
 
