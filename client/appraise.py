@@ -24,7 +24,7 @@ from shared_models.intervals import LEVEL, Estimate
 from shared_models.model_file import read_model
 from shared_models.outcomes import compute_metrics, ranked_classes
 from shared_models.pictures import Drawn, draw_evaluation, draw_groups, save
-from shared_models.plan import Subgroups
+from shared_models.plan import StudyPlan, Subgroups
 from shared_models.subgroups import group_of_each, groupings
 from shared_models.tasks import TableInput, Task, task_of, with_groups
 
@@ -132,27 +132,34 @@ def subgroups_of(file: Path) -> tuple[Subgroups, ...]:
     Raises:
         ConfigError: The file is no model.
     """
-    evaluation = read_model(file)[0].evaluation
-    return evaluation.subgroups if evaluation else ()
+    return _planned(read_model(file)[0])
 
 
-def task_of_models(files: Sequence[Path], subgroups: Sequence[Subgroups] | None = None) -> Task:
+def _planned(plan: StudyPlan) -> tuple[Subgroups, ...]:
+    return plan.evaluation.subgroups if plan.evaluation else ()
+
+
+def task_of_models(files: Sequence[Path], subgroups: Sequence[Subgroups]) -> Task:
     """The one task that all models are for.
 
     Args:
         files: Of the models.
-        subgroups: How patients are told apart; None takes those of the first model's plan.
+        subgroups: How patients are told apart.
 
     Raises:
         ConfigError: A file is no model, two are for different tasks, or subgroups are none of the task's.
     """
-    tasks = [task_of(read_model(file)[0]) for file in files]
+    return _one_task([read_model(file)[0] for file in files], subgroups)
+
+
+def _one_task(plans: Sequence[StudyPlan], subgroups: Sequence[Subgroups]) -> Task:
+    tasks = [task_of(plan) for plan in plans]
     if len({task.name for task in tasks}) > 1:
         raise ConfigError(
             f"the models are for different tasks: {', '.join(sorted({task.name for task in tasks}))}",
             hint="Compare models of one task.",
         )
-    return with_groups(tasks[0], subgroups_of(files[0]) if subgroups is None else subgroups)
+    return with_groups(tasks[0], subgroups)
 
 
 def appraise(
@@ -175,11 +182,12 @@ def appraise(
     Raises:
         ConfigError: A file is no model, a network's outputs are not finite, or subgroups are none of the task's.
     """
+    plans, networks = zip(*map(read_model, files), strict=True)
     if subgroups is None:
-        subgroups = subgroups_of(files[0])
-    task, names = task_of_models(files, subgroups), _names(files)
+        subgroups = _planned(plans[0])
+    task, names = _one_task(plans, subgroups), _names(files)
     parts = _rows_of_groups(task, records, subgroups)
-    scores = {name: scores_of(read_model(file)[1], records, task) for name, file in zip(names, files, strict=True)}
+    scores = {name: scores_of(network, records, task) for name, network in zip(names, networks, strict=True)}
     models = {}
     for name, file in zip(names, files, strict=True):
         counts = {
