@@ -427,14 +427,19 @@ def patients(federation: Federation) -> list[str]:
     return [line.split(",")[lines[0].split(",").index("patient")] for line in lines[1:]]
 
 
-def checked(steward: Steward) -> str:
-    """The page of the records after a check."""
-    assert steward.send("/records", steward.fields("/records", "/records")).status_code == 303
+def asked_for(steward: Steward, path: str, going_on: str) -> str:
+    """A page after what its button begins is over."""
+    assert steward.send(path, steward.fields(path, path)).status_code == 303
     deadline = time.monotonic() + 60
-    while "The records are being checked" in (text := steward.get("/records").text):
+    while going_on in (text := steward.get(path).text):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     return text
+
+
+def checked(steward: Steward) -> str:
+    """The page of the records after a check."""
+    return asked_for(steward, "/records", "The records are being checked")
 
 
 def test_no_patient_no_secret_and_no_exception_s_text_is_on_any_page(
@@ -622,12 +627,7 @@ def test_the_doctor_comes_when_called_and_says_what_the_command_says(run: Federa
 
 def examined(steward: Steward) -> str:
     """The page of the health after a visit of the doctor."""
-    assert steward.send("/health", steward.fields("/health", "/health")).status_code == 303
-    deadline = time.monotonic() + 60
-    while "The doctor looks at everything." in (text := steward.get("/health").text):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    return text
+    return asked_for(steward, "/health", "The doctor looks at everything.")
 
 
 def test_health_is_what_the_files_say(run: Federation) -> None:
