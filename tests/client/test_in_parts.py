@@ -19,12 +19,13 @@ from PIL import Image
 from client.augment import augmented
 from client.dp_sgd import local_steps
 from client.evaluate import released_statistics, statistics
+from client.keys import split_key
 from client.records import series
 from client.records.manifest import read_manifest
 from client.records.on_disk import OnDemand
 from client.records.population import Source
-from client.records.report import summarise
-from client.records.scratch import ROOM, Room
+from client.records.report import summarise, summarise_own
+from client.records.scratch import ROOM, Room, Scratch
 from client.records.tabular import checked_table, read_inputs, read_table, split_table
 from shared_models.errors import RecordsError
 from shared_models.nets.build import build_network
@@ -409,3 +410,22 @@ def test_a_full_disk_is_an_error_of_the_records(tmp_path: Path) -> None:
 
     with disk_of(1000), pytest.raises(RecordsError, match=f"do not fit into memory, and not into {tmp_path} either"):
         read_table(read_manifest(tmp_path), test_rows.TASK, split_key=KEY, room=Room(0, tmp_path))
+
+
+def test_a_check_keeps_to_the_room_that_the_settings_give(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ``check-data`` and the page read lies where a study's records would: if not in memory, in ``state``."""
+    own = test_population.settings(tmp_path).model_copy(update={"records_memory_mb": 0})
+    opened: list[Path | None] = []
+
+    def noted(scratch: Scratch) -> int:
+        opened.append(scratch._folder)
+        return opening(scratch)
+
+    opening = Scratch._open
+    monkeypatch.setattr(Scratch, "_open", noted)
+    monkeypatch.setattr("shared_models.tasks.TASKS", {"small": test_rows.TASK})
+    own.state.mkdir(exist_ok=True)
+
+    assert summarise_own(own) == summarise(own.records, split_key=split_key(own.state))
+    assert opened
+    assert set(opened) == {own.state}
