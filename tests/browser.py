@@ -43,11 +43,12 @@ class Browser:
     def __init__(self, socket: ClientConnection) -> None:
         self._socket = socket
         self._number = 0
-        self._loaded = False
+        self._loaded: set[str] = set()
         self.asked: list[str] = []
         self.complaints: list[str] = []
         for domain in ("Page", "Network", "Runtime", "Log"):
             self.tell(f"{domain}.enable")
+        self.tell("Page.setLifecycleEventsEnabled", enabled=True)
 
     def tell(self, method: str, **parameters: Any) -> dict[str, Any]:
         """One command, and its answer."""
@@ -72,8 +73,8 @@ class Browser:
                 self.complaints.append(about["exceptionDetails"]["text"])
             case "Runtime.consoleAPICalled":
                 self.complaints.append(str(about["args"]))
-            case "Page.loadEventFired":
-                self._loaded = True
+            case "Page.lifecycleEvent" if about["name"] == "load":
+                self._loaded.add(about["loaderId"])
 
     def size(self, width: int, height: int, *, phone: bool = False, dark: bool = False) -> None:
         """Show the tab in this size; a phone has touch and two pixels for one."""
@@ -86,10 +87,10 @@ class Browser:
 
     def open(self, address: str) -> None:
         """Go to an address and wait until everything there is loaded."""
-        self._loaded = False
-        self.tell("Page.navigate", url=address)
+        # By its own name: the page before may still be about to say that it is loaded.
+        wanted = self.tell("Page.navigate", url=address)["loaderId"]
         deadline = time.monotonic() + PATIENCE_S
-        while not self._loaded:
+        while wanted not in self._loaded:
             assert time.monotonic() < deadline, f"{address} was not loaded"
             self._hear(json.loads(self._socket.recv(timeout=PATIENCE_S)))
 
